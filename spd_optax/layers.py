@@ -1,0 +1,179 @@
+"""Layers: which leaves share one condition, and sums over them.
+
+A layer is one leaf, one slice of a stacked leaf, or a group of either. Values
+per layer have shape ``[]``, or ``[L]`` where the leaves stack L layers.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from spd_optax import trees
+
+StackAxis = int | None | Any  # an int, a prefix tree of them, or (path, leaf) -> int | None
+AxisName = str | tuple[str, ...] | None | Any  # names, a prefix tree, or (path, leaf) -> names
+Group = Callable[[str], Any] | None
+PerLayer = list[jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+  """The layers of a list of leaves, all known at trace time.
+
+  Attributes:
+    names: one per layer; a leaf's path, or the key of its group.
+    layer_of: for each leaf, the index of its layer in `names`.
+    stack_axes: for each leaf, the axis that stacks layers, or None.
+    axis_names: for each leaf, the mapped axes that it is sharded over.
+    shapes: for each layer, the shape of its values: () or (L,).
+  """
+
+  names: tuple[str, ...]
+  layer_of: tuple[int, ...]
+  stack_axes: tuple[int | None, ...]
+  axis_names: tuple[tuple[str, ...], ...]
+  shapes: tuple[tuple[int, ...], ...]
+
+  def sums(self, products: Mapping[str, Sequence[jax.Array]]) -> dict[str, PerLayer]:
+    """Sums arrays shaped like the leaves over each layer, under every key.
+
+    Over mapped axes all the sums travel in one all-reduce.
+    """
+    partial = {
+      key: [_sum(array, axis) for array, axis in zip(arrays, self.stack_axes, strict=True)]
+      for key, arrays in products.items()
+    }
+    for axes in sorted(set(self.axis_names) - {()}):
+      here = [i for i, names in enumerate(self.axis_names) if names == axes]
+      reduced = jax.lax.psum({key: [sums[i] for i in here] for key, sums in partial.items()}, axes)
+      for key, sums in reduced.items():
+        for i, value in zip(here, sums, strict=True):
+          partial[key][i] = value
+    return {key: self._by_layer(sums) for key, sums in partial.items()}
+
+  def _by_layer(self, per_leaf: Sequence[jax.Array]) -> PerLayer:
+    members: list[list[jax.Array]] = [[] for _ in self.names]
+    for layer, value in zip(self.layer_of, per_leaf, strict=True):
+      members[layer].append(value)
+    return [sum(values[1:], start=values[0]) for values in members]
+
+  def spread(self, per_layer: Sequence[jax.Array], leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    """Each layer's value, shaped to broadcast against each leaf."""
+    return [
+      _along(per_layer[layer], axis, leaf.ndim)
+      for layer, axis, leaf in zip(self.layer_of, self.stack_axes, leaves, strict=True)
+    ]
+
+  def named(self, per_layer: Sequence[Any]) -> dict[str, Any]:
+    """Values by the layers' names."""
+    return dict(zip(self.names, per_layer, strict=True))
+
+
+def _sum(array: jax.Array, stack_axis: int | None) -> jax.Array:
+  return jnp.sum(array, axis=[i for i in range(array.ndim) if i != stack_axis])
+
+
+def _along(value: jax.Array, stack_axis: int | None, ndim: int) -> jax.Array:
+  if stack_axis is None:
+    return value
+  return jax.lax.expand_dims(value, [i for i in range(ndim) if i != stack_axis])
+
+
+def find_layers(
+  params: trees.Flat,
+  constrained: Sequence[bool],
+  stack_axis: StackAxis = None,
+  group: Group = None,
+  axis_name: AxisName = None,
+) -> Layers:
+  """Arranges the constrained leaves of the params into layers.
+
+  Raises:
+    ValueError: naming every leaf whose stack axis does not exist, and every
+      group whose leaves have unequal numbers of slices.
+  """
+  chosen = [i for i, is_constrained in enumerate(constrained) if is_constrained]
+  shapes = [jnp.shape(params.leaves[i]) for i in chosen]
+  paths = [params.paths[i] for i in chosen]
+  axes = _stack_axes(trees.rule_values(stack_axis, params, 'stack_axis', _is_axis), params)
+  mapped = [
+    _axis_names(value) for value in trees.rule_values(axis_name, params, 'axis_name', _is_axis_name)
+  ]
+  stacked = [axes[i] for i in chosen]
+  counts = [
+    () if axis is None else (shape[axis],) for axis, shape in zip(stacked, shapes, strict=True)
+  ]
+  keys = [_group_key(group, path) for path in paths]
+  members: dict[str, list[int]] = {}
+  for i, key in enumerate(keys):
+    members.setdefault(key, []).append(i)
+  order = {name: at for at, name in enumerate(members)}
+  return Layers(
+    names=tuple(members),
+    layer_of=tuple(order[key] for key in keys),
+    stack_axes=tuple(stacked),
+    axis_names=tuple(mapped[i] for i in chosen),
+    shapes=_layer_shapes(members, paths, counts),
+  )
+
+
+def _is_axis(value: Any) -> bool:
+  return isinstance(value, int)
+
+
+def _is_axis_name(value: Any) -> bool:
+  return isinstance(value, str) or (
+    isinstance(value, tuple) and bool(value) and all(isinstance(name, str) for name in value)
+  )
+
+
+def _axis_names(value: Any) -> tuple[str, ...]:
+  if value is None:
+    return ()
+  if not _is_axis_name(value):
+    raise TypeError(f'axis_name: a name or a tuple of names of mapped axes, not {value!r}')
+  return (value,) if isinstance(value, str) else value
+
+
+def _group_key(group: Group, path: str) -> str:
+  """The name of the layer that the leaf belongs to: its own path without a group."""
+  key = None if group is None else group(path)
+  return path if key is None else str(key)
+
+
+def _stack_axes(axes: Sequence[Any], params: trees.Flat) -> list[int | None]:
+  found: list[int | None] = []
+  problems = []
+  for path, leaf, axis in zip(params.paths, params.leaves, axes, strict=True):
+    ndim = jnp.ndim(leaf)
+    if axis is not None and not (_is_axis(axis) and -ndim <= axis < ndim):
+      problems.append(f'{path}: stack axis {axis!r}, shape {jnp.shape(leaf)}')
+    else:
+      found.append(axis if axis is None else axis % ndim)
+  trees.raise_all(
+    problems,
+    'stack_axis must be an existing axis, given as an int, or None where a leaf stacks no layers '
+    "(pass a prefix tree such as {'layers': 0, 'head': None}, or (path, leaf) -> int | None; "
+    "in optax.inject_hyperparams, static_args=('stack_axis',)):",
+  )
+  return found
+
+
+def _layer_shapes(
+  members: Mapping[str, Sequence[int]],
+  paths: Sequence[str],
+  counts: Sequence[tuple[int, ...]],
+) -> tuple[tuple[int, ...], ...]:
+  problems = []
+  for name, at in members.items():
+    if len({counts[i] for i in at}) > 1:
+      found = ', '.join(f'{paths[i]}: {counts[i][0] if counts[i] else "not stacked"}' for i in at)
+      problems.append(f'group {name!r}: {found}')
+  trees.raise_all(
+    problems,
+    'the leaves of a group must stack the same number of layers; change `group` or `stack_axis`:',
+  )
+  return tuple(counts[at[0]] for at in members.values())

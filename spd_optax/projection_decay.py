@@ -1,0 +1,296 @@
+"""Selective Projection Decay in its two forms: in a chain, and around an optimizer."""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from spd_optax import formulas, step
+from spd_optax.anchors import Anchoring, wide
+from spd_optax.layers import AxisName, Group, StackAxis
+from spd_optax.step import Decay, Number, NumberOrSchedule, ProjectionDecayState
+
+GRADIENT_STRENGTH = 10.0
+GRADIENT_MARGIN = 0.1
+
+
+class WithProjectionDecayState(NamedTuple):
+  """State of `with_projection_decay`.
+
+  Attributes:
+    projection_decay: its own `ProjectionDecayState`.
+    inner_state: the inner optimizer's.
+  """
+
+  projection_decay: ProjectionDecayState
+  inner_state: Any
+
+
+def projection_decay(
+  anchor: Any = None,
+  strength: NumberOrSchedule = GRADIENT_STRENGTH,
+  *,
+  margin: Number = GRADIENT_MARGIN,
+  stack_axis: StackAxis = None,
+  group: Group = None,
+  axis_name: AxisName = None,
+  anchor_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Selective Projection Decay in gradient space, the first link of a chain.
+
+  Per layer, with gradient g, deviation d = θ − θ_0 from the anchor,
+  cos = ⟨g, d⟩ / (‖g‖ ‖d‖), strength λ and margin m:
+
+      g' = g + λ (cos + m) ‖g‖ d / ‖d‖     where cos > −m
+      g' = g                               otherwise
+
+  A layer whose gradient points clearly away from the anchor moves freely; the
+  gradient of any other is turned toward the anchor before the optimizer sees
+  it. The rule is scale-free: multiplying the loss changes nothing but the
+  scale of g', and ‖g'‖ ≤ (1 + λ (1 + m)) ‖g‖.
+
+  This is *not* the paper's rule, which projects the optimizer's output; that is
+  `with_projection_decay`. Change ``optax.adam(lr)`` to
+  ``optax.chain(spd.projection_decay(), optax.adam(lr))``.
+
+  Args:
+    anchor: θ_0, a tree like the params or a prefix of it. An array leaf is the
+      anchor of that param, `0` the zero anchor (nothing is stored), `None` at a
+      leaf or subtree leaves it free. `None` as a whole: the params at the first
+      update, so that pre-trained weights may be put in after `init`. Arrays are
+      copied into the state with the sharding of the params.
+    strength: λ, a number ≥ 0 or a schedule of the step. 0 changes no bit.
+    margin: m in [0, 1). 0 asks whether the gradient points back at all.
+    stack_axis: the axis that stacks layers in a leaf (nn.scan): an int, a prefix
+      tree of ints and None, or ``(path, leaf) -> int | None``. Each slice is a
+      layer.
+    group: ``path -> key | None``; leaves with one key are one layer. Paths are
+      '/'-joined, as in 'encoder/block_0/kernel'.
+    axis_name: inside `shard_map` or `pmap`, the mapped axes that the leaves are
+      sharded over: a name, a tuple of names, or a prefix tree or function like
+      `stack_axis` where leaves differ (None: replicated). Not needed under `jit`.
+    anchor_dtype: dtype to store the anchor in, such as `jnp.bfloat16`.
+
+  Returns:
+    A transformation whose state is a `ProjectionDecayState`.
+
+  Raises:
+    ValueError, TypeError: at construction for a bad `strength`, `margin` or
+      `anchor_dtype`; in `init` and `update`, at trace time, for an anchor,
+      gradients, `stack_axis` or `group` that do not fit the params. The message
+      names every such leaf.
+
+  References:
+    Tian et al., `Rethinking Weight Decay for Robust Fine-Tuning of Foundation
+    Models <https://arxiv.org/abs/2411.01713>`_, 2024, for the condition.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> import spd_optax as spd
+    >>> pretrained = {'kernel': jnp.ones((2, 3)), 'bias': jnp.zeros(3)}
+    >>> optimizer = optax.chain(spd.projection_decay(), optax.adam(1e-3))
+    >>> state = optimizer.init(pretrained)
+    >>> gradients = jax.tree.map(jnp.ones_like, pretrained)
+    >>> updates, state = optimizer.update(gradients, state, pretrained)
+    >>> params = optax.apply_updates(pretrained, updates)
+    >>> optax.tree.get(state, 'condition')
+    {'bias': Array(False, dtype=bool), 'kernel': Array(False, dtype=bool)}
+  """
+  decay = Decay(Anchoring(anchor, anchor_dtype), strength, margin, stack_axis, group, axis_name)
+
+  def update(
+    updates: Any, state: ProjectionDecayState, params: Any = None, **extra_args: Any
+  ) -> tuple[Any, ProjectionDecayState]:
+    del extra_args
+    view, layers = decay.view(updates, state, params)
+    sums = decay.sums(view, layers, gradient_norm=view.gradients)
+    condition = decay.condition(sums)
+    norms = list(zip(sums['inner'], sums['gradient_norm'], sums['distance'], strict=True))
+    ratio = [formulas.pull(formulas.cosine(*norm), margin) for norm in norms]
+    strength_now = step.value_at(strength, state.count)
+    scale = [
+      strength_now * r * formulas.divide(gradient_norm, distance)
+      for r, (_, gradient_norm, distance) in zip(ratio, norms, strict=True)
+    ]
+    turned = step.shift(view, layers, updates, condition, scale, view.deviations)
+    return turned, decay.next_state(state, view.stored, layers, condition, ratio, sums['distance'])
+
+  return optax.GradientTransformationExtraArgs(decay.init, update)
+
+
+def with_projection_decay(
+  optimizer: optax.GradientTransformation,
+  anchor: Any = None,
+  strength: NumberOrSchedule = 1.0,
+  *,
+  margin: Number = 0.0,
+  stack_axis: StackAxis = None,
+  group: Group = None,
+  axis_name: AxisName = None,
+  anchor_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""The paper's Selective Projection Decay, exactly, around any complete optimizer.
+
+  Per layer, with raw gradient g, the inner optimizer's whole update u (learning
+  rate included), anchor θ_0 and strength λ:
+
+      θ̃ = θ + u
+      c = −⟨g, θ − θ_0⟩
+      r = max(0, ‖θ̃ − θ_0‖ − ‖θ − θ_0‖) / ‖θ̃ − θ_0‖
+      θ ← θ̃ − λ r (θ̃ − θ_0)     where c < 0
+      θ ← θ̃                      otherwise
+
+  c < 0 says that the loss wants to go back toward the anchor, r > 0 that the
+  optimizer's momentum still carries the layer away from it; such a layer is
+  held. λ = 1 projects it onto the sphere that it stood on. λ is not multiplied
+  by the learning rate. On a smooth problem without noise or a change of
+  direction it never acts.
+
+  Change ``optimizer`` to ``spd.with_projection_decay(optimizer)``; SPD replaces
+  weight decay.
+
+  Args:
+    optimizer: the inner optimizer, complete with its learning rate: `optax.adam`,
+      `optax.lion`, a chain with clipping, … Extra arguments of `update` reach it.
+    anchor: θ_0, a tree like the params or a prefix of it; see `projection_decay`.
+    strength: λ, a number ≥ 0 or a schedule of the step. 0 is the inner optimizer,
+      bit for bit.
+    margin: m in [0, 1): a layer is held where c < m ‖g‖ ‖θ − θ_0‖. 0 is the paper's
+      condition.
+    stack_axis: the axis that stacks layers in a leaf; see `projection_decay`.
+    group: which leaves are one layer; see `projection_decay`.
+    axis_name: mapped axes that the leaves are sharded over; see `projection_decay`.
+    anchor_dtype: dtype to store the anchor in; see `projection_decay`.
+
+  Returns:
+    A transformation whose state is a `WithProjectionDecayState`.
+
+  Raises:
+    ValueError, TypeError: as `projection_decay`.
+
+  References:
+    Tian et al., `Rethinking Weight Decay for Robust Fine-Tuning of Foundation
+    Models <https://arxiv.org/abs/2411.01713>`_, 2024, equations 3, 4 and 9.
+
+  Example:
+    A gradient that turns while momentum carries on:
+
+    >>> import jax.numpy as jnp, optax
+    >>> import spd_optax as spd
+    >>> params = jnp.array([1.0, -1.0])
+    >>> optimizer = spd.with_projection_decay(optax.sgd(0.1, momentum=0.9))
+    >>> state = optimizer.init(params)
+    >>> for gradient in [-1.0, -1.0, 0.2]:
+    ...   updates, state = optimizer.update(jnp.full(2, gradient), state, params)
+    ...   params = optax.apply_updates(params, updates)
+    ...   print(params, *optax.tree.get(state, 'condition').values())
+    [ 1.1 -0.9] False
+    [ 1.29 -0.71] False
+    [ 1.29 -0.71] True
+  """
+  if not (hasattr(optimizer, 'init') and hasattr(optimizer, 'update')):
+    raise TypeError(
+      'with_projection_decay(optimizer, anchor): expected an optax optimizer first, '
+      f'found {type(optimizer).__name__}'
+    )
+  inner = optax.with_extra_args_support(optimizer)
+  decay = Decay(Anchoring(anchor, anchor_dtype), strength, margin, stack_axis, group, axis_name)
+
+  def init(params: Any) -> WithProjectionDecayState:
+    return WithProjectionDecayState(decay.init(params), inner.init(params))
+
+  def update(
+    updates: Any, state: WithProjectionDecayState, params: Any = None, **extra_args: Any
+  ) -> tuple[Any, WithProjectionDecayState]:
+    own: Any = getattr(state, 'projection_decay', state)
+    view, layers = decay.view(updates, own, params)
+    updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+    steps = jax.tree.leaves(updates)
+    moved = [  # θ̃ − θ_0
+      (p + wide(steps[i])) - a for i, p, a in zip(view.at, view.params, view.anchors, strict=True)
+    ]
+    sums = decay.sums(view, layers, after=moved)
+    condition = decay.condition(sums)
+    ratio = [
+      formulas.projection_ratio(distance, after)
+      for distance, after in zip(sums['distance'], sums['after'], strict=True)
+    ]
+    strength_now = step.value_at(strength, own.count)
+    shortened = step.shift(
+      view, layers, updates, condition, [-strength_now * r for r in ratio], moved
+    )
+    own = decay.next_state(own, view.stored, layers, condition, ratio, sums['distance'])
+    return shortened, WithProjectionDecayState(own, inner_state)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def adam_spd(
+  learning_rate: optax.ScalarOrSchedule,
+  anchor: Any = None,
+  strength: NumberOrSchedule = 1.0,
+  *,
+  b1: Number = 0.9,
+  b2: Number = 0.999,
+  eps: Number = 1e-8,
+  eps_root: Number = 0.0,
+  mu_dtype: Any = None,
+  nesterov: bool = False,
+  margin: Number = 0.0,
+  stack_axis: StackAxis = None,
+  group: Group = None,
+  axis_name: AxisName = None,
+  anchor_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""The paper's Adam-SPD: `with_projection_decay` around `optax.adam`.
+
+  Change ``optax.adam(lr)`` or ``optax.adamw(lr)`` to ``spd.adam_spd(lr)``.
+
+  Args:
+    learning_rate: a number or a schedule, for `optax.adam`.
+    anchor: θ_0; see `projection_decay`.
+    strength: λ; see `with_projection_decay`.
+    b1: decay of Adam's first moment.
+    b2: decay of Adam's second moment.
+    eps: added outside Adam's square root.
+    eps_root: added inside Adam's square root.
+    mu_dtype: dtype of the first moment; None keeps the params'.
+    nesterov: whether to use Nesterov momentum.
+    margin: see `with_projection_decay`.
+    stack_axis: see `projection_decay`.
+    group: see `projection_decay`.
+    axis_name: see `projection_decay`.
+    anchor_dtype: see `projection_decay`.
+
+  Returns:
+    A transformation whose state is a `WithProjectionDecayState`.
+
+  Raises:
+    ValueError, TypeError: as `projection_decay`.
+
+  References:
+    Tian et al., `Rethinking Weight Decay for Robust Fine-Tuning of Foundation
+    Models <https://arxiv.org/abs/2411.01713>`_, 2024, Algorithm 1.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import spd_optax as spd
+    >>> optimizer = spd.adam_spd(1e-3)
+    >>> state = optimizer.init({'kernel': jnp.ones((2, 3))})
+  """
+  if not (callable(learning_rate) or hasattr(learning_rate, '__float__')):
+    raise TypeError(
+      'adam_spd(learning_rate, anchor): expected a number or a schedule first, '
+      f'found {type(learning_rate).__name__}'
+    )
+  adam = optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
+  return with_projection_decay(
+    adam,
+    anchor,
+    strength,
+    margin=margin,
+    stack_axis=stack_axis,
+    group=group,
+    axis_name=axis_name,
+    anchor_dtype=anchor_dtype,
+  )

@@ -1,0 +1,219 @@
+"""The step that both forms of Selective Projection Decay share, and its state.
+
+One step, from the gradients g, the params θ and the state:
+
+1. The leaves of θ are matched by path with g and with the anchor, and arranged
+   into layers (`layers.find_layers`); all of this happens at trace time.
+2. θ_0 comes from the state, is 0, or is captured from θ at the first update.
+3. Sums over each layer: ⟨g, d⟩, ‖d‖² with d = θ − θ_0, and what the form needs
+   besides. This is the only reduction, and the only communication.
+4. From them `formulas` computes, per layer, the condition and the ratio.
+5. Where the condition holds, form 1 turns the gradient toward the anchor, and
+   form 2 shortens the step of the optimizer that it is wrapped around.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from spd_optax import anchors, formulas, trees
+from spd_optax.layers import AxisName, Group, Layers, PerLayer, StackAxis, find_layers
+
+Number = float | jax.Array
+NumberOrSchedule = Number | Callable[[Any], Any]
+
+
+class ProjectionDecayState(NamedTuple):
+  """State of Selective Projection Decay; structure, shapes and dtypes never change.
+
+  The per-layer fields are dicts by layer name: the '/'-joined path of the leaf,
+  or the key of its group. A stacked layer has one value per slice.
+
+  Attributes:
+    count: int32[], updates so far.
+    anchor: tree like the params: θ_0, or `optax.MaskedNode()` where none is stored.
+    condition: bool[] or bool[L] per layer: held back at the last update.
+    ratio: float32, same shapes. Form 2: r, the part of the deviation from the
+      anchor by which the last step grew (eq. 9), whether held or not. Form 1: the
+      size of the pull relative to the gradient at strength 1.
+    distance: float32, same shapes: ‖θ − θ_0‖ before the last update.
+    constrained: int32, same shapes: updates so far in which the layer was held.
+  """
+
+  count: jax.Array  # type: ignore[assignment]  # optax's name; hides tuple.count
+  anchor: Any
+  condition: dict[str, jax.Array]
+  ratio: dict[str, jax.Array]
+  distance: dict[str, jax.Array]
+  constrained: dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decay:
+  """Everything but what happens to a held layer."""
+
+  anchoring: anchors.Anchoring
+  strength: NumberOrSchedule
+  margin: Number
+  stack_axis: StackAxis
+  group: Group
+  axis_name: AxisName
+
+  def __post_init__(self) -> None:
+    check_strength(self.strength)
+    _check_margin(self.margin)
+
+  def init(self, params: Any) -> ProjectionDecayState:
+    stored = self.anchoring.init(params)
+    flat = trees.flatten(params)
+    if not flat.leaves and flat.holes:
+      # optax.tree.map_params calls init with a placeholder to learn which parts
+      # of the state are like the params. Bare leaves say: these are not.
+      return _not_like_params(stored)
+    layers = self._layers(flat, self.anchoring.kinds(flat))
+
+    def zeros(dtype: Any) -> dict[str, jax.Array]:
+      return layers.named([jnp.zeros(shape, dtype) for shape in layers.shapes])
+
+    return ProjectionDecayState(
+      count=jnp.zeros([], jnp.int32),
+      anchor=stored,
+      condition=zeros(jnp.bool_),
+      ratio=zeros(jnp.float32),
+      distance=zeros(jnp.float32),
+      constrained=zeros(jnp.int32),
+    )
+
+  def _layers(self, params: trees.Flat, kinds: Sequence[anchors.Kind]) -> Layers:
+    constrained = [kind is not anchors.Kind.FREE for kind in kinds]
+    return find_layers(params, constrained, self.stack_axis, self.group, self.axis_name)
+
+  def view(self, gradients: Any, state: Any, params: Any) -> tuple[anchors.View, Layers]:
+    """The constrained leaves, and their arrangement into layers; checks all arguments."""
+    if not isinstance(state, ProjectionDecayState):
+      raise TypeError(
+        f'expected the ProjectionDecayState that init returns, found {type(state).__name__}; '
+        'restore checkpoints into the structure of init(params)'
+      )
+    view = self.anchoring.view(gradients, state.anchor, state.count, params)
+    layers = self._layers(view.flat, view.kinds)
+    if set(layers.names) != set(state.constrained):
+      names = sorted(set(layers.names) ^ set(state.constrained))
+      raise ValueError(f'the state was made for other layers; these differ: {", ".join(names)}')
+    return view, layers
+
+  def sums(
+    self, view: anchors.View, layers: Layers, **squares: Sequence[jax.Array]
+  ) -> dict[str, PerLayer]:
+    """⟨g, d⟩ as 'inner', ‖d‖ as 'distance', and the norms of `squares` by name."""
+    deviations = view.deviations
+    squares = {'distance': deviations, **squares}
+    if not self._is_plain:
+      squares['gradient_norm'] = view.gradients
+    products = {key: [_products(x, x) for x in leaves] for key, leaves in squares.items()}
+    products['inner'] = [_products(g, d) for g, d in zip(view.gradients, deviations, strict=True)]
+    sums = layers.sums(products)
+    return {k: v if k == 'inner' else [jnp.sqrt(x) for x in v] for k, v in sums.items()}
+
+  @property
+  def _is_plain(self) -> bool:
+    """Whether the condition is the paper's; a traced margin may be anything."""
+    return isinstance(self.margin, int | float) and self.margin == 0
+
+  def condition(self, sums: dict[str, PerLayer]) -> PerLayer:
+    if self._is_plain:
+      return [formulas.turned_back(inner) for inner in sums['inner']]
+    return [
+      formulas.not_clearly_outward(inner, gradient_norm, distance, self.margin)
+      for inner, gradient_norm, distance in zip(
+        sums['inner'], sums['gradient_norm'], sums['distance'], strict=True
+      )
+    ]
+
+  def next_state(
+    self,
+    state: ProjectionDecayState,
+    anchor: Any,
+    layers: Layers,
+    condition: PerLayer,
+    ratio: PerLayer,
+    distance: PerLayer,
+  ) -> ProjectionDecayState:
+    names = layers.named
+    before = [state.constrained[name] for name in layers.names]
+    return ProjectionDecayState(
+      count=optax.safe_increment(state.count),
+      anchor=anchor,
+      condition=names(condition),
+      ratio=names([r.astype(jnp.float32) for r in ratio]),
+      distance=names([d.astype(jnp.float32) for d in distance]),
+      constrained=names(
+        [
+          jnp.where(held, optax.safe_increment(steps), steps)
+          for held, steps in zip(condition, before, strict=True)
+        ]
+      ),
+    )
+
+
+def _products(x: jax.Array, y: jax.Array) -> jax.Array:
+  """The elementwise terms of the real inner product Re⟨x, y⟩."""
+  if jnp.iscomplexobj(x):
+    return x.real * y.real + x.imag * y.imag
+  return x * y
+
+
+def shift(
+  view: anchors.View,
+  layers: Layers,
+  tree: Any,
+  condition: PerLayer,
+  scale: PerLayer,
+  directions: Sequence[jax.Array],
+) -> Any:
+  """tree + scale · direction where the layer is held, and the tree's own bits elsewhere."""
+  leaves, treedef = jax.tree.flatten(tree)
+  # scale == 0 (strength 0, say) must leave every bit alone, also of a NaN or −0.
+  active = [held & (s != 0) for held, s in zip(condition, scale, strict=True)]
+  actives, scales = layers.spread(active, directions), layers.spread(scale, directions)
+  for i, is_active, s, direction in zip(view.at, actives, scales, directions, strict=True):
+    leaf = jnp.asarray(leaves[i])
+    leaves[i] = jnp.where(is_active, (anchors.wide(leaf) + s * direction).astype(leaf.dtype), leaf)
+  return jax.tree.unflatten(treedef, leaves)
+
+
+def _not_like_params(anchor: Any) -> ProjectionDecayState:
+  leaf: Any = jnp.zeros([])
+  return ProjectionDecayState(leaf, anchor, leaf, leaf, leaf, leaf)
+
+
+def value_at(strength: NumberOrSchedule, count: jax.Array) -> Any:
+  """The strength at a step."""
+  return strength(count) if callable(strength) else strength
+
+
+def check_strength(strength: Any) -> None:
+  """Raises TypeError or ValueError unless a number ≥ 0, a schedule or a traced value."""
+  if callable(strength) or isinstance(strength, jax.core.Tracer):
+    return
+  if not isinstance(strength, int | float | np.number | np.ndarray | jax.Array):
+    raise TypeError(
+      f'strength: expected a number ≥ 0 or a schedule, found {type(strength).__name__}'
+    )
+  if jnp.ndim(strength) or not (0 <= strength < math.inf):
+    raise ValueError(f'strength: expected a finite number ≥ 0, found {strength}')
+
+
+def _check_margin(margin: Any) -> None:
+  if isinstance(margin, jax.core.Tracer):
+    return
+  if callable(margin) or not isinstance(margin, int | float | np.number | np.ndarray | jax.Array):
+    raise TypeError(f'margin: expected a number in [0, 1), found {type(margin).__name__}')
+  if jnp.ndim(margin) or not (0 <= margin < 1):
+    raise ValueError(f'margin: expected a number in [0, 1), found {margin}')

@@ -1,0 +1,152 @@
+"""Trees as lists of (path, leaf), and values given for prefixes of a tree.
+
+Paths, not tree structures, decide what belongs together. So a plain dict read
+from a checkpoint fits FrozenDict, dataclass or ``nnx.State`` parameters, and
+transformations that hide leaves (``optax.masked``, ``optax.partition``) or
+wrap them (``flax.nnx``) need no special case.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+Keys = tuple[str, ...]
+
+
+class Flat(NamedTuple):
+  """A tree taken apart."""
+
+  keys: tuple[Keys, ...]  # one per leaf
+  leaves: list[Any]
+  treedef: Any
+  holes: tuple[Keys, ...]  # nodes without leaves that stand for something left out
+
+  @property
+  def paths(self) -> list[str]:
+    """'/'-joined paths, one per leaf."""
+    return [join(keys) for keys in self.keys]
+
+
+def join(keys: Keys) -> str:
+  """('block', '0', 'kernel') → 'block/0/kernel'."""
+  return '/'.join(keys)
+
+
+def _name(entry: Any) -> str:
+  match entry:
+    case DictKey() | FlattenedIndexKey():
+      return str(entry.key)
+    case GetAttrKey():
+      return str(entry.name)
+    case SequenceKey():
+      return str(entry.idx)
+  return str(entry)
+
+
+def _keys(key_path: Sequence[Any]) -> Keys:
+  # Boxes around a single array (nnx.Variable, nn.Partitioned) add a last entry
+  # `.value`. nnx.Optimizer passes boxes to init and bare arrays to update.
+  if key_path and isinstance(key_path[-1], GetAttrKey) and key_path[-1].name == 'value':
+    key_path = key_path[:-1]
+  return tuple(_name(entry) for entry in key_path)
+
+
+def _is_hole(node: Any) -> bool:
+  """None, optax.MaskedNode and the like; an empty dict, list or tuple is none."""
+  container = hasattr(node, 'keys') or isinstance(node, list) or type(node) is tuple
+  return not container and not jax.tree.leaves(node)
+
+
+def flatten(tree: Any) -> Flat:
+  """Takes a tree apart; leaves are what `jax.tree.leaves` gives.
+
+  Raises:
+    ValueError: if two leaves have the same path, as in {'a': {'b/c': 1}, 'a/b': {'c': 2}}.
+  """
+  entries = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_hole)[0]
+  found = [(_keys(key_path), leaf) for key_path, leaf in entries]
+  full = [(keys, leaf) for keys, leaf in found if not _is_hole(leaf)]
+  flat = Flat(
+    keys=tuple(keys for keys, _ in full),
+    leaves=[leaf for _, leaf in full],
+    treedef=jax.tree.structure(tree),
+    holes=tuple(keys for keys, leaf in found if _is_hole(leaf)),
+  )
+  twice = sorted(path for path, count in Counter(flat.paths).items() if count > 1)
+  if twice:
+    raise ValueError(f'several leaves have the same path, rename one of each: {", ".join(twice)}')
+  return flat
+
+
+def raise_all(problems: Sequence[str], summary: str) -> None:
+  """Raises one ValueError that lists every problem; none is left for the next run."""
+  if problems:
+    raise ValueError(summary + '\n  ' + '\n  '.join(problems))
+
+
+def prefix_values(prefix: Any, params: Flat, name: str) -> list[Any]:
+  """One value per leaf of `params` from a tree that is a prefix of the params.
+
+  None and `optax.MaskedNode` count as the value None. Entries for parts that
+  `params` leaves out (holes made by `optax.masked`, …) are passed over.
+
+  Raises:
+    ValueError: naming every leaf of the params without a value, and every
+      entry of `prefix` without params.
+  """
+  entries = {
+    _keys(path): None if _is_hole(value) else value
+    for path, value in jax.tree_util.tree_flatten_with_path(prefix, is_leaf=_is_hole)[0]
+  }
+  used = {keys: _covering(entries, keys) for keys in params.keys}
+  problems = [
+    f'{join(keys)}: in the params, missing in {name}' for keys, at in used.items() if at is None
+  ]
+  left_out = set(params.holes)
+  for keys in entries.keys() - set(used.values()) - {()}:
+    if _covering(left_out, keys) is None and not any(h[: len(keys)] == keys for h in left_out):
+      problems.append(f'{join(keys)}: in {name}, missing in the params')
+  raise_all(
+    sorted(problems),
+    f'{name} must be a tree like the params, or a prefix of it '
+    '(None at a leaf or subtree leaves it out):',
+  )
+  return [entries[at] for at in used.values() if at is not None]
+
+
+def _covering(entries: Any, keys: Keys) -> Keys | None:
+  """The entry at `keys` or above it."""
+  return next((keys[:i] for i in range(len(keys) + 1) if keys[:i] in entries), None)
+
+
+def rule_values(rule: Any, params: Flat, name: str, is_value: Callable[[Any], bool]) -> list[Any]:
+  """One value per leaf from a value for all, a prefix tree, or `(path, leaf) -> value`."""
+  if callable(rule):
+    return [rule(path, leaf) for path, leaf in zip(params.paths, params.leaves, strict=True)]
+  if rule is None or is_value(rule):
+    return [rule] * len(params.leaves)
+  return prefix_values(rule, params, name)
+
+
+def match_leaves(updates: Any, params: Flat) -> Flat:
+  """Takes the gradients apart and checks them against the params.
+
+  Raises:
+    ValueError: naming every leaf that only one of them has, and every shape mismatch.
+  """
+  flat = flatten(updates)
+  ours, theirs = set(params.keys), set(flat.keys)
+  problems = [f'{join(k)}: in the params, missing in the gradients' for k in sorted(ours - theirs)]
+  problems += [f'{join(k)}: in the gradients, missing in the params' for k in sorted(theirs - ours)]
+  shapes = dict(zip(params.keys, map(jax.numpy.shape, params.leaves), strict=True))
+  for keys, leaf in zip(flat.keys, flat.leaves, strict=True):
+    shape = jax.numpy.shape(leaf)
+    if keys in ours and shapes[keys] != shape:
+      problems.append(f'{join(keys)}: param {shapes[keys]}, gradient {shape}')
+  if not problems and flat.keys != params.keys:
+    problems = ['the leaves come in another order']
+  raise_all(problems, 'the gradients must have the structure and shapes of the params:')
+  return flat

@@ -1,0 +1,13 @@
+"""Settings for every test: reproducible hypothesis runs, eight CPU devices."""
+
+import os
+
+# Before the first use of a backend: the sharding tests need several devices.
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import hypothesis
+
+hypothesis.settings.register_profile('default', deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.register_profile('nightly', deadline=None, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'default'))
