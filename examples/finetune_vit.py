@@ -1,0 +1,225 @@
+"""Fine-tune a Flax ViT on a few images of a new style without forgetting the old ones.
+
+    python examples/finetune_vit.py                          # makes its own checkpoint
+    python examples/finetune_vit.py --checkpoint DIR_OR_HUB_ID
+
+Without a checkpoint a small ViT is first trained on real handwritten digits in
+eight styles and saved with `save_pretrained`. From there every method fine-tunes
+on the same few images of a ninth style, in the same order, for several seeds.
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # its Flax classes announce their end
+
+import digits
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import reporting
+import training
+from matplotlib import pyplot as plt
+from scipy import ndimage
+from transformers import FlaxViTForImageClassification, ViTConfig
+
+import spd_optax as spd
+
+
+def methods(lr: float, anchor: Any) -> dict[str, optax.GradientTransformation]:
+  """The optimizers to compare; each differs from the first in one line."""
+  return {
+    'Adam': optax.adam(lr),
+    'AdamW': optax.adamw(lr, weight_decay=0.01),
+    'L2-SP': optax.chain(spd.l2_sp(anchor, 0.01), optax.adam(lr)),
+    'SPD, in the chain': optax.chain(spd.projection_decay(anchor), optax.adam(lr)),
+    'SPD, exact (Adam-SPD)': spd.adam_spd(lr, anchor),
+  }
+
+
+def small_vit() -> FlaxViTForImageClassification:
+  """A ViT for 16×16 grey images: 3 blocks, width 48, 59,146 parameters."""
+  config = ViTConfig(
+    image_size=digits.SIZE,
+    patch_size=4,
+    num_channels=1,
+    hidden_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=96,
+    num_labels=digits.CLASSES,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+  )
+  return FlaxViTForImageClassification(config, seed=0)
+
+
+def loss_of(model: FlaxViTForImageClassification) -> training.Loss:
+  """Cross-entropy of the model's logits."""
+
+  def loss(params: Any, batch: digits.Split) -> jax.Array:
+    logits = model(batch.images, params=params).logits
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+
+  return loss
+
+
+def pixels(split: digits.Split, config: ViTConfig) -> digits.Split:
+  """Images as the model takes them: float32[n, channels, size, size] in [−1, 1]."""
+  scale = config.image_size / digits.SIZE
+  images = ndimage.zoom(split.images, (1, scale, scale), order=1) * 2 - 1
+  images = np.repeat(images[:, None], config.num_channels, axis=1)
+  return digits.Split(images.astype(np.float32), split.labels)
+
+
+def pretrain(directory: Path, steps: int, bar: Any) -> None:
+  """Trains the small ViT on the old styles and saves it as a checkpoint."""
+  model = small_vit()
+  pool, _, _ = digits.load()
+  styled = [pixels(digits.in_style(pool, style), model.config) for style in digits.OLD]
+  data = jax.tree.map(lambda *parts: np.concatenate(parts), *styled)
+  order = training.batch_order(1, steps, 128, len(data.labels))
+  optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0, 3e-3, steps // 10, steps))
+  task = bar.add_task('pre-train', total=steps)
+  params, _ = training.train(
+    loss_of(model), optimizer, model.params, data, order, lambda n: bar.advance(task, n)
+  )
+  model.save_pretrained(directory, params=jax.tree.map(lambda x: x[0], params))
+
+
+def load(checkpoint: str) -> tuple[FlaxViTForImageClassification, Any]:
+  """The model, and its anchor: the pre-trained weights, without a head that is new."""
+  config = ViTConfig.from_pretrained(checkpoint)
+  new_head = config.num_labels != digits.CLASSES
+  model = FlaxViTForImageClassification.from_pretrained(
+    checkpoint, num_labels=digits.CLASSES, ignore_mismatched_sizes=True
+  )
+  return model, dict(model.params) | ({'classifier': None} if new_head else {})
+
+
+def accuracies(
+  model: FlaxViTForImageClassification, params: Any, tests: dict[str, digits.Split]
+) -> dict[str, np.ndarray]:
+  """Accuracy in % for each test set: an array over seeds."""
+
+  def accuracy(params: Any, test: digits.Split) -> jax.Array:
+    predictions = jnp.argmax(model(test.images, params=params).logits, -1)
+    return 100 * jnp.mean(predictions == test.labels)
+
+  over_seeds = jax.jit(jax.vmap(accuracy, in_axes=(0, None)))
+  return {name: np.asarray(over_seeds(params, test)) for name, test in tests.items()}
+
+
+def distance(params: Any, start: Any) -> np.ndarray:
+  """‖θ − θ_0‖ / ‖θ_0‖ in %, over all weights: an array over seeds."""
+  moved = jax.vmap(lambda p: optax.tree.norm(optax.tree.sub(p, start)))(params)
+  return 100 * np.asarray(moved / optax.tree.norm(start))
+
+
+def evaluate(
+  model: FlaxViTForImageClassification, params: Any, tests: dict[str, digits.Split], style: str
+) -> dict[str, list[float]]:
+  """The columns of the table, each a list over seeds."""
+  found = accuracies(model, params, tests)
+  old = np.stack([found[name] for name in digits.OLD])
+  columns = {
+    'new style': found[style],
+    'old, mean': old.mean(0),
+    'old, worst': old.min(0),
+    'moved': distance(params, model.params),
+  }
+  return {name: [round(float(v), 3) for v in values] for name, values in columns.items()}
+
+
+def held(state: Any, steps: int) -> dict[str, list[float]]:
+  """Share of steps in %, mean over layers, in which SPD held a layer; empty without SPD."""
+  constrained = jax.tree.leaves(optax.tree.get(state, 'constrained', {}))
+  if not constrained:
+    return {}
+  return {'held': [round(float(v), 3) for v in 100 * np.mean(constrained, axis=0) / steps]}
+
+
+def compare(args: argparse.Namespace, checkpoint: str, bar: Any) -> dict[str, Any]:
+  """Fine-tunes with every method; returns its columns by method."""
+  model, anchor = load(checkpoint)
+  _, pool, test = digits.load()
+  data = pixels(digits.in_style(pool, args.style), model.config)
+  tests = {
+    style: pixels(digits.in_style(test, style), model.config) for style in (args.style, *digits.OLD)
+  }
+  order = training.batch_order(args.seeds, args.steps, args.batch, len(data.labels), args.shots)
+  start = jax.tree.map(lambda x: x[None], model.params)
+  results = {'pre-trained': evaluate(model, start, tests, args.style)}
+  for name, optimizer in methods(args.lr, anchor).items():
+    task = bar.add_task(name, total=args.steps)
+    params, state = training.train(
+      loss_of(model), optimizer, model.params, data, order, lambda n, t=task: bar.advance(t, n)
+    )
+    results[name] = evaluate(model, params, tests, args.style) | held(state, args.steps)
+    if name == 'Adam':
+      between = jax.vmap(lambda p: spd.interpolate(anchor, p, 0.5))(params)
+      results['WiSE-FT, α = 0.5'] = evaluate(model, between, tests, args.style)
+  return results
+
+
+def picture(path: Path, results: dict[str, Any], style: str) -> None:
+  """The styles as images, and every method as a point: the new style against the old."""
+  _, _, test = digits.load()
+  figure = plt.figure(figsize=(11, 5), layout='constrained')
+  left, right = figure.subfigures(1, 2, width_ratios=(4, 7))
+  names = (*digits.OLD, style)
+  for axes, name in zip(left.subplots(3, 3).flat, names, strict=True):
+    axes.imshow(digits.in_style(test, name).images[0], cmap='gray', vmin=0, vmax=1)
+    axes.set_title(f'new: {name}' if name == style else name, fontsize=9)
+    axes.axis('off')
+  axes = right.subplots()
+  trained = {name: row for name, row in results.items() if name != 'pre-trained'}
+  reporting.scatter(axes, trained, 'new style', 'old, mean')
+  axes.axhline(results['pre-trained']['old, mean'][0], color='gray', linestyle=':')
+  axes.set(xlabel=f'accuracy on the new style, {style} (%)', ylabel='mean accuracy, old styles (%)')
+  axes.set_title('Fine-tuning on a new style (dotted: old styles before it)', fontsize=10)
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+  """The command line."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add: Callable[..., Any] = parser.add_argument
+  add('--checkpoint', help='directory or hub id of a ViT; default: train a small one first')
+  add('--style', default='striped', choices=digits.NEW, help='new style (default: %(default)s)')
+  add('--lr', type=float, default=1e-3, help='learning rate (default: %(default)s)')
+  add('--steps', type=int, default=300, help='fine-tuning steps (default: %(default)s)')
+  add('--batch', type=int, default=32, help='batch size (default: %(default)s)')
+  add('--shots', type=int, default=200, help='images to fine-tune on (default: %(default)s)')
+  add('--seeds', type=int, default=5, help='seeds, trained together (default: %(default)s)')
+  add('--pretrain-steps', type=int, default=800, help='default: %(default)s')
+  add('--out', type=Path, default=Path('runs/finetune_vit'), help='default: %(default)s')
+  return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+  """Runs the comparison and writes results.json and results.png."""
+  args = parse(arguments)
+  with training.progress_bar() as bar:
+    checkpoint = args.checkpoint
+    if checkpoint is None:
+      checkpoint = str(args.out / 'foundation')
+      pretrain(Path(checkpoint), args.pretrain_steps, bar)
+    results = compare(args, checkpoint, bar)
+  settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+  reporting.show(f'New style: {args.style}. Accuracy in %, ± standard error', results)
+  reporting.write_json(args.out / 'results.json', settings, results)
+  picture(args.out / 'results.png', results, args.style)
+  print(f'Checkpoint: {checkpoint}\nResults: {args.out}/results.json, {args.out}/results.png')
+  return results
+
+
+if __name__ == '__main__':
+  main()

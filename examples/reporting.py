@@ -1,0 +1,91 @@
+"""Results as a table, a JSON file and a picture; shared by the examples."""
+
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+Values = Sequence[float]
+
+
+def mean_and_error(values: Values) -> tuple[float, float]:
+  """The mean and its standard error (NaN for a single value)."""
+  spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
+  return float(np.mean(values)), float(spread / math.sqrt(len(values)))
+
+
+def cell(values: Values, digits: int = 1) -> str:
+  """'83.2 ± 0.4'; the mean alone for a single value."""
+  mean, error = mean_and_error(values)
+  return f'{mean:.{digits}f}' + ('' if math.isnan(error) else f' ± {error:.{digits}f}')
+
+
+def rows(results: Mapping[str, Mapping[str, Values]]) -> list[list[str]]:
+  """A header and a row per method; '–' where a method lacks a column."""
+  columns = list(dict.fromkeys(column for row in results.values() for column in row))
+  lines = [['method', *columns]]
+  for method, values in results.items():
+    lines.append([method, *(cell(values[c]) if c in values else '–' for c in columns)])
+  return lines
+
+
+def markdown(results: Mapping[str, Mapping[str, Values]]) -> str:
+  """The table for a README."""
+  header, *body = rows(results)
+  lines = [header, ['---', *['---:'] * (len(header) - 1)], *body]
+  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
+
+def show(title: str, results: Mapping[str, Mapping[str, Values]]) -> None:
+  """Prints the table."""
+  header, *body = rows(results)
+  table = Table(title=title, title_justify='left')
+  for i, column in enumerate(header):
+    table.add_column(column, justify='right' if i else 'left')
+  for line in body:
+    table.add_row(*line)
+  Console(markup=False).print(table)
+
+
+def write_json(path: Path, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+  """Writes settings, results and the versions that made them."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  names = ('jax', 'jaxlib', 'optax', 'flax', 'transformers', 'spd_optax')
+  versions = {name: metadata.version(name) for name in names} | {
+    'python': platform.python_version()
+  }
+  document = {'settings': dict(settings), 'versions': versions, 'results': results}
+  path.write_text(json.dumps(document, indent=1) + '\n')
+
+
+def scatter(
+  axes: plt.Axes, results: Mapping[str, Mapping[str, Values]], x_name: str, y_name: str
+) -> None:
+  """Methods as points with standard errors: the new task against the old."""
+  markers = 'oshD^vPX*<>'
+  for i, (method, values) in enumerate(results.items()):
+    (x, x_error), (y, y_error) = mean_and_error(values[x_name]), mean_and_error(values[y_name])
+    axes.errorbar(
+      x,
+      y,
+      xerr=None if math.isnan(x_error) else x_error,
+      yerr=None if math.isnan(y_error) else y_error,
+      fmt=markers[i % len(markers)],
+      markersize=8,
+      capsize=2,
+      label=method,
+    )
+  axes.set(xlabel=x_name, ylabel=y_name)
+  axes.grid(alpha=0.3)
+  axes.legend(fontsize=8)
