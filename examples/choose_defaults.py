@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import digits
-import finetune_vit
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import reporting
-import training
 
+import digits
+import finetune_vit
+import reporting
 import spd_optax as spd
+import training
 from spd_optax import formulas
 
 RATES = (3e-4, 1e-3, 3e-3)
@@ -151,8 +151,15 @@ def main(arguments: Sequence[str] | None = None) -> str:
         results[style] |= sweep(args, model, style, family, bar)
   table = summary(results)
   reporting.show('Accuracy in %, mean over new styles and seeds, ± standard error', table)
-  settings = {'steps': args.steps, 'seeds': args.seeds, 'pretrain_steps': args.pretrain_steps}
-  reporting.write_json(args.out / 'results.json', settings, results)
+  settings = {
+    'steps': args.steps,
+    'seeds': args.seeds,
+    'pretrain_steps': args.pretrain_steps,
+    'new_styles': NEW_STYLES,
+    'values': 'in order of new style, then seed',
+    'chosen': choose(table),
+  }
+  reporting.write_json(args.out / 'results.json', settings, table)
   print(f'Chosen: {choose(table)}\nResults: {args.out}/results.json')
   return choose(table)
 

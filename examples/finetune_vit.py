@@ -9,6 +9,7 @@ on the same few images of a ninth style, in the same order, for several seeds.
 """
 
 import argparse
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,18 +17,18 @@ from typing import Any
 
 os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # its Flax classes announce their end
 
-import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import reporting
-import training
 from matplotlib import pyplot as plt
 from scipy import ndimage
 from transformers import FlaxViTForImageClassification, ViTConfig
 
+import digits
+import reporting
 import spd_optax as spd
+import training
 
 
 def methods(lr: float, anchor: Any) -> dict[str, optax.GradientTransformation]:
@@ -105,13 +106,14 @@ def accuracies(
   model: FlaxViTForImageClassification, params: Any, tests: dict[str, digits.Split]
 ) -> dict[str, np.ndarray]:
   """Accuracy in % for each test set: an array over seeds."""
+  return {name: np.asarray(_accuracy(model, params, test)) for name, test in tests.items()}
 
-  def accuracy(params: Any, test: digits.Split) -> jax.Array:
-    predictions = jnp.argmax(model(test.images, params=params).logits, -1)
-    return 100 * jnp.mean(predictions == test.labels)
 
-  over_seeds = jax.jit(jax.vmap(accuracy, in_axes=(0, None)))
-  return {name: np.asarray(over_seeds(params, test)) for name, test in tests.items()}
+@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.vmap, in_axes=(None, 0, None))
+def _accuracy(model: FlaxViTForImageClassification, params: Any, test: digits.Split) -> jax.Array:
+  predictions = jnp.argmax(model(test.images, params=params).logits, -1)
+  return 100 * jnp.mean(predictions == test.labels)
 
 
 def distance(params: Any, start: Any) -> np.ndarray:

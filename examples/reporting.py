@@ -1,8 +1,15 @@
-"""Results as a table, a JSON file and a picture; shared by the examples."""
+"""Results as a table, a JSON file and a picture; shared by the examples.
+
+    python examples/reporting.py README.md examples/README.md
+
+puts the tables of the committed results into the documents that name them.
+"""
 
 import json
 import math
 import platform
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -69,6 +76,19 @@ def write_json(path: Path, settings: Mapping[str, Any], results: Mapping[str, An
   path.write_text(json.dumps(document, indent=1) + '\n')
 
 
+BLOCK = re.compile(r'(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)', re.DOTALL)
+
+
+def with_tables(document: str, root: Path) -> str:
+  """The Markdown document with the table of each results file that it names."""
+
+  def fill(block: re.Match[str]) -> str:
+    results = json.loads((root / block[2]).read_text())['results']
+    return f'{block[1]}\n{markdown(results)}\n\n{block[3]}'
+
+  return BLOCK.sub(fill, document)
+
+
 def scatter(
   axes: plt.Axes, results: Mapping[str, Mapping[str, Values]], x_name: str, y_name: str
 ) -> None:
@@ -89,3 +109,9 @@ def scatter(
   axes.set(xlabel=x_name, ylabel=y_name)
   axes.grid(alpha=0.3)
   axes.legend(fontsize=8)
+
+
+if __name__ == '__main__':
+  for name in sys.argv[1:]:
+    path = Path(name)
+    path.write_text(with_tables(path.read_text(), Path(__file__).parent.parent))

@@ -3,7 +3,8 @@
 import os
 
 # Before the first use of a backend: the sharding tests need several devices.
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+flags = os.environ.get('XLA_FLAGS', '')
+os.environ['XLA_FLAGS'] = f'{flags} --xla_force_host_platform_device_count=8'
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import hypothesis

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,0 +1,135 @@
+"""The examples run, at tiny sizes, and their data are what they say."""
+
+import argparse
+import json
+
+import jax
+import jax.flatten_util
+import numpy as np
+import optax
+import pytest
+
+import choose_defaults
+import digits
+import finetune_vit
+import spd_optax as spd
+import training
+
+TINY = ['--pretrain-steps', '3', '--steps', '4', '--seeds', '2', '--batch', '4', '--shots', '8']
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  out = tmp_path_factory.mktemp('finetune_vit')
+  return out, finetune_vit.main([*TINY, '--out', str(out)])
+
+
+def test_vit_example_writes_its_results(run):
+  out, results = run
+  written = json.loads((out / 'results.json').read_text())
+  assert written['results'] == results
+  assert written['settings']['style'] == 'striped'
+  assert (out / 'results.png').read_bytes().startswith(b'\x89PNG')
+  assert len(results) == 7
+  for name, row in results.items():
+    assert all(len(values) == (1 if name == 'pre-trained' else 2) for values in row.values()), name
+
+
+def test_vit_example_measures_each_method(run):
+  # Would catch: parameters of one method reported under another, seeds that are copies.
+  _, results = run
+  moved = {name: tuple(row['moved']) for name, row in results.items()}
+  assert moved.pop('pre-trained') == (0,)
+  assert len(set(moved.values())) == len(moved)
+  assert all(first != second for first, second in moved.values())
+  halfway = np.array(moved['WiSE-FT, α = 0.5'])
+  np.testing.assert_allclose(halfway, np.array(moved['Adam']) / 2, rtol=1e-3, atol=2e-3)
+
+
+def test_a_head_with_other_classes_is_new_and_free(run, tmp_path):
+  # Would catch: an anchor that holds a new head to its random initialization.
+  config = finetune_vit.small_vit().config
+  config.num_labels = 7
+  other = type(finetune_vit.small_vit())(config, seed=1)
+  other.save_pretrained(tmp_path)
+  model, anchor = finetune_vit.load(str(tmp_path))
+  assert model.params['classifier']['kernel'].shape == (48, digits.CLASSES)
+  assert anchor['classifier'] is None
+  state = spd.adam_spd(1e-3, anchor).init(model.params)
+  names = optax.tree.get(state, 'condition')
+  assert 'vit/layernorm/scale' in names
+  assert not any(name.startswith('classifier') for name in names)
+
+  model, anchor = finetune_vit.load(str(run[0] / 'foundation'))
+  assert anchor['classifier'] is not None
+
+
+def test_every_seed_draws_its_own_images_once_an_epoch():
+  order = training.batch_order(seeds=2, steps=4, batch=4, size=100, shots=8)
+  assert order.shape == (2, 4, 4)
+  for seed in order:
+    first, second = np.split(seed.ravel(), 2)
+    assert len(set(first)) == 8
+    assert set(first) == set(second)
+  assert set(order[0].ravel()) != set(order[1].ravel())
+
+
+def test_the_splits_are_disjoint_and_the_styles_differ():
+  # Would catch: test digits that were trained on; a style that does nothing.
+  splits = digits.load()
+  seen = [{image.tobytes() for image in split.images} for split in splits]
+  assert not seen[0] & seen[1]
+  assert not (seen[0] | seen[1]) & seen[2]
+  assert sum(len(split.labels) for split in splits) == 1797
+  styled = {style: digits.in_style(splits[2], style).images for style in digits.STYLES}
+  for style, images in styled.items():
+    assert images.shape == (497, 16, 16)
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert style == 'plain' or np.abs(images - styled['plain']).mean() > 0.02, style
+
+
+def test_sweep_trains_each_setting_with_its_own_hyperparameters(run, monkeypatch):
+  # Would catch: settings mixed up with one another in the shared program.
+  family = 'relu(cos + m)'
+  pull, _ = choose_defaults.FAMILIES[family]
+  settings = ((0, 0), (10, 0.1))
+  monkeypatch.setattr(choose_defaults, 'FAMILIES', {family: (pull, settings)})
+  monkeypatch.setattr(choose_defaults, 'RATES', (1e-3, 1e-2))
+  model, _ = finetune_vit.load(str(run[0] / 'foundation'))
+  trained = {}
+
+  def keep(model, params, tests):
+    trained['params'] = params
+    return {name: np.zeros(4) for name in tests}
+
+  monkeypatch.setattr(finetune_vit, 'accuracies', keep)
+  args = argparse.Namespace(seeds=1, steps=3)
+  with training.progress_bar() as bar:
+    choose_defaults.sweep(args, model, 'thick', family, bar)
+
+  _, pool, _ = digits.load()
+  data = finetune_vit.pixels(digits.in_style(pool, 'thick'), model.config)
+  order = training.batch_order(1, 3, 32, len(data.labels), 200)
+  decay = spd.projection_decay(strength=10.0, margin=0.1)
+  expected = {  # by the setting's place in the sweep
+    0: optax.adam(1e-3),
+    3: optax.chain(decay, optax.adam(1e-2)),
+  }
+  flat = jax.vmap(lambda p: jax.flatten_util.ravel_pytree(p)[0])
+  swept = flat(trained['params'])
+  for i, optimizer in expected.items():
+    alone, _ = training.train(finetune_vit.loss_of(model), optimizer, model.params, data, order)
+    apart = np.linalg.norm(swept - flat(alone), axis=1)
+    others = np.delete(apart, i)
+    assert apart[i] < 0.05 * others.min()
+
+
+def test_the_rule_of_choice():
+  # Would catch: a setting chosen although it costs accuracy at one learning rate.
+  table = {
+    'Adam': {'new, lr 1': [90.0], 'new, lr 2': [80.0], 'old, lr 1': [50.0], 'old, lr 2': [50.0]},
+    'free': {'new, lr 1': [90.0], 'new, lr 2': [81.0], 'old, lr 1': [60.0], 'old, lr 2': [60.0]},
+    'firm': {'new, lr 1': [95.0], 'new, lr 2': [79.0], 'old, lr 1': [90.0], 'old, lr 2': [90.0]},
+  }
+  assert choose_defaults.choose(table) == 'free'
