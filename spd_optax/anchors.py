@@ -7,7 +7,7 @@ state's anchor tree ``optax.MaskedNode()`` stands where nothing is stored.
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.experimental.shard_alike import shard_alike
 
-from spd_optax import trees
+from spd_optax import checks, trees
 
 
 class Kind(enum.Enum):
@@ -27,14 +27,10 @@ class Kind(enum.Enum):
   FREE = 'nothing'
 
 
-def real_dtype(dtype: Any) -> Any:
-  """The dtype to compute in: float32 or wider, real for complex leaves."""
-  return jnp.promote_types(jnp.float32, jnp.finfo(dtype).dtype)
-
-
 def wide(array: Any) -> jax.Array:
-  """The array in float32 or wider (complex64 or wider)."""
-  return jnp.asarray(array, jnp.promote_types(jnp.float32, jnp.result_type(array)))
+  """The array in float32 (complex64) or wider."""
+  dtype = jnp.result_type(array)
+  return jnp.asarray(array, dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
 
 
 class View(NamedTuple):
@@ -45,7 +41,7 @@ class View(NamedTuple):
   at: list[int]  # where the constrained leaves stand among all
   gradients: list[jax.Array]
   params: list[jax.Array]
-  anchors: list[jax.Array]  # the scalar 0 where the anchor is zero
+  anchors: list[Any]  # 0.0 where the anchor is zero
   stored: Any  # the anchor tree for the next state
 
   @property
@@ -62,14 +58,8 @@ class Anchoring:
   dtype: Any = None
 
   def __post_init__(self) -> None:
-    if isinstance(self.anchor, optax.GradientTransformation) or callable(self.anchor):
-      raise TypeError(
-        f'anchor: expected a tree of arrays, 0 or None, found {_describe(self.anchor)}. '
-        'To constrain an optimizer use with_projection_decay(optimizer, anchor); '
-        'projection_decay(anchor) is a link of its own in front of it.'
-      )
-    if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.inexact):
-      raise TypeError(f'anchor_dtype: expected a floating dtype, found {self.dtype!r}')
+    checks.anchor(self.anchor)
+    checks.anchor_dtype(self.dtype)
 
   @property
   def captured(self) -> bool:
@@ -92,14 +82,18 @@ class Anchoring:
       return list(zip(kinds, params.leaves, strict=True))
     values = trees.prefix_values(self.anchor, params, 'anchor')
     problems, found = [], []
-    for path, leaf, value in zip(params.paths, params.leaves, values, strict=True):
+    for keys, leaf, value in zip(params.keys, params.leaves, values, strict=True):
       kind = _kind(value)
       problem = _mismatch(leaf, value, self.dtype) if kind is Kind.STORED else None
       if problem:
-        problems.append(f'{path}: {problem}')
+        problems.append(f'{trees.shown(keys)}: {problem}')
       found.append((Kind.FREE if _never_held(leaf) else kind, value))
+    hint = ''
+    if isinstance(self.anchor, jax.Array) and self.anchor.ndim == 0:
+      hint = ' ' + checks.STATIC.format(name='anchor')
     trees.raise_all(
-      problems, 'each leaf of the anchor must be an array like the param, 0, or None (free):'
+      problems,
+      f'each leaf of the anchor must be an array like the param, 0, or None (free){hint}:',
     )
     return found
 
@@ -135,10 +129,9 @@ class Anchoring:
     flat = trees.flatten(params)
     gradient_leaves = trees.match_leaves(gradients, flat).leaves
     kinds = self.kinds(flat)
-    starts = [p for p, kind in zip(flat.leaves, kinds, strict=True) if kind is Kind.STORED]
-    stored = self._captured(stored, starts, count)
+    stored = self._captured(stored, flat, kinds, count)
     arrays = iter(jax.tree.leaves(stored))
-    anchors = [next(arrays) if kind is Kind.STORED else 0 for kind in kinds]
+    anchors = [wide(next(arrays)) if kind is Kind.STORED else 0.0 for kind in kinds]
     at = [i for i, kind in enumerate(kinds) if kind is not Kind.FREE]
     return View(
       flat=flat,
@@ -146,28 +139,48 @@ class Anchoring:
       at=at,
       gradients=[wide(gradient_leaves[i]) for i in at],
       params=[wide(flat.leaves[i]) for i in at],
-      anchors=[wide(anchors[i]) for i in at],
+      anchors=[anchors[i] for i in at],
       stored=stored,
     )
 
-  def _captured(self, stored: Any, params: Sequence[Any], count: jax.Array) -> Any:
+  def _captured(
+    self, stored: Any, params: trees.Flat, kinds: Sequence[Kind], count: jax.Array
+  ) -> Any:
     """The anchor in the state, after it was captured where that is asked for.
 
     The params at the first update replace what `init` saw: many training
     stacks load the pre-trained weights in between.
     """
-    anchors, treedef = jax.tree.flatten(stored)
-    if [jnp.shape(a) for a in anchors] != [jnp.shape(p) for p in params]:
-      raise ValueError(
-        'the anchor in the optimizer state does not fit the params: '
-        f'{len(anchors)} arrays in the state, {len(params)} expected. Was the state made by '
-        'another transformation, for other params, or has its anchor been dropped?'
-      )
-    if self.captured and anchors:
-      # A conditional leaves the anchor's buffers alone on every later step,
-      # where a select would read and write a copy of the model each time.
-      anchors = jax.lax.cond(count == 0, lambda a, p: _cast(p, a), lambda a, p: a, anchors, params)
-    return jax.tree.unflatten(treedef, anchors)
+    pairs = zip(params.keys, params.leaves, kinds, strict=True)
+    starts = {keys: leaf for keys, leaf, kind in pairs if kind is Kind.STORED}
+    flat = trees.flatten(stored)
+    _check_stored(dict(zip(flat.keys, flat.leaves, strict=True)), starts)
+    if not self.captured or not starts:
+      return stored
+    # A conditional leaves the anchor's buffers alone on every later step,
+    # where a select would read and write a copy of the model each time.
+    anchors = jax.lax.cond(
+      count == 0, lambda a, p: _cast(p, a), lambda a, p: a, flat.leaves, list(starts.values())
+    )
+    return jax.tree.unflatten(flat.treedef, anchors)
+
+
+def _check_stored(stored: Mapping[trees.Keys, Any], params: Mapping[trees.Keys, Any]) -> None:
+  shapes = {keys: jnp.shape(a) for keys, a in stored.items()}
+  expected = {keys: jnp.shape(p) for keys, p in params.items()}
+  problems = [
+    f'{trees.shown(keys)}: {shapes.get(keys, "nothing")} in the state, '
+    f'{expected.get(keys, "nothing")} expected'
+    for keys in sorted(shapes.keys() | expected.keys())
+    if shapes.get(keys) != expected.get(keys)
+  ]
+  if not problems and list(shapes) != list(expected):
+    problems = ['the leaves come in another order']
+  trees.raise_all(
+    problems,
+    'the anchor in the optimizer state does not fit the params; was the state made by another '
+    'transformation, for other params, or has its anchor been dropped?',
+  )
 
 
 def _cast(params: Sequence[Any], like: Sequence[jax.Array]) -> list[jax.Array]:
@@ -188,29 +201,17 @@ def _kind(value: Any) -> Kind:
 
 
 def _mismatch(leaf: Any, value: Any, anchor_dtype: Any) -> str | None:
-  try:
-    shape, dtype = jnp.shape(value), jnp.result_type(value)
-  except (TypeError, ValueError):
-    return f'found {_describe(value)}'
-  if shape != jnp.shape(leaf):
-    return f'anchor {_describe(value)}, param {_describe(leaf)}'
+  number = isinstance(value, int | float | complex) and not isinstance(value, bool)
+  if not number and not (hasattr(value, 'shape') and hasattr(value, 'dtype')):
+    return f'found {checks.kind_of(value)}'
+  both = f'anchor {checks.kind_of(value)}, param {checks.kind_of(leaf)}'
+  if jnp.shape(value) != jnp.shape(leaf):
+    return both
   # A Python number takes the param's dtype, as everywhere in JAX.
-  if isinstance(value, int | float | complex) or dtype == jnp.result_type(leaf):
+  dtype = jnp.result_type(value, leaf) if number else jnp.result_type(value)
+  if dtype == jnp.result_type(leaf) or (anchor_dtype is not None and dtype == anchor_dtype):
     return None
-  if anchor_dtype is not None and dtype == anchor_dtype:
-    return None
-  return (
-    f'anchor {_describe(value)}, param {_describe(leaf)}; cast the anchor, '
-    'or pass anchor_dtype to store it in another dtype'
-  )
-
-
-def _describe(value: Any) -> str:
-  if isinstance(value, optax.GradientTransformation):
-    return 'an optax transformation'
-  if hasattr(value, 'shape') and hasattr(value, 'dtype'):
-    return f'{np.dtype(value.dtype).name}{list(value.shape)}'
-  return f'{type(value).__name__} {value!r}'[:80]
+  return f'{both}; cast the anchor'
 
 
 def _copy(value: Any, leaf: Any, dtype: Any) -> jax.Array:

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spd_optax import anchors, trees
+from spd_optax import anchors, checks, trees
 from spd_optax.anchors import Anchoring, Kind
-from spd_optax.step import NumberOrSchedule, check_strength, value_at
+from spd_optax.checks import NumberOrSchedule
 
 
 class L2SPState(NamedTuple):
@@ -57,7 +57,7 @@ def l2_sp(
     >>> import spd_optax as spd
     >>> optimizer = optax.chain(spd.l2_sp(strength=0.01), optax.adam(1e-3))
   """
-  check_strength(strength)
+  checks.strength(strength)
   anchoring = Anchoring(anchor, anchor_dtype)
 
   def init(params: Any) -> L2SPState:
@@ -67,13 +67,16 @@ def l2_sp(
     updates: Any, state: L2SPState, params: Any = None, **extra_args: Any
   ) -> tuple[Any, L2SPState]:
     del extra_args
+    checks.state(state, L2SPState)
     view = anchoring.view(updates, state.anchor, state.count, params)
-    strength_now = value_at(strength, state.count)
+    next_state = L2SPState(optax.safe_increment(state.count), view.stored)
+    if checks.is_zero(strength):
+      return updates, next_state
+    strength_now = checks.strength_at(strength, state.count)
     leaves, treedef = jax.tree.flatten(updates)
     for i, gradient, deviation in zip(view.at, view.gradients, view.deviations, strict=True):
       leaves[i] = (gradient + strength_now * deviation).astype(jnp.result_type(leaves[i]))
-    count = optax.safe_increment(state.count)
-    return jax.tree.unflatten(treedef, leaves), L2SPState(count, view.stored)
+    return jax.tree.unflatten(treedef, leaves), next_state
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -108,12 +111,14 @@ def interpolate(anchor: Any, params: Any, alpha: float | jax.Array) -> Any:
   """
   if anchor is None:
     raise TypeError('interpolate(anchor, params, alpha): the anchor must be given, not None')
+  checks.alpha(alpha)
   flat = trees.flatten(params)
 
   def between(kind: Kind, start: Any, leaf: Any) -> Any:
     if kind is Kind.FREE:
       return leaf
-    mixed = (1 - alpha) * anchors.wide(start) + alpha * anchors.wide(leaf)
+    start = 0.0 if kind is Kind.ZERO else anchors.wide(start)
+    mixed = (1 - alpha) * start + alpha * anchors.wide(leaf)
     return mixed.astype(jnp.result_type(leaf))
 
   pairs = Anchoring(anchor).resolve(flat)

@@ -121,7 +121,7 @@ def find_layers(
 
 
 def _is_axis(value: Any) -> bool:
-  return isinstance(value, int)
+  return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_axis_name(value: Any) -> bool:
@@ -147,10 +147,10 @@ def _group_key(group: Group, path: str) -> str:
 def _stack_axes(axes: Sequence[Any], params: trees.Flat) -> list[int | None]:
   found: list[int | None] = []
   problems = []
-  for path, leaf, axis in zip(params.paths, params.leaves, axes, strict=True):
+  for keys, leaf, axis in zip(params.keys, params.leaves, axes, strict=True):
     ndim = jnp.ndim(leaf)
     if axis is not None and not (_is_axis(axis) and -ndim <= axis < ndim):
-      problems.append(f'{path}: stack axis {axis!r}, shape {jnp.shape(leaf)}')
+      problems.append(f'{trees.shown(keys)}: stack axis {axis!r}, shape {jnp.shape(leaf)}')
     else:
       found.append(axis if axis is None else axis % ndim)
   trees.raise_all(
@@ -170,7 +170,9 @@ def _layer_shapes(
   problems = []
   for name, at in members.items():
     if len({counts[i] for i in at}) > 1:
-      found = ', '.join(f'{paths[i]}: {counts[i][0] if counts[i] else "not stacked"}' for i in at)
+      found = ', '.join(
+        f'{paths[i] or "(root)"}: {counts[i][0] if counts[i] else "not stacked"}' for i in at
+      )
       problems.append(f'group {name!r}: {found}')
   trees.raise_all(
     problems,

@@ -3,12 +3,14 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from spd_optax import formulas, step
+from spd_optax import checks, formulas, step
 from spd_optax.anchors import Anchoring, wide
+from spd_optax.checks import Number, NumberOrSchedule
 from spd_optax.layers import AxisName, Group, StackAxis
-from spd_optax.step import Decay, Number, NumberOrSchedule, ProjectionDecayState
+from spd_optax.step import Decay, ProjectionDecayState
 
 GRADIENT_STRENGTH = 10.0
 GRADIENT_MARGIN = 0.1
@@ -41,13 +43,14 @@ def projection_decay(
   Per layer, with gradient g, deviation d = θ − θ_0 from the anchor,
   cos = ⟨g, d⟩ / (‖g‖ ‖d‖), strength λ and margin m:
 
-      g' = g + λ (cos + m) ‖g‖ d / ‖d‖     where cos > −m
+      g' = g + λ (cos + m) ‖g‖ d / ‖d‖     where cos > −m and ‖d‖ grew in the last step
       g' = g                               otherwise
 
-  A layer whose gradient points clearly away from the anchor moves freely; the
-  gradient of any other is turned toward the anchor before the optimizer sees
-  it. The rule is scale-free: multiplying the loss changes nothing but the
-  scale of g', and ‖g'‖ ≤ (1 + λ (1 + m)) ‖g‖.
+  A layer whose gradient points clearly away from the anchor (−g outward) moves
+  freely, and so does one that already returns; the gradient of any other is
+  turned toward the anchor before the optimizer sees it. The rule is scale-free:
+  multiplying the loss changes nothing but the scale of g', and
+  ‖g'‖ ≤ (1 + λ (1 + m)) ‖g‖.
 
   This is *not* the paper's rule, which projects the optimizer's output; that is
   `with_projection_decay`. Change ``optax.adam(lr)`` to
@@ -105,15 +108,29 @@ def projection_decay(
     view, layers = decay.view(updates, state, params)
     sums = decay.sums(view, layers, gradient_norm=view.gradients)
     condition = decay.condition(sums)
-    norms = list(zip(sums['inner'], sums['gradient_norm'], sums['distance'], strict=True))
-    ratio = [formulas.pull(formulas.cosine(*norm), margin) for norm in norms]
-    strength_now = step.value_at(strength, state.count)
+    ratio = []
+    for name, held, inner, gradient_norm, distance in zip(
+      layers.names,
+      condition,
+      sums['inner'],
+      sums['gradient_norm'],
+      sums['distance'],
+      strict=True,
+    ):
+      # As r in eq. 9: a layer that already returns is not pulled home on top.
+      outward = formulas.moved_outward(distance.astype(jnp.float32), state.distance[name])
+      cos = formulas.cosine(inner, gradient_norm, distance)
+      ratio.append(jnp.where(held & outward, formulas.pull(cos, margin), 0))
+    strength_now = checks.strength_at(strength, state.count)
     scale = [
       strength_now * r * formulas.divide(gradient_norm, distance)
-      for r, (_, gradient_norm, distance) in zip(ratio, norms, strict=True)
+      for r, gradient_norm, distance in zip(
+        ratio, sums['gradient_norm'], sums['distance'], strict=True
+      )
     ]
-    turned = step.shift(view, layers, updates, condition, scale, view.deviations)
-    return turned, decay.next_state(state, view.stored, layers, condition, ratio, sums['distance'])
+    if not checks.is_zero(strength):
+      updates = step.shift(view, layers, updates, condition, scale, view.deviations)
+    return updates, decay.next_state(state, view.stored, layers, condition, ratio, sums['distance'])
 
   return optax.GradientTransformationExtraArgs(decay.init, update)
 
@@ -188,11 +205,7 @@ def with_projection_decay(
     [ 1.29 -0.71] False
     [ 1.29 -0.71] True
   """
-  if not (hasattr(optimizer, 'init') and hasattr(optimizer, 'update')):
-    raise TypeError(
-      'with_projection_decay(optimizer, anchor): expected an optax optimizer first, '
-      f'found {type(optimizer).__name__}'
-    )
+  checks.optimizer(optimizer)
   inner = optax.with_extra_args_support(optimizer)
   decay = Decay(Anchoring(anchor, anchor_dtype), strength, margin, stack_axis, group, axis_name)
 
@@ -202,7 +215,8 @@ def with_projection_decay(
   def update(
     updates: Any, state: WithProjectionDecayState, params: Any = None, **extra_args: Any
   ) -> tuple[Any, WithProjectionDecayState]:
-    own: Any = getattr(state, 'projection_decay', state)
+    checks.state(state, WithProjectionDecayState)
+    own = state.projection_decay
     view, layers = decay.view(updates, own, params)
     updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
     steps = jax.tree.leaves(updates)
@@ -215,12 +229,12 @@ def with_projection_decay(
       formulas.projection_ratio(distance, after)
       for distance, after in zip(sums['distance'], sums['after'], strict=True)
     ]
-    strength_now = step.value_at(strength, own.count)
-    shortened = step.shift(
-      view, layers, updates, condition, [-strength_now * r for r in ratio], moved
-    )
+    strength_now = checks.strength_at(strength, own.count)
+    if not checks.is_zero(strength):
+      scale = [-strength_now * r for r in ratio]
+      updates = step.shift(view, layers, updates, condition, scale, moved)
     own = decay.next_state(own, view.stored, layers, condition, ratio, sums['distance'])
-    return shortened, WithProjectionDecayState(own, inner_state)
+    return updates, WithProjectionDecayState(own, inner_state)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -278,11 +292,7 @@ def adam_spd(
     >>> optimizer = spd.adam_spd(1e-3)
     >>> state = optimizer.init({'kernel': jnp.ones((2, 3))})
   """
-  if not (callable(learning_rate) or hasattr(learning_rate, '__float__')):
-    raise TypeError(
-      'adam_spd(learning_rate, anchor): expected a number or a schedule first, '
-      f'found {type(learning_rate).__name__}'
-    )
+  checks.learning_rate(learning_rate)
   adam = optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
   return with_projection_decay(
     adam,

@@ -13,20 +13,16 @@ One step, from the gradients g, the params θ and the state:
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from spd_optax import anchors, formulas, trees
+from spd_optax import anchors, checks, formulas, trees
+from spd_optax.checks import Number, NumberOrSchedule
 from spd_optax.layers import AxisName, Group, Layers, PerLayer, StackAxis, find_layers
-
-Number = float | jax.Array
-NumberOrSchedule = Number | Callable[[Any], Any]
 
 
 class ProjectionDecayState(NamedTuple):
@@ -41,7 +37,7 @@ class ProjectionDecayState(NamedTuple):
     condition: bool[] or bool[L] per layer: held back at the last update.
     ratio: float32, same shapes. Form 2: r, the part of the deviation from the
       anchor by which the last step grew (eq. 9), whether held or not. Form 1: the
-      size of the pull relative to the gradient at strength 1.
+      size of the pull relative to the gradient at strength 1; 0 where there is none.
     distance: float32, same shapes: ‖θ − θ_0‖ before the last update.
     constrained: int32, same shapes: updates so far in which the layer was held.
   """
@@ -66,8 +62,9 @@ class Decay:
   axis_name: AxisName
 
   def __post_init__(self) -> None:
-    check_strength(self.strength)
-    _check_margin(self.margin)
+    checks.strength(self.strength)
+    checks.margin(self.margin)
+    checks.group(self.group)
 
   def init(self, params: Any) -> ProjectionDecayState:
     stored = self.anchoring.init(params)
@@ -96,16 +93,10 @@ class Decay:
 
   def view(self, gradients: Any, state: Any, params: Any) -> tuple[anchors.View, Layers]:
     """The constrained leaves, and their arrangement into layers; checks all arguments."""
-    if not isinstance(state, ProjectionDecayState):
-      raise TypeError(
-        f'expected the ProjectionDecayState that init returns, found {type(state).__name__}; '
-        'restore checkpoints into the structure of init(params)'
-      )
+    checks.state(state, ProjectionDecayState)
     view = self.anchoring.view(gradients, state.anchor, state.count, params)
     layers = self._layers(view.flat, view.kinds)
-    if set(layers.names) != set(state.constrained):
-      names = sorted(set(layers.names) ^ set(state.constrained))
-      raise ValueError(f'the state was made for other layers; these differ: {", ".join(names)}')
+    _check_layers({k: v.shape for k, v in state.constrained.items()}, layers)
     return view, layers
 
   def sums(
@@ -114,20 +105,15 @@ class Decay:
     """⟨g, d⟩ as 'inner', ‖d‖ as 'distance', and the norms of `squares` by name."""
     deviations = view.deviations
     squares = {'distance': deviations, **squares}
-    if not self._is_plain:
+    if not checks.is_zero(self.margin):
       squares['gradient_norm'] = view.gradients
     products = {key: [_products(x, x) for x in leaves] for key, leaves in squares.items()}
     products['inner'] = [_products(g, d) for g, d in zip(view.gradients, deviations, strict=True)]
     sums = layers.sums(products)
     return {k: v if k == 'inner' else [jnp.sqrt(x) for x in v] for k, v in sums.items()}
 
-  @property
-  def _is_plain(self) -> bool:
-    """Whether the condition is the paper's; a traced margin may be anything."""
-    return isinstance(self.margin, int | float) and self.margin == 0
-
   def condition(self, sums: dict[str, PerLayer]) -> PerLayer:
-    if self._is_plain:
+    if checks.is_zero(self.margin):
       return [formulas.turned_back(inner) for inner in sums['inner']]
     return [
       formulas.not_clearly_outward(inner, gradient_norm, distance, self.margin)
@@ -179,8 +165,9 @@ def shift(
 ) -> Any:
   """tree + scale · direction where the layer is held, and the tree's own bits elsewhere."""
   leaves, treedef = jax.tree.flatten(tree)
-  # scale == 0 (strength 0, say) must leave every bit alone, also of a NaN or −0.
-  active = [held & (s != 0) for held, s in zip(condition, scale, strict=True)]
+  # scale == 0 (a schedule at 0, say) must leave every bit alone, also of a NaN or −0;
+  # a scale that is not finite comes from norms beyond the range of the dtype.
+  active = [held & (s != 0) & jnp.isfinite(s) for held, s in zip(condition, scale, strict=True)]
   actives, scales = layers.spread(active, directions), layers.spread(scale, directions)
   for i, is_active, s, direction in zip(view.at, actives, scales, directions, strict=True):
     leaf = jnp.asarray(leaves[i])
@@ -193,27 +180,16 @@ def _not_like_params(anchor: Any) -> ProjectionDecayState:
   return ProjectionDecayState(leaf, anchor, leaf, leaf, leaf, leaf)
 
 
-def value_at(strength: NumberOrSchedule, count: jax.Array) -> Any:
-  """The strength at a step."""
-  return strength(count) if callable(strength) else strength
-
-
-def check_strength(strength: Any) -> None:
-  """Raises TypeError or ValueError unless a number ≥ 0, a schedule or a traced value."""
-  if callable(strength) or isinstance(strength, jax.core.Tracer):
-    return
-  if not isinstance(strength, int | float | np.number | np.ndarray | jax.Array):
-    raise TypeError(
-      f'strength: expected a number ≥ 0 or a schedule, found {type(strength).__name__}'
-    )
-  if jnp.ndim(strength) or not (0 <= strength < math.inf):
-    raise ValueError(f'strength: expected a finite number ≥ 0, found {strength}')
-
-
-def _check_margin(margin: Any) -> None:
-  if isinstance(margin, jax.core.Tracer):
-    return
-  if callable(margin) or not isinstance(margin, int | float | np.number | np.ndarray | jax.Array):
-    raise TypeError(f'margin: expected a number in [0, 1), found {type(margin).__name__}')
-  if jnp.ndim(margin) or not (0 <= margin < 1):
-    raise ValueError(f'margin: expected a number in [0, 1), found {margin}')
+def _check_layers(found: Mapping[str, tuple[int, ...]], layers: Layers) -> None:
+  expected = layers.named(layers.shapes)
+  problems = [
+    f'{name or "(root)"}: {found.get(name, "nothing")} in the state, '
+    f'{expected.get(name, "nothing")} expected'
+    for name in sorted(found.keys() | expected.keys())
+    if found.get(name) != expected.get(name)
+  ]
+  trees.raise_all(
+    problems,
+    'the layers in the optimizer state do not fit `group` and `stack_axis`; '
+    'the shapes of their conditions differ:',
+  )

@@ -35,6 +35,11 @@ def join(keys: Keys) -> str:
   return '/'.join(keys)
 
 
+def shown(keys: Keys) -> str:
+  """The path for messages, where the root has a name."""
+  return join(keys) or '(root)'
+
+
 def _name(entry: Any) -> str:
   match entry:
     case DictKey() | FlattenedIndexKey():
@@ -103,12 +108,12 @@ def prefix_values(prefix: Any, params: Flat, name: str) -> list[Any]:
   }
   used = {keys: _covering(entries, keys) for keys in params.keys}
   problems = [
-    f'{join(keys)}: in the params, missing in {name}' for keys, at in used.items() if at is None
+    f'{shown(keys)}: in the params, missing in {name}' for keys, at in used.items() if at is None
   ]
   left_out = set(params.holes)
   for keys in entries.keys() - set(used.values()) - {()}:
     if _covering(left_out, keys) is None and not any(h[: len(keys)] == keys for h in left_out):
-      problems.append(f'{join(keys)}: in {name}, missing in the params')
+      problems.append(f'{shown(keys)}: in {name}, missing in the params')
   raise_all(
     sorted(problems),
     f'{name} must be a tree like the params, or a prefix of it '
@@ -139,13 +144,15 @@ def match_leaves(updates: Any, params: Flat) -> Flat:
   """
   flat = flatten(updates)
   ours, theirs = set(params.keys), set(flat.keys)
-  problems = [f'{join(k)}: in the params, missing in the gradients' for k in sorted(ours - theirs)]
-  problems += [f'{join(k)}: in the gradients, missing in the params' for k in sorted(theirs - ours)]
+  problems = [f'{shown(k)}: in the params, missing in the gradients' for k in sorted(ours - theirs)]
+  problems += [
+    f'{shown(k)}: in the gradients, missing in the params' for k in sorted(theirs - ours)
+  ]
   shapes = dict(zip(params.keys, map(jax.numpy.shape, params.leaves), strict=True))
   for keys, leaf in zip(flat.keys, flat.leaves, strict=True):
     shape = jax.numpy.shape(leaf)
     if keys in ours and shapes[keys] != shape:
-      problems.append(f'{join(keys)}: param {shapes[keys]}, gradient {shape}')
+      problems.append(f'{shown(keys)}: param {shapes[keys]}, gradient {shape}')
   if not problems and flat.keys != params.keys:
     problems = ['the leaves come in another order']
   raise_all(problems, 'the gradients must have the structure and shapes of the params:')

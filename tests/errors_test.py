@@ -93,7 +93,7 @@ POSITIONS = {
   'no optimizer': (spd.with_projection_decay, (None,), f'{WRAPPER} & NoneType'),
   'anchor as rate': (spd.adam_spd, (PARAMS,), f'{ALIAS} & dict'),
   'array anchor as rate': (spd.adam_spd, (jnp.ones(3),), 'learning_rate & number or a schedule'),
-  'optimizer as rate': (spd.adam_spd, (ADAM,), f'{ALIAS} & Gradient'),
+  'optimizer as rate': (spd.adam_spd, (ADAM,), f'{ALIAS} & optax transformation'),
   'string rate': (spd.adam_spd, ('1e-3',), f'{ALIAS} & str'),
   'no rate': (spd.adam_spd, (None,), f'{ALIAS} & NoneType'),
   'WiSE-FT without anchor': (spd.interpolate, (None, PARAMS, 0.5), 'anchor & given & None'),

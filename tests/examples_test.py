@@ -92,9 +92,8 @@ def test_the_splits_are_disjoint_and_the_styles_differ():
 def test_sweep_trains_each_setting_with_its_own_hyperparameters(run, monkeypatch):
   # Would catch: settings mixed up with one another in the shared program.
   family = 'relu(cos + m)'
-  pull, _ = choose_defaults.FAMILIES[family]
-  settings = ((0, 0), (10, 0.1))
-  monkeypatch.setattr(choose_defaults, 'FAMILIES', {family: (pull, settings)})
+  settings = choose_defaults.FAMILIES[family]._replace(settings=((0, 0), (10, 0.1)))
+  monkeypatch.setattr(choose_defaults, 'FAMILIES', {family: settings})
   monkeypatch.setattr(choose_defaults, 'RATES', (1e-3, 1e-2))
   model, _ = finetune_vit.load(str(run[0] / 'foundation'))
   trained = {}
@@ -126,10 +125,18 @@ def test_sweep_trains_each_setting_with_its_own_hyperparameters(run, monkeypatch
 
 
 def test_the_rule_of_choice():
-  # Would catch: a setting chosen although it costs accuracy at one learning rate.
+  # Would catch: a setting chosen although it costs more than the paper's rule.
+  def row(new, old):
+    return {f'new, lr {i}': [v] for i, v in enumerate(new)} | {
+      f'old, lr {i}': [v] for i, v in enumerate(old)
+    }
+
   table = {
-    'Adam': {'new, lr 1': [90.0], 'new, lr 2': [80.0], 'old, lr 1': [50.0], 'old, lr 2': [50.0]},
-    'free': {'new, lr 1': [90.0], 'new, lr 2': [81.0], 'old, lr 1': [60.0], 'old, lr 2': [60.0]},
-    'firm': {'new, lr 1': [95.0], 'new, lr 2': [79.0], 'old, lr 1': [90.0], 'old, lr 2': [90.0]},
+    'Adam': row([90.0, 80.0], [50.0, 50.0]),
+    '1 · exact SPD, m = 0': row([88.0, 80.0], [60.0, 60.0]),
+    '1 · exact SPD, m = 0.05': row([99.0, 99.0], [99.0, 99.0]),
+    'gentle': row([90.0, 79.0], [60.0, 62.0]),
+    'better': row([87.0, 81.0], [70.0, 60.0]),
+    'firm': row([95.0, 72.0], [90.0, 90.0]),
   }
-  assert choose_defaults.choose(table) == 'free'
+  assert choose_defaults.choose(table) == 'better'
