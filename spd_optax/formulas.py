@@ -54,11 +54,6 @@ def projection_ratio(distance: jax.Array, distance_after: jax.Array) -> jax.Arra
   return divide(growth, jnp.where(jnp.isfinite(distance_after), distance_after, 0))
 
 
-def moved_outward(distance: jax.Array, distance_before: jax.Array) -> jax.Array:
-  """Whether the last step took the layer farther from its anchor: ‖d_t‖ > ‖d_{t−1}‖."""
-  return distance > distance_before
-
-
 def pull(cos: jax.Array, margin: ArrayLike) -> jax.Array:
   """φ = max(0, cos + m): form 1's pull toward the anchor relative to ‖g‖, at strength 1."""
   return jnp.maximum(cos + margin, 0)

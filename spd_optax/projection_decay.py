@@ -12,9 +12,6 @@ from spd_optax.checks import Number, NumberOrSchedule
 from spd_optax.layers import AxisName, Group, StackAxis
 from spd_optax.step import Decay, ProjectionDecayState
 
-GRADIENT_STRENGTH = 10.0
-GRADIENT_MARGIN = 0.1
-
 
 class WithProjectionDecayState(NamedTuple):
   """State of `with_projection_decay`.
@@ -30,9 +27,9 @@ class WithProjectionDecayState(NamedTuple):
 
 def projection_decay(
   anchor: Any = None,
-  strength: NumberOrSchedule = GRADIENT_STRENGTH,
+  strength: NumberOrSchedule = 1.0,
   *,
-  margin: Number = GRADIENT_MARGIN,
+  margin: Number = 0.0,
   stack_axis: StackAxis = None,
   group: Group = None,
   axis_name: AxisName = None,
@@ -43,14 +40,13 @@ def projection_decay(
   Per layer, with gradient g, deviation d = θ − θ_0 from the anchor,
   cos = ⟨g, d⟩ / (‖g‖ ‖d‖), strength λ and margin m:
 
-      g' = g + λ (cos + m) ‖g‖ d / ‖d‖     where cos > −m and ‖d‖ grew in the last step
+      g' = g + λ (cos + m) ‖g‖ d / ‖d‖     where cos > −m
       g' = g                               otherwise
 
   A layer whose gradient points clearly away from the anchor (−g outward) moves
-  freely, and so does one that already returns; the gradient of any other is
-  turned toward the anchor before the optimizer sees it. The rule is scale-free:
-  multiplying the loss changes nothing but the scale of g', and
-  ‖g'‖ ≤ (1 + λ (1 + m)) ‖g‖.
+  freely; the gradient of any other is turned toward the anchor before the
+  optimizer sees it. The rule is scale-free: multiplying the loss changes nothing
+  but the scale of g', and ‖g'‖ ≤ (1 + λ (1 + m)) ‖g‖.
 
   This is *not* the paper's rule, which projects the optimizer's output; that is
   `with_projection_decay`. Change ``optax.adam(lr)`` to
@@ -63,7 +59,8 @@ def projection_decay(
       update, so that pre-trained weights may be put in after `init`. Arrays are
       copied into the state with the sharding of the params.
     strength: λ, a number ≥ 0 or a schedule of the step. 0 changes no bit.
-    margin: m in [0, 1). 0 asks whether the gradient points back at all.
+    margin: m in [0, 1). 0 asks whether the gradient points back at all; a small
+      margin, 0.05 or 0.1, also holds layers that walk out sideways.
     stack_axis: the axis that stacks layers in a leaf (nn.scan): an int, a prefix
       tree of ints and None, or ``(path, leaf) -> int | None``. Each slice is a
       layer.
@@ -108,25 +105,15 @@ def projection_decay(
     view, layers = decay.view(updates, state, params)
     sums = decay.sums(view, layers, gradient_norm=view.gradients)
     condition = decay.condition(sums)
-    ratio = []
-    for name, held, inner, gradient_norm, distance in zip(
-      layers.names,
-      condition,
-      sums['inner'],
-      sums['gradient_norm'],
-      sums['distance'],
-      strict=True,
-    ):
-      # As r in eq. 9: a layer that already returns is not pulled home on top.
-      outward = formulas.moved_outward(distance.astype(jnp.float32), state.distance[name])
-      cos = formulas.cosine(inner, gradient_norm, distance)
-      ratio.append(jnp.where(held & outward, formulas.pull(cos, margin), 0))
+    norms = list(zip(sums['inner'], sums['gradient_norm'], sums['distance'], strict=True))
+    ratio = [
+      jnp.where(held, formulas.pull(formulas.cosine(*norm), margin), 0)
+      for held, norm in zip(condition, norms, strict=True)
+    ]
     strength_now = checks.strength_at(strength, state.count)
     scale = [
       strength_now * r * formulas.divide(gradient_norm, distance)
-      for r, gradient_norm, distance in zip(
-        ratio, sums['gradient_norm'], sums['distance'], strict=True
-      )
+      for r, (_, gradient_norm, distance) in zip(ratio, norms, strict=True)
     ]
     if not checks.is_zero(strength):
       updates = step.shift(view, layers, updates, condition, scale, view.deviations)

@@ -7,7 +7,7 @@ flags = os.environ.get('XLA_FLAGS', '')
 os.environ['XLA_FLAGS'] = f'{flags} --xla_force_host_platform_device_count=8'
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
-import hypothesis
+import hypothesis  # noqa: E402  # jax reads the environment at import
 
 hypothesis.settings.register_profile('default', deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.register_profile('nightly', deadline=None, max_examples=1000)

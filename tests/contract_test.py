@@ -30,10 +30,14 @@ ALL_DTYPES = (*FLOATS, 'complex64')
 
 
 class Case(NamedTuple):
-  """A transform: `make(anchor, strength)`, and `plain`, what it is at strength 0."""
+  """A transform: `make(anchor, strength)`, and `plain`, what it is at strength 0.
+
+  `own` is that pair for the part that is ours, without an optimizer behind it.
+  """
 
   make: Callable[..., Any]
   plain: Any
+  own: tuple[Callable[..., Any], Any]
   dtypes: tuple[str, ...] = FLOATS  # that the inner optimizer supports
   per_layer: dict[str, str] = PER_LAYER
 
@@ -42,25 +46,26 @@ def before(link: Callable[..., Any], optimizer: Any, **kwargs: Any) -> Case:
   def make(anchor=None, strength=1.0):
     return optax.chain(link(anchor, strength), optimizer)
 
-  return Case(make, optimizer, **kwargs)
+  return Case(make, optimizer, (link, optax.identity()), **kwargs)
 
 
 def around(optimizer: Any, **kwargs: Any) -> Case:
   def make(anchor=None, strength=1.0):
     return spd.with_projection_decay(optimizer, anchor, strength)
 
-  return Case(make, optimizer, **kwargs)
+  return Case(make, optimizer, (make, optimizer), **kwargs)
 
 
 def alias(anchor=None, strength=1.0):
-  return spd.adam_spd(LEARNING_RATE, anchor, strength)
+  return spd.adam_spd(LEARNING_RATE, anchor, strength, eps=EPS)
 
 
-ADAM = optax.adam(LEARNING_RATE)
+EPS = 1e-3  # float16 rounds Adam's usual 1e-8 to 0, and Adam alone then divides by 0
+ADAM = optax.adam(LEARNING_RATE, eps=EPS)
 PUBLIC = {
   'projection_decay': before(spd.projection_decay, ADAM, dtypes=ALL_DTYPES),
   'with_projection_decay': around(ADAM, dtypes=ALL_DTYPES),
-  'adam_spd': Case(alias, ADAM, ALL_DTYPES),
+  'adam_spd': Case(alias, ADAM, (alias, ADAM), ALL_DTYPES),
   'l2_sp': before(spd.l2_sp, ADAM, dtypes=ALL_DTYPES, per_layer={}),
 }
 CASES = {
@@ -68,7 +73,7 @@ CASES = {
   'sgd': around(optax.sgd(LEARNING_RATE, momentum=0.9), dtypes=ALL_DTYPES),
   'lion': around(optax.lion(LEARNING_RATE)),
   'adafactor': around(optax.adafactor(LEARNING_RATE, momentum=0.9)),
-  'muon': around(optax.contrib.muon(LEARNING_RATE)),
+  'muon': around(optax.contrib.muon(LEARNING_RATE, eps=EPS)),
   'clipped': around(optax.chain(optax.clip_by_global_norm(1.0), ADAM), dtypes=ALL_DTYPES),
 }
 
@@ -204,7 +209,7 @@ def test_params_and_state_can_be_donated(case, explicit):
   step = jax.jit(make_step(tx), donate_argnums=(0, 1))
   trail = loop(step, params, tx.init(params), noise(0))
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params))
-  chex.assert_trees_all_equal(trail[-1], trained(case.make)[-1])
+  chex.assert_trees_all_close(trail[-1], trained(case.make)[-1], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -245,12 +250,18 @@ ZEROS = {
 @pytest.mark.parametrize('zero', ZEROS)
 @every_case
 def test_strength_zero_changes_no_bit(case, zero, jit):
-  """Catches u − 0·r·d where u belongs, and a strength that is not looked up."""
+  """Catches u − 0·r·d where u belongs, and a strength that is not looked up.
+
+  A link whose strength is known only at run time hands on the gradient's own
+  bits; XLA may still round the optimizer behind it otherwise than alone (1 ulp
+  seen on CPU), since it compiles both together. So there the link is tested alone.
+  """
+  make, plain = case.own if jit and zero != 'static' else (case.make, case.plain)
   transform, steps = (jax.jit, STEPS) if jit else (lambda step: step, 3)
   gradients = jax.tree.map(lambda g: g[:steps], noise(0))
   runs = [
     loop(transform(make_step(tx)), normal(0), tx.init(normal(0)), gradients)
-    for tx in (ZEROS[zero](case.make), case.plain)
+    for tx in (ZEROS[zero](make), plain)
   ]
-  ours, plain = ([bits(params) for params, _ in run] for run in runs)
-  assert ours == plain
+  ours, inner = ([bits(params) for params, _ in run] for run in runs)
+  assert ours == inner
