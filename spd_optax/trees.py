@@ -92,20 +92,23 @@ def raise_all(problems: Sequence[str], summary: str) -> None:
     raise ValueError(summary + '\n  ' + '\n  '.join(problems))
 
 
-def prefix_values(prefix: Any, params: Flat, name: str) -> list[Any]:
+def prefix_values(
+  prefix: Any, params: Flat, name: str, is_value: Callable[[Any], bool] = lambda node: False
+) -> list[Any]:
   """One value per leaf of `params` from a tree that is a prefix of the params.
 
-  None and `optax.MaskedNode` count as the value None. Entries for parts that
-  `params` leaves out (holes made by `optax.masked`, …) are passed over.
+  None and `optax.MaskedNode` count as the value None; nodes for which `is_value`
+  holds are values, too. Entries for parts that `params` leaves out (holes made by
+  `optax.masked`, …) are passed over.
 
   Raises:
     ValueError: naming every leaf of the params without a value, and every
       entry of `prefix` without params.
   """
-  entries = {
-    _keys(path): None if _is_hole(value) else value
-    for path, value in jax.tree_util.tree_flatten_with_path(prefix, is_leaf=_is_hole)[0]
-  }
+  found = jax.tree_util.tree_flatten_with_path(
+    prefix, is_leaf=lambda node: _is_hole(node) or is_value(node)
+  )[0]
+  entries = {_keys(path): None if _is_hole(value) else value for path, value in found}
   used = {keys: _covering(entries, keys) for keys in params.keys}
   problems = [
     f'{shown(keys)}: in the params, missing in {name}' for keys, at in used.items() if at is None
@@ -133,7 +136,7 @@ def rule_values(rule: Any, params: Flat, name: str, is_value: Callable[[Any], bo
     return [rule(path, leaf) for path, leaf in zip(params.paths, params.leaves, strict=True)]
   if rule is None or is_value(rule):
     return [rule] * len(params.leaves)
-  return prefix_values(rule, params, name)
+  return prefix_values(rule, params, name, is_value)
 
 
 def match_leaves(updates: Any, params: Flat) -> Flat:
