@@ -35,9 +35,12 @@ def methods(lr: float, anchor: Any) -> dict[str, optax.GradientTransformation]:
   """The optimizers to compare; each differs from the first in one line."""
   return {
     'Adam': optax.adam(lr),
-    'AdamW': optax.adamw(lr, weight_decay=0.01),
-    'L2-SP': optax.chain(spd.l2_sp(anchor, 0.01), optax.adam(lr)),
+    'AdamW, 0.01': optax.adamw(lr, weight_decay=0.01),
+    'L2-SP, λ = 0.01': optax.chain(spd.l2_sp(anchor, 0.01), optax.adam(lr)),
     'SPD, in the chain': optax.chain(spd.projection_decay(anchor), optax.adam(lr)),
+    'SPD, in the chain, λ = 10, m = 0.1': optax.chain(
+      spd.projection_decay(anchor, 10.0, margin=0.1), optax.adam(lr)
+    ),
     'SPD, exact (Adam-SPD)': spd.adam_spd(lr, anchor),
   }
 

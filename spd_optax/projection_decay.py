@@ -27,7 +27,7 @@ class WithProjectionDecayState(NamedTuple):
 
 def projection_decay(
   anchor: Any = None,
-  strength: NumberOrSchedule = 1.0,
+  strength: NumberOrSchedule = 0.3,
   *,
   margin: Number = 0.0,
   stack_axis: StackAxis = None,
@@ -58,7 +58,8 @@ def projection_decay(
       leaf or subtree leaves it free. `None` as a whole: the params at the first
       update, so that pre-trained weights may be put in after `init`. Arrays are
       copied into the state with the sharding of the params.
-    strength: λ, a number ≥ 0 or a schedule of the step. 0 changes no bit.
+    strength: λ, a number ≥ 0 or a schedule of the step. 0 changes no bit, 1 counts
+      the homeward part of a turned gradient twice, 10 holds firmly.
     margin: m in [0, 1). 0 asks whether the gradient points back at all; a small
       margin, 0.05 or 0.1, also holds layers that walk out sideways.
     stack_axis: the axis that stacks layers in a leaf (nn.scan): an int, a prefix

@@ -30,7 +30,7 @@ def test_vit_example_writes_its_results(run):
   assert written['results'] == results
   assert written['settings']['style'] == 'striped'
   assert (out / 'results.png').read_bytes().startswith(b'\x89PNG')
-  assert len(results) == 7
+  assert len(results) == 8
   for name, row in results.items():
     assert all(len(values) == (1 if name == 'pre-trained' else 2) for values in row.values()), name
 
