@@ -136,7 +136,7 @@ def choose(table: dict[str, dict[str, list[float]]]) -> str:
     return mean >= -2 * error
 
   settings = [setting for setting in table if setting != 'Adam' and EXACT not in setting]
-  return max(filter(affordable, settings), key=lambda setting: values(setting, 'old').mean())
+  return max(filter(affordable, settings), key=lambda s: values(s, 'old').mean(), default='none')
 
 
 def main(arguments: Sequence[str] | None = None) -> str:

@@ -7,7 +7,7 @@ state's anchor tree ``optax.MaskedNode()`` stands where nothing is stored.
 
 import dataclasses
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -67,8 +67,23 @@ class Anchoring:
     return self.anchor is None
 
   def kinds(self, params: trees.Flat) -> list[Kind]:
-    """What holds each leaf of the params; raises as `resolve`."""
-    return [kind for kind, _ in self.resolve(params)]
+    """What holds each leaf of the params, by structure alone.
+
+    Inside shard_map a param is a shard, so the shape of the anchor that the user
+    gave says nothing; `init` has checked it.
+
+    Raises:
+      ValueError: naming every leaf that only the anchor or only the params have.
+    """
+    return [
+      Kind.FREE if _never_held(leaf) else Kind.STORED if self.captured else _kind(value)
+      for leaf, value in zip(params.leaves, self._values(params), strict=True)
+    ]
+
+  def _values(self, params: trees.Flat) -> list[Any]:
+    if self.captured:
+      return params.leaves
+    return trees.prefix_values(self.anchor, params, 'anchor')
 
   def resolve(self, params: trees.Flat) -> list[tuple[Kind, Any]]:
     """What holds each leaf of the params, and the value given for it.
@@ -77,17 +92,12 @@ class Anchoring:
       ValueError: naming every leaf where anchor and params differ in
         structure, shape or dtype.
     """
-    if self.captured:
-      kinds = [Kind.FREE if _never_held(leaf) else Kind.STORED for leaf in params.leaves]
-      return list(zip(kinds, params.leaves, strict=True))
-    values = trees.prefix_values(self.anchor, params, 'anchor')
-    problems, found = [], []
-    for keys, leaf, value in zip(params.keys, params.leaves, values, strict=True):
-      kind = _kind(value)
-      problem = _mismatch(leaf, value, self.dtype) if kind is Kind.STORED else None
-      if problem:
-        problems.append(f'{trees.shown(keys)}: {problem}')
-      found.append((Kind.FREE if _never_held(leaf) else kind, value))
+    values = self._values(params)
+    problems = [
+      f'{trees.shown(keys)}: {problem}'
+      for keys, leaf, value in zip(params.keys, params.leaves, values, strict=True)
+      if not self.captured and (problem := _mismatch(leaf, value, self.dtype))
+    ]
     hint = ''
     if isinstance(self.anchor, jax.Array) and self.anchor.ndim == 0:
       hint = ' ' + checks.STATIC.format(name='anchor')
@@ -95,7 +105,7 @@ class Anchoring:
       problems,
       f'each leaf of the anchor must be an array like the param, 0, or None (free){hint}:',
     )
-    return found
+    return list(zip(self.kinds(params), values, strict=True))
 
   def init(self, params: Any) -> Any:
     """The anchor tree for the state: copies with the shardings of the params."""
@@ -130,8 +140,8 @@ class Anchoring:
     gradient_leaves = trees.match_leaves(gradients, flat).leaves
     kinds = self.kinds(flat)
     stored = self._captured(stored, flat, kinds, count)
-    arrays = iter(jax.tree.leaves(stored))
-    anchors = [wide(next(arrays)) if kind is Kind.STORED else 0.0 for kind in kinds]
+    arrays = trees.flatten(stored)
+    by_path = {path: wide(a) for path, a in zip(arrays.paths, arrays.leaves, strict=True)}
     at = [i for i, kind in enumerate(kinds) if kind is not Kind.FREE]
     return View(
       flat=flat,
@@ -139,7 +149,7 @@ class Anchoring:
       at=at,
       gradients=[wide(gradient_leaves[i]) for i in at],
       params=[wide(flat.leaves[i]) for i in at],
-      anchors=[anchors[i] for i in at],
+      anchors=[by_path.get(flat.paths[i], 0.0) for i in at],
       stored=stored,
     )
 
@@ -151,36 +161,24 @@ class Anchoring:
     The params at the first update replace what `init` saw: many training
     stacks load the pre-trained weights in between.
     """
-    pairs = zip(params.keys, params.leaves, kinds, strict=True)
-    starts = {keys: leaf for keys, leaf, kind in pairs if kind is Kind.STORED}
+    pairs = zip(params.paths, params.leaves, kinds, strict=True)
+    starts = {path: leaf for path, leaf, kind in pairs if kind is Kind.STORED}
     flat = trees.flatten(stored)
-    _check_stored(dict(zip(flat.keys, flat.leaves, strict=True)), starts)
+    trees.match_shapes(
+      {path: jnp.shape(a) for path, a in zip(flat.paths, flat.leaves, strict=True)},
+      {path: jnp.shape(p) for path, p in starts.items()},
+      'the anchor in the optimizer state does not fit the params; was the state made by another '
+      'transformation, for other params, or has its anchor been dropped?',
+    )
     if not self.captured or not starts:
       return stored
     # A conditional leaves the anchor's buffers alone on every later step,
     # where a select would read and write a copy of the model each time.
+    in_order = [starts[path] for path in flat.paths]
     anchors = jax.lax.cond(
-      count == 0, lambda a, p: _cast(p, a), lambda a, p: a, flat.leaves, list(starts.values())
+      count == 0, lambda a, p: _cast(p, a), lambda a, p: a, flat.leaves, in_order
     )
     return jax.tree.unflatten(flat.treedef, anchors)
-
-
-def _check_stored(stored: Mapping[trees.Keys, Any], params: Mapping[trees.Keys, Any]) -> None:
-  shapes = {keys: jnp.shape(a) for keys, a in stored.items()}
-  expected = {keys: jnp.shape(p) for keys, p in params.items()}
-  problems = [
-    f'{trees.shown(keys)}: {shapes.get(keys, "nothing")} in the state, '
-    f'{expected.get(keys, "nothing")} expected'
-    for keys in sorted(shapes.keys() | expected.keys())
-    if shapes.get(keys) != expected.get(keys)
-  ]
-  if not problems and list(shapes) != list(expected):
-    problems = ['the leaves come in another order']
-  trees.raise_all(
-    problems,
-    'the anchor in the optimizer state does not fit the params; was the state made by another '
-    'transformation, for other params, or has its anchor been dropped?',
-  )
 
 
 def _cast(params: Sequence[Any], like: Sequence[jax.Array]) -> list[jax.Array]:
@@ -201,6 +199,8 @@ def _kind(value: Any) -> Kind:
 
 
 def _mismatch(leaf: Any, value: Any, anchor_dtype: Any) -> str | None:
+  if _kind(value) is not Kind.STORED:
+    return None
   number = isinstance(value, int | float | complex) and not isinstance(value, bool)
   if not number and not (hasattr(value, 'shape') and hasattr(value, 'dtype')):
     return f'found {checks.kind_of(value)}'

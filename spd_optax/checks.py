@@ -90,7 +90,7 @@ def anchor_dtype(value: Any) -> None:
   """A floating dtype, or None."""
   try:
     is_array = isinstance(value, jax.Array | np.ndarray)
-    floating = value is None or (not is_array and jnp.issubdtype(np.dtype(value), jnp.inexact))
+    floating = value is None or (not is_array and jnp.issubdtype(np.dtype(value), jnp.floating))
   except TypeError:
     floating = False
   if not floating:

@@ -98,15 +98,15 @@ def find_layers(
   chosen = [i for i, is_constrained in enumerate(constrained) if is_constrained]
   shapes = [jnp.shape(params.leaves[i]) for i in chosen]
   paths = [params.paths[i] for i in chosen]
-  axes = _stack_axes(trees.rule_values(stack_axis, params, 'stack_axis', _is_axis), params)
+  axes = trees.rule_values(stack_axis, params, 'stack_axis', _is_axis)
   mapped = [
     _axis_names(value) for value in trees.rule_values(axis_name, params, 'axis_name', _is_axis_name)
   ]
-  stacked = [axes[i] for i in chosen]
+  stacked = _stack_axes([params.keys[i] for i in chosen], shapes, [axes[i] for i in chosen])
   counts = [
     () if axis is None else (shape[axis],) for axis, shape in zip(stacked, shapes, strict=True)
   ]
-  keys = [_group_key(group, path) for path in paths]
+  keys = _layer_names(group, paths)
   members: dict[str, list[int]] = {}
   for i, key in enumerate(keys):
     members.setdefault(key, []).append(i)
@@ -138,28 +138,35 @@ def _axis_names(value: Any) -> tuple[str, ...]:
   return (value,) if isinstance(value, str) else value
 
 
-def _group_key(group: Group, path: str) -> str:
-  """The name of the layer that the leaf belongs to: its own path without a group."""
-  key = None if group is None else group(path)
-  return path if key is None else str(key)
+def _layer_names(group: Group, paths: Sequence[str]) -> list[str]:
+  """For each leaf the name of its layer: the key of its group, else its own path."""
+  keys = [None if group is None else group(path) for path in paths]
+  alone = {path for path, key in zip(paths, keys, strict=True) if key is None}
+  taken = sorted(alone & {str(key) for key in keys if key is not None})
+  trees.raise_all(
+    [f'{key}: a leaf, and a key of `group`' for key in taken],
+    'a group needs a key that is no ungrouped leaf; return that key for the leaf, too, to join it:',
+  )
+  return [path if key is None else str(key) for path, key in zip(paths, keys, strict=True)]
 
 
-def _stack_axes(axes: Sequence[Any], params: trees.Flat) -> list[int | None]:
-  found: list[int | None] = []
-  problems = []
-  for keys, leaf, axis in zip(params.keys, params.leaves, axes, strict=True):
-    ndim = jnp.ndim(leaf)
-    if axis is not None and not (_is_axis(axis) and -ndim <= axis < ndim):
-      problems.append(f'{trees.shown(keys)}: stack axis {axis!r}, shape {jnp.shape(leaf)}')
-    else:
-      found.append(axis if axis is None else axis % ndim)
+def _stack_axes(
+  keys: Sequence[trees.Keys], shapes: Sequence[tuple[int, ...]], axes: Sequence[Any]
+) -> list[int | None]:
+  problems = [
+    f'{trees.shown(at)}: stack axis {axis!r}, shape {shape}'
+    for at, shape, axis in zip(keys, shapes, axes, strict=True)
+    if axis is not None and not (_is_axis(axis) and -len(shape) <= axis < len(shape))
+  ]
   trees.raise_all(
     problems,
     'stack_axis must be an existing axis, given as an int, or None where a leaf stacks no layers '
     "(pass a prefix tree such as {'layers': 0, 'head': None}, or (path, leaf) -> int | None; "
     "in optax.inject_hyperparams, static_args=('stack_axis',)):",
   )
-  return found
+  return [
+    axis if axis is None else axis % len(shape) for shape, axis in zip(shapes, axes, strict=True)
+  ]
 
 
 def _layer_shapes(

@@ -67,9 +67,11 @@ def projection_decay(
       layer.
     group: ``path -> key | None``; leaves with one key are one layer. Paths are
       '/'-joined, as in 'encoder/block_0/kernel'.
-    axis_name: inside `shard_map` or `pmap`, the mapped axes that the leaves are
-      sharded over: a name, a tuple of names, or a prefix tree or function like
-      `stack_axis` where leaves differ (None: replicated). Not needed under `jit`.
+    axis_name: inside `shard_map` or `pmap`, the mapped axes over which one layer is
+      split: a name, a tuple of names, or a prefix tree or function like
+      `stack_axis` where leaves differ. Leave out an axis over which a leaf is
+      replicated, or over which the layers of `stack_axis` are dealt out. Not
+      needed under `jit`, where sums over sharded arrays are global.
     anchor_dtype: dtype to store the anchor in, such as `jnp.bfloat16`.
 
   Returns:

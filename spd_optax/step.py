@@ -13,7 +13,7 @@ One step, from the gradients g, the params θ and the state:
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,12 +34,13 @@ class ProjectionDecayState(NamedTuple):
   Attributes:
     count: int32[], updates so far.
     anchor: tree like the params: θ_0, or `optax.MaskedNode()` where none is stored.
-    condition: bool[] or bool[L] per layer: held back at the last update.
+    condition: bool[] or bool[L] per layer: the test at the last update, true where
+      the layer is to be held back. It was moved only where `ratio` > 0, too.
     ratio: float32, same shapes. Form 2: r, the part of the deviation from the
       anchor by which the last step grew (eq. 9), whether held or not. Form 1: the
       size of the pull relative to the gradient at strength 1; 0 where there is none.
     distance: float32, same shapes: ‖θ − θ_0‖ before the last update.
-    constrained: int32, same shapes: updates so far in which the layer was held.
+    constrained: int32, same shapes: updates so far with a true `condition`.
   """
 
   count: jax.Array  # type: ignore[assignment]  # optax's name; hides tuple.count
@@ -69,7 +70,7 @@ class Decay:
   def init(self, params: Any) -> ProjectionDecayState:
     stored = self.anchoring.init(params)
     flat = trees.flatten(params)
-    if not flat.leaves and flat.holes:
+    if trees.is_placeholder(params):
       # optax.tree.map_params calls init with a placeholder to learn which parts
       # of the state are like the params. Bare leaves say: these are not.
       return _not_like_params(stored)
@@ -96,7 +97,12 @@ class Decay:
     checks.state(state, ProjectionDecayState)
     view = self.anchoring.view(gradients, state.anchor, state.count, params)
     layers = self._layers(view.flat, view.kinds)
-    _check_layers({k: v.shape for k, v in state.constrained.items()}, layers)
+    trees.match_shapes(
+      {name: steps.shape for name, steps in state.constrained.items()},
+      layers.named(layers.shapes),
+      'the layers in the optimizer state do not fit `group` and `stack_axis`; '
+      'the shapes of their conditions differ:',
+    )
     return view, layers
 
   def sums(
@@ -178,18 +184,3 @@ def shift(
 def _not_like_params(anchor: Any) -> ProjectionDecayState:
   leaf: Any = jnp.zeros([])
   return ProjectionDecayState(leaf, anchor, leaf, leaf, leaf, leaf)
-
-
-def _check_layers(found: Mapping[str, tuple[int, ...]], layers: Layers) -> None:
-  expected = layers.named(layers.shapes)
-  problems = [
-    f'{name or "(root)"}: {found.get(name, "nothing")} in the state, '
-    f'{expected.get(name, "nothing")} expected'
-    for name in sorted(found.keys() | expected.keys())
-    if found.get(name) != expected.get(name)
-  ]
-  trees.raise_all(
-    problems,
-    'the layers in the optimizer state do not fit `group` and `stack_axis`; '
-    'the shapes of their conditions differ:',
-  )

@@ -7,10 +7,11 @@ wrap them (``flax.nnx``) need no special case.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import optax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 Keys = tuple[str, ...]
@@ -51,12 +52,23 @@ def _name(entry: Any) -> str:
   return str(entry)
 
 
-def _keys(key_path: Sequence[Any]) -> Keys:
-  # Boxes around a single array (nnx.Variable, nn.Partitioned) add a last entry
-  # `.value`. nnx.Optimizer passes boxes to init and bare arrays to update.
-  if key_path and isinstance(key_path[-1], GetAttrKey) and key_path[-1].name == 'value':
-    key_path = key_path[:-1]
-  return tuple(_name(entry) for entry in key_path)
+def _entries(tree: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[Keys, Any]]:
+  """(path, leaf) pairs.
+
+  A box around a single array (nnx.Variable, nn.Partitioned) adds a last entry
+  `.value` to the path. It is left out: nnx.Optimizer passes boxes to init and bare
+  arrays to update.
+  """
+  entries = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+  below = Counter(path[:i] for path, _ in entries for i in range(len(path)))
+
+  def keys(path: Sequence[Any]) -> Keys:
+    boxed = path and isinstance(path[-1], GetAttrKey) and path[-1].name == 'value'
+    if boxed and below[tuple(path[:-1])] == 1:
+      path = path[:-1]
+    return tuple(_name(entry) for entry in path)
+
+  return [(keys(path), leaf) for path, leaf in entries]
 
 
 def _is_hole(node: Any) -> bool:
@@ -65,14 +77,18 @@ def _is_hole(node: Any) -> bool:
   return not container and not jax.tree.leaves(node)
 
 
+def is_placeholder(params: Any) -> bool:
+  """Whether `optax.tree.map_params` passed its placeholder, a node without leaves, as params."""
+  return _is_hole(params) and params is not None and not isinstance(params, optax.MaskedNode)
+
+
 def flatten(tree: Any) -> Flat:
   """Takes a tree apart; leaves are what `jax.tree.leaves` gives.
 
   Raises:
     ValueError: if two leaves have the same path, as in {'a': {'b/c': 1}, 'a/b': {'c': 2}}.
   """
-  entries = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_hole)[0]
-  found = [(_keys(key_path), leaf) for key_path, leaf in entries]
+  found = _entries(tree, _is_hole)
   full = [(keys, leaf) for keys, leaf in found if not _is_hole(leaf)]
   flat = Flat(
     keys=tuple(keys for keys, _ in full),
@@ -92,6 +108,17 @@ def raise_all(problems: Sequence[str], summary: str) -> None:
     raise ValueError(summary + '\n  ' + '\n  '.join(problems))
 
 
+def match_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], summary: str) -> None:
+  """Raises a ValueError that lists, by path, where the state has other shapes than expected."""
+  problems = [
+    f'{name or "(root)"}: {found.get(name, "nothing")} in the state, '
+    f'{expected.get(name, "nothing")} expected'
+    for name in sorted(found.keys() | expected.keys())
+    if found.get(name) != expected.get(name)
+  ]
+  raise_all(problems, summary)
+
+
 def prefix_values(
   prefix: Any, params: Flat, name: str, is_value: Callable[[Any], bool] = lambda node: False
 ) -> list[Any]:
@@ -105,10 +132,8 @@ def prefix_values(
     ValueError: naming every leaf of the params without a value, and every
       entry of `prefix` without params.
   """
-  found = jax.tree_util.tree_flatten_with_path(
-    prefix, is_leaf=lambda node: _is_hole(node) or is_value(node)
-  )[0]
-  entries = {_keys(path): None if _is_hole(value) else value for path, value in found}
+  found = _entries(prefix, lambda node: _is_hole(node) or is_value(node))
+  entries = {keys: None if _is_hole(value) else value for keys, value in found}
   used = {keys: _covering(entries, keys) for keys in params.keys}
   problems = [
     f'{shown(keys)}: in the params, missing in {name}' for keys, at in used.items() if at is None

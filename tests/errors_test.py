@@ -64,6 +64,7 @@ ARGUMENTS = {
   'loader as anchor': ({'anchor': lambda: 0}, TypeError, 'anchor & tree of arrays & function'),
   'integer storage': ({'anchor_dtype': jnp.int8}, TypeError, 'anchor_dtype & floating & int8'),
   'misspelt storage': ({'anchor_dtype': 'bf16'}, TypeError, 'anchor_dtype & floating & bf16'),
+  'complex storage': ({'anchor_dtype': jnp.complex64}, TypeError, 'anchor_dtype & floating'),
   'bits as storage': ({'anchor_dtype': 16}, TypeError, 'anchor_dtype & floating & 16'),
   'negative margin': ({'margin': -0.1}, ValueError, r'margin & \[0, 1\) & -0.1'),
   'margin one': ({'margin': 1.0}, ValueError, r'margin & \[0, 1\) & 1.0'),
@@ -140,9 +141,6 @@ USES = {
   **{name: lambda anchor, make=make: make(anchor).init(PARAMS) for name, make in MAKERS.items()},
   'interpolate': lambda anchor: spd.interpolate(anchor, PARAMS, 0.5),
   'jit': lambda anchor: jax.jit(spd.projection_decay(anchor).init)(PARAMS),
-  'update': lambda anchor: jax.jit(FORMS['with_projection_decay'](anchor).update)(
-    PARAMS, FORMS['with_projection_decay']().init(PARAMS), PARAMS
-  ),
 }
 
 
@@ -152,6 +150,15 @@ def test_anchor_leaves(row: str, use: str) -> None:
   """Catches checks of the first bad leaf only, and anchors that broadcast or are cast silently."""
   anchor, patterns = LEAVES[row]
   assert_raises(ValueError, patterns, USES[use], anchor)
+
+
+@pytest.mark.parametrize('row', ['too few', 'too many', 'both', 'tuple'])
+def test_anchor_structure_at_update(row: str) -> None:
+  """Catches a state from elsewhere, under an anchor for other params."""
+  anchor, patterns = LEAVES[row]
+  state = spd.projection_decay().init(PARAMS)
+  update = jax.jit(spd.projection_decay(anchor).update)
+  assert_raises(ValueError, patterns, update, PARAMS, state, PARAMS)
 
 
 def test_no_advice_that_does_not_apply() -> None:
@@ -181,6 +188,10 @@ LAYERS = {
   'unequal slices': (
     {'stack_axis': by_path(k=0, b=0, head=None), 'group': lambda path: path.split('/')[0]},
     "group 'enc': & enc/k: 2 & enc/b: 3 & stack_axis",
+  ),
+  'key of another leaf': (
+    {'group': lambda path: 'head' if path == 'enc/k' else None},
+    'head: a leaf, and a key & group',
   ),
   'stacked and not': (
     {'stack_axis': by_path(k=0, b=None, head=None), 'group': lambda path: 'all'},

@@ -318,7 +318,7 @@ def test_a_group_is_one_concatenated_leaf(form: str, axis: int | None) -> None:
 
 
 @pytest.mark.parametrize('form', FORMS)
-@pytest.mark.parametrize(('strength', 'margin'), [(0.0, 0.3), (1.0, 0.0), (0.7, 0.3)])
+@pytest.mark.parametrize(('strength', 'margin'), [(0.0, 0.25), (1.0, 0.0), (0.75, 0.25)])
 def test_traced_strength_and_margin_are_the_numbers(
   form: str, strength: float, margin: float
 ) -> None:
@@ -327,8 +327,10 @@ def test_traced_strength_and_margin_are_the_numbers(
   def make(strength: Any, margin: Any) -> Any:
     return FORMS[form](strength=strength, margin=margin)
 
-  traced = noisy_run(optax.inject_hyperparams(make)(strength, margin), float32)
-  chex.assert_trees_all_close(traced, noisy_run(make(strength, margin), float32), rtol=1e-5)
+  with x64():  # in float32, XLA's fusions of the two programs part by some rounding
+    traced = noisy_run(optax.inject_hyperparams(make)(strength, margin), lambda array: {'w': array})
+    found = noisy_run(make(strength, margin), lambda array: {'w': array})
+    chex.assert_trees_all_close(traced, found, rtol=1e-12)
 
 
 @pytest.mark.parametrize('form', FORMS)

@@ -191,6 +191,30 @@ def test_inside_shard_map(make):
 
 
 @every_form
+def test_an_explicit_anchor_enters_shard_map_with_the_state(make):
+  """Catches a check of the whole anchor against a shard of the params."""
+  tx = make(normal(1), axis_name={'body': ('x', 'y'), 'head': 'y'})
+  params, state = normal(0), tx.init(normal(0))
+  specs = jax.tree.map(lambda spec: spec, MESH_SPECS)
+  state_specs = optax.tree.map_params(
+    tx,
+    lambda _, spec: spec,
+    state,
+    specs,
+    transform_non_params=lambda _: PartitionSpec(),
+  )
+  step = jax.shard_map(
+    make_step(tx),
+    mesh=mesh(),
+    in_specs=(specs, state_specs, specs),
+    out_specs=(specs, state_specs),
+    check_vma=False,
+  )
+  found = loop(jax.jit(step), params, state, noise(0))[-1]
+  chex.assert_trees_all_close(found, run(make(normal(1)))[-1], rtol=1e-5, atol=1e-6)
+
+
+@every_form
 def test_inside_pmap(make):
   """Catches an axis name that only shard_map knows."""
   tx = make(0, axis_name='shard')

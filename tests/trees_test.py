@@ -124,3 +124,31 @@ def test_strict_promotion() -> None:
       for anchor in (None, 0):
         with jax.numpy_dtype_promotion('strict'), jax.numpy_rank_promotion('raise'):
           two_steps(make(anchor), params)
+
+
+@flax.struct.dataclass
+class Attention:
+  query: Any
+  value: Any
+
+
+def test_a_field_called_value_is_no_box() -> None:
+  """Catches a path cut short: 'attention' for 'attention/value'."""
+  params = {'attention': Attention(KERNEL, BIAS)}
+  state = spd.projection_decay(params).init(params)
+  assert set(state.condition) == {'attention/query', 'attention/value'}
+
+
+@pytest.mark.parametrize('make', MAKERS.values(), ids=MAKERS)
+def test_nothing_to_hold(make: Any) -> None:
+  """Catches trees that only wrappers make: all leaves masked, or none for a label."""
+  params = {'a': KERNEL, 'b': BIAS}
+  for tx, tree in (
+    (optax.masked(make(), {'a': False, 'b': False}), params),
+    (optax.partition({'x': make(), 'y': optax.sgd(0.1)}, {'a': 'y', 'b': 'y'}), params),
+    (make(), {'a': None}),
+    (make(), {}),
+  ):
+    state = tx.init(tree)
+    _, new_state = jax.jit(tx.update)(tree, state, tree)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
