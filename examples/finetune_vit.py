@@ -211,7 +211,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   add('--steps', type=int, default=300, help='fine-tuning steps (default: %(default)s)')
   add('--batch', type=int, default=32, help='batch size (default: %(default)s)')
   add('--shots', type=int, default=200, help='images to fine-tune on (default: %(default)s)')
-  add('--seeds', type=int, default=5, help='seeds, trained together (default: %(default)s)')
+  add('--seeds', type=int, default=4, help='seeds, trained together (default: %(default)s)')
   add('--pretrain-steps', type=int, default=800, help='default: %(default)s')
   add('--out', type=Path, default=Path('runs/finetune_vit'), help='default: %(default)s')
   return parser.parse_args(arguments)

@@ -54,6 +54,19 @@ def test_a_numpy_anchor_is_copied(make: Any, committed: bool) -> None:
 
 
 @EACH
+@pytest.mark.parametrize('committed', [True, False])
+def test_a_jax_anchor_is_copied(make: Any, committed: bool) -> None:
+  """Catches a `device_put` that hands the caller's own buffers over: they may be deleted."""
+  anchor, params = random(0), random(1)
+  if committed:
+    anchor, params = jax.device_put((anchor, params), jax.devices()[0])
+  state = make(anchor).init(params)
+  for leaf in anchor.values():
+    leaf.delete()
+  chex.assert_trees_all_equal(anchor_of(state), random(0))
+
+
+@EACH
 @pytest.mark.parametrize('given', [True, False])
 @pytest.mark.parametrize('committed', [True, False])
 def test_an_anchor_shares_no_buffer_with_the_params(
