@@ -44,10 +44,9 @@ class View(NamedTuple):
   anchors: list[Any]  # 0.0 where the anchor is zero
   stored: Any  # the anchor tree for the next state
 
-  @property
-  def deviations(self) -> list[jax.Array]:
-    """d = θ − θ_0."""
-    return [p - a for p, a in zip(self.params, self.anchors, strict=True)]
+  def deviations(self, params: Sequence[jax.Array]) -> list[jax.Array]:
+    """d = θ − θ_0, for `params` from `self.params`."""
+    return [p - a for p, a in zip(params, self.anchors, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,7 +74,9 @@ def l2_sp(
       return updates, next_state
     strength_now = checks.strength_at(strength, state.count)
     leaves, treedef = jax.tree.flatten(updates)
-    for i, gradient, deviation in zip(view.at, view.gradients, view.deviations, strict=True):
+    for i, gradient, deviation in zip(
+      view.at, view.gradients, view.deviations(view.params), strict=True
+    ):
       leaves[i] = (gradient + strength_now * deviation).astype(jnp.result_type(leaves[i]))
     return jax.tree.unflatten(treedef, leaves), next_state
 

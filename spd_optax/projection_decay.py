@@ -119,7 +119,7 @@ def projection_decay(
       for r, (_, gradient_norm, distance) in zip(ratio, norms, strict=True)
     ]
     if not checks.is_zero(strength):
-      updates = step.shift(view, layers, updates, condition, scale, view.deviations)
+      updates = step.shift(view, layers, updates, condition, scale, lambda g, p, a: p - a, ['cpu'])
     return updates, decay.next_state(state, view.stored, layers, condition, ratio, sums['distance'])
 
   return optax.GradientTransformationExtraArgs(decay.init, update)
@@ -210,10 +210,15 @@ def with_projection_decay(
     view, layers = decay.view(updates, own, params)
     updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
     steps = jax.tree.leaves(updates)
-    moved = [  # θ̃ − θ_0
-      (p + wide(steps[i])) - a for i, p, a in zip(view.at, view.params, view.anchors, strict=True)
+
+    def moved(u: jax.Array, p: jax.Array, a: jax.Array) -> jax.Array:
+      return (p + u) - a  # θ̃ − θ_0
+
+    after = [
+      moved(wide(steps[i]), p, a)
+      for i, p, a in zip(view.at, view.params, view.anchors, strict=True)
     ]
-    sums = decay.sums(view, layers, after=moved)
+    sums = decay.sums(view, layers, after=after)
     condition = decay.condition(sums)
     ratio = [
       formulas.projection_ratio(distance, after)
@@ -222,7 +227,7 @@ def with_projection_decay(
     strength_now = checks.strength_at(strength, own.count)
     if not checks.is_zero(strength):
       scale = [-strength_now * r for r in ratio]
-      updates = step.shift(view, layers, updates, condition, scale, moved)
+      updates = step.shift(view, layers, updates, condition, scale, moved, ['cpu', 'tpu'])
     own = decay.next_state(own, view.stored, layers, condition, ratio, sums['distance'])
     return updates, WithProjectionDecayState(own, inner_state)
 

@@ -13,7 +13,7 @@ One step, from the gradients g, the params θ and the state:
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -109,12 +109,14 @@ class Decay:
     self, view: anchors.View, layers: Layers, **squares: Sequence[jax.Array]
   ) -> dict[str, PerLayer]:
     """⟨g, d⟩ as 'inner', ‖d‖ as 'distance', and the norms of `squares` by name."""
-    deviations = view.deviations
-    squares = {'distance': deviations, **squares}
+    squares = {'distance': view.deviations(apart(view.params, 'cpu')), **squares}
     if not checks.is_zero(self.margin):
       squares['gradient_norm'] = view.gradients
     products = {key: [_products(x, x) for x in leaves] for key, leaves in squares.items()}
-    products['inner'] = [_products(g, d) for g, d in zip(view.gradients, deviations, strict=True)]
+    gradients, params = apart((view.gradients, view.params), 'cpu')
+    products['inner'] = [
+      _products(g, d) for g, d in zip(gradients, view.deviations(params), strict=True)
+    ]
     sums = layers.sums(products)
     return {k: v if k == 'inner' else [jnp.sqrt(x) for x in v] for k, v in sums.items()}
 
@@ -161,23 +163,44 @@ def _products(x: jax.Array, y: jax.Array) -> jax.Array:
   return x * y
 
 
+def apart(trees: Any, *platforms: str) -> Any:
+  """The trees, for a use of their own on these platforms; elsewhere the trees themselves.
+
+  What XLA:CPU computes for two loops (d, say) it writes to a new buffer, whose pages
+  cost more than computing it twice; behind a barrier nothing is shared. XLA:TPU on the
+  other hand computes an optimizer's step twice, unless a barrier keeps it on the chip.
+  XLA:GPU does best without barriers.
+  """
+  barriers = dict.fromkeys(platforms, jax.lax.optimization_barrier)
+  return jax.lax.platform_dependent(trees, **barriers, default=lambda trees: trees)
+
+
 def shift(
   view: anchors.View,
   layers: Layers,
   tree: Any,
   condition: PerLayer,
   scale: PerLayer,
-  directions: Sequence[jax.Array],
+  direction: Callable[[jax.Array, jax.Array, Any], jax.Array],
+  barriers: Sequence[str],
 ) -> Any:
-  """tree + scale · direction where the layer is held, and the tree's own bits elsewhere."""
+  """tree + scale · direction where the layer is held, and the tree's own bits elsewhere.
+
+  `direction` is computed from a leaf of the tree, its param and its anchor. On the
+  platforms in `barriers` that is kept apart from the sums, which read the same arrays.
+  """
   leaves, treedef = jax.tree.flatten(tree)
   # scale == 0 (a schedule at 0, say) must leave every bit alone, also of a NaN or −0;
   # a scale that is not finite comes from norms beyond the range of the dtype.
   active = [held & (s != 0) & jnp.isfinite(s) for held, s in zip(condition, scale, strict=True)]
-  actives, scales = layers.spread(active, directions), layers.spread(scale, directions)
-  for i, is_active, s, direction in zip(view.at, actives, scales, directions, strict=True):
-    leaf = jnp.asarray(leaves[i])
-    leaves[i] = jnp.where(is_active, (anchors.wide(leaf) + s * direction).astype(leaf.dtype), leaf)
+  actives, scales = layers.spread(active, view.params), layers.spread(scale, view.params)
+  per_leaf = zip(view.at, view.params, view.anchors, actives, scales, strict=True)
+  for i, param, anchor, is_active, s in per_leaf:
+    leaf, param, is_active, s = apart((jnp.asarray(leaves[i]), param, is_active, s), *barriers)
+    wide = anchors.wide(leaf)
+    leaves[i] = jnp.where(
+      is_active, (wide + s * direction(wide, param, anchor)).astype(leaf.dtype), leaf
+    )
   return jax.tree.unflatten(treedef, leaves)
 
 
