@@ -55,10 +55,12 @@ class Anchoring:
 
   anchor: Any
   dtype: Any = None
+  memory_kind: str | None = None
 
   def __post_init__(self) -> None:
     checks.anchor(self.anchor)
     checks.anchor_dtype(self.dtype)
+    checks.anchor_memory_kind(self.memory_kind)
 
   @property
   def captured(self) -> bool:
@@ -112,10 +114,16 @@ class Anchoring:
     return jax.tree.unflatten(
       flat.treedef,
       [
-        _copy(value, leaf, self._store_dtype(leaf)) if kind is Kind.STORED else optax.MaskedNode()
+        self._stored(value, leaf) if kind is Kind.STORED else optax.MaskedNode()
         for (kind, value), leaf in zip(self.resolve(flat), flat.leaves, strict=True)
       ],
     )
+
+  def _stored(self, value: Any, leaf: Any) -> jax.Array:
+    anchor = _copy(value, leaf, self._store_dtype(leaf))
+    if self.memory_kind is None or not checks.has_memory_kind(anchor, self.memory_kind):
+      return anchor
+    return _on_host(anchor)
 
   def _store_dtype(self, leaf: Any) -> Any:
     dtype = jnp.result_type(leaf)
@@ -140,7 +148,9 @@ class Anchoring:
     kinds = self.kinds(flat)
     stored = self._captured(stored, flat, kinds, count)
     arrays = trees.flatten(stored)
-    by_path = {path: wide(a) for path, a in zip(arrays.paths, arrays.leaves, strict=True)}
+    by_path = {
+      path: wide(_on_device(a)) for path, a in zip(arrays.paths, arrays.leaves, strict=True)
+    }
     at = [i for i, kind in enumerate(kinds) if kind is not Kind.FREE]
     return View(
       flat=flat,
@@ -181,7 +191,25 @@ class Anchoring:
 
 
 def _cast(params: Sequence[Any], like: Sequence[jax.Array]) -> list[jax.Array]:
-  return [jnp.asarray(p, a.dtype) for p, a in zip(params, like, strict=True)]
+  cast = [jnp.asarray(p, a.dtype) for p, a in zip(params, like, strict=True)]
+  return [_on_host(p) if _is_on_host(a) else p for p, a in zip(cast, like, strict=True)]
+
+
+def _is_on_host(array: Any) -> bool:
+  space = getattr(jax.typeof(array), 'memory_space', None)
+  return space is not None and space == jax.memory.Space.Host
+
+
+def _on_device(array: Any) -> Any:
+  return jax.device_put(array, jax.memory.Space.Device) if _is_on_host(array) else array
+
+
+def _on_host(array: jax.Array) -> jax.Array:
+  if isinstance(array, jax.core.Tracer):
+    placed: jax.Array = jax.device_put(array, jax.memory.Space.Host)
+  else:
+    placed = jax.device_put(array, array.sharding.with_memory_kind('pinned_host'))
+  return placed
 
 
 def _never_held(leaf: Any) -> bool:

@@ -1,7 +1,8 @@
 """Checks of arguments, made where a transformation is constructed or traced."""
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -97,6 +98,45 @@ def anchor_dtype(value: Any) -> None:
     raise TypeError(
       f'anchor_dtype: expected a floating dtype such as jnp.bfloat16, found {value!r} '
       + STATIC.format(name='anchor_dtype')
+    )
+
+
+def anchor_memory_kind(value: Any) -> None:
+  """'pinned_host', or None for the params' own memory."""
+  if value not in (None, 'pinned_host'):
+    raise ValueError(f"anchor_memory_kind: expected 'pinned_host' or None, found {value!r}")
+  if value and not hasattr(jax, 'memory'):
+    raise ValueError(f'anchor_memory_kind: jax {jax.__version__} lacks jax.memory; use a newer jax')
+
+
+def has_memory_kind(array: jax.Array, memory_kind: str) -> bool:
+  """Whether the array's devices have this memory; warns where they do not."""
+  traced = isinstance(array, jax.core.Tracer)
+  devices = jax.local_devices()[:1] if traced else list(array.sharding.device_set)
+  missing = [d for d in devices if memory_kind not in {m.kind for m in d.addressable_memories()}]
+  if missing:
+    warnings.warn(
+      f'anchor_memory_kind={memory_kind!r}: {missing[0].platform} device {missing[0]} has no such '
+      "memory; the anchor stays in the device's own. Pass anchor_memory_kind=None to agree.",
+      stacklevel=2,
+    )
+  return not missing
+
+
+def narrow(params: Mapping[str, Any]) -> None:
+  """Warns of params, by path, whose dtype is too coarse to add small steps to."""
+  narrow = {path: x for path, x in params.items() if jnp.finfo(jnp.result_type(x)).bits < 32}
+  if narrow:
+    path, leaf = next(iter(narrow.items()))
+    dtype = jnp.result_type(leaf)
+    warnings.warn(
+      f'{len(narrow)} of {len(params)} constrained params are narrower than float32 (first: '
+      f'{path or "(root)"!r}, {dtype.name}). Adding an update to them rounds away steps below '
+      f'about {25 * float(jnp.finfo(dtype).eps):.2g} % of a weight, those of SPD among them: '
+      'layers drift or stand still, whatever `condition` and `ratio` say. Keep float32 params and '
+      'cast them inside the loss; anchor_dtype still stores the anchor in the dtype of the '
+      'checkpoint.',
+      stacklevel=2,
     )
 
 

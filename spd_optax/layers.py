@@ -60,6 +60,19 @@ class Layers:
       members[layer].append(value)
     return [sum(values[1:], start=values[0]) for values in members]
 
+  def zeros(self, leaves: Sequence[Any], dtype: Any) -> PerLayer:
+    """A zero for each layer; for a stacked leaf sharded like the axis that stacks it."""
+    found: dict[int, jax.Array] = {}
+    for layer, axis, leaf in zip(self.layer_of, self.stack_axes, leaves, strict=True):
+      if layer not in found:
+        # Under jit on an explicit mesh the values are typed with their sharding.
+        traced = isinstance(leaf, jax.core.Tracer)
+        like = jax.eval_shape(lambda x, a=axis: _sum(x, a), leaf) if traced else None
+        found[layer] = (
+          jnp.zeros(self.shapes[layer], dtype) if like is None else jnp.zeros_like(like, dtype)
+        )
+    return [found[layer] for layer in range(len(self.names))]
+
   def spread(self, per_layer: Sequence[jax.Array], leaves: Sequence[jax.Array]) -> list[jax.Array]:
     """Each layer's value, shaped to broadcast against each leaf."""
     return [

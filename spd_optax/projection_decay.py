@@ -10,7 +10,7 @@ from spd_optax import checks, formulas, step
 from spd_optax.anchors import Anchoring, wide
 from spd_optax.checks import Number, NumberOrSchedule
 from spd_optax.layers import AxisName, Group, StackAxis
-from spd_optax.step import Decay, ProjectionDecayState
+from spd_optax.step import Decay, Norms, ProjectionDecayState
 
 
 class WithProjectionDecayState(NamedTuple):
@@ -34,6 +34,7 @@ def projection_decay(
   group: Group = None,
   axis_name: AxisName = None,
   anchor_dtype: Any = None,
+  anchor_memory_kind: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Selective Projection Decay in gradient space, the first link of a chain.
 
@@ -73,6 +74,9 @@ def projection_decay(
       replicated, or over which the layers of `stack_axis` are dealt out. Not
       needed under `jit`, where sums over sharded arrays are global.
     anchor_dtype: dtype to store the anchor in, such as `jnp.bfloat16`.
+    anchor_memory_kind: 'pinned_host' keeps the anchor in the host's memory and streams
+      it to the device in each step; a warning says where a backend has no such memory,
+      and the anchor then stays on the device. None: the memory of the params.
 
   Returns:
     A transformation whose state is a `ProjectionDecayState`.
@@ -99,28 +103,33 @@ def projection_decay(
     >>> optax.tree.get(state, 'condition')
     {'bias': Array(False, dtype=bool), 'kernel': Array(False, dtype=bool)}
   """
-  decay = Decay(Anchoring(anchor, anchor_dtype), strength, margin, stack_axis, group, axis_name)
+  decay = Decay(
+    Anchoring(anchor, anchor_dtype, anchor_memory_kind),
+    strength,
+    margin,
+    stack_axis,
+    group,
+    axis_name,
+  )
 
   def update(
     updates: Any, state: ProjectionDecayState, params: Any = None, **extra_args: Any
   ) -> tuple[Any, ProjectionDecayState]:
     del extra_args
     view, layers = decay.view(updates, state, params)
-    sums = decay.sums(view, layers, gradient_norm=view.gradients)
-    condition = decay.condition(sums)
-    norms = list(zip(sums['inner'], sums['gradient_norm'], sums['distance'], strict=True))
-    ratio = [
-      jnp.where(held, formulas.pull(formulas.cosine(*norm), margin), 0)
-      for held, norm in zip(condition, norms, strict=True)
-    ]
     strength_now = checks.strength_at(strength, state.count)
-    scale = [
-      strength_now * r * formulas.divide(gradient_norm, distance)
-      for r, (_, gradient_norm, distance) in zip(ratio, norms, strict=True)
-    ]
+
+    def rule(condition: jax.Array, norms: Norms) -> tuple[jax.Array, jax.Array]:
+      inner, size, distance = norms['inner'], norms['gradient_norm'], norms['distance']
+      pull = formulas.pull(formulas.cosine(inner, size, distance), margin)
+      ratio = jnp.where(condition, pull, 0)
+      return ratio, strength_now * ratio * formulas.divide(size, distance)
+
+    sums = decay.sums(view, layers, gradient_norm=view.gradients)
+    decisions = decay.decide(state, layers, sums, rule)
     if not checks.is_zero(strength):
-      updates = step.shift(view, layers, updates, condition, scale, lambda g, p, a: p - a, ['cpu'])
-    return updates, decay.next_state(state, view.stored, layers, condition, ratio, sums['distance'])
+      updates = step.shift(view, layers, updates, decisions, lambda g, p, a: p - a, ['cpu'])
+    return updates, decay.next_state(state, view.stored, layers, decisions)
 
   return optax.GradientTransformationExtraArgs(decay.init, update)
 
@@ -135,6 +144,7 @@ def with_projection_decay(
   group: Group = None,
   axis_name: AxisName = None,
   anchor_dtype: Any = None,
+  anchor_memory_kind: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""The paper's Selective Projection Decay, exactly, around any complete optimizer.
 
@@ -168,6 +178,7 @@ def with_projection_decay(
     group: which leaves are one layer; see `projection_decay`.
     axis_name: mapped axes that the leaves are sharded over; see `projection_decay`.
     anchor_dtype: dtype to store the anchor in; see `projection_decay`.
+    anchor_memory_kind: see `projection_decay`.
 
   Returns:
     A transformation whose state is a `WithProjectionDecayState`.
@@ -197,7 +208,14 @@ def with_projection_decay(
   """
   checks.optimizer(optimizer)
   inner = optax.with_extra_args_support(optimizer)
-  decay = Decay(Anchoring(anchor, anchor_dtype), strength, margin, stack_axis, group, axis_name)
+  decay = Decay(
+    Anchoring(anchor, anchor_dtype, anchor_memory_kind),
+    strength,
+    margin,
+    stack_axis,
+    group,
+    axis_name,
+  )
 
   def init(params: Any) -> WithProjectionDecayState:
     return WithProjectionDecayState(decay.init(params), inner.init(params))
@@ -214,21 +232,20 @@ def with_projection_decay(
     def moved(u: jax.Array, p: jax.Array, a: jax.Array) -> jax.Array:
       return (p + u) - a  # θ̃ − θ_0
 
+    def rule(condition: jax.Array, norms: Norms) -> tuple[jax.Array, jax.Array]:
+      del condition
+      ratio = formulas.projection_ratio(norms['distance'], norms['after'])
+      return ratio, -strength_now * ratio
+
+    strength_now = checks.strength_at(strength, own.count)
     after = [
       moved(wide(steps[i]), p, a)
       for i, p, a in zip(view.at, view.params, view.anchors, strict=True)
     ]
-    sums = decay.sums(view, layers, after=after)
-    condition = decay.condition(sums)
-    ratio = [
-      formulas.projection_ratio(distance, after)
-      for distance, after in zip(sums['distance'], sums['after'], strict=True)
-    ]
-    strength_now = checks.strength_at(strength, own.count)
+    decisions = decay.decide(own, layers, decay.sums(view, layers, after=after), rule)
     if not checks.is_zero(strength):
-      scale = [-strength_now * r for r in ratio]
-      updates = step.shift(view, layers, updates, condition, scale, moved, ['cpu', 'tpu'])
-    own = decay.next_state(own, view.stored, layers, condition, ratio, sums['distance'])
+      updates = step.shift(view, layers, updates, decisions, moved, ['cpu', 'tpu'])
+    own = decay.next_state(own, view.stored, layers, decisions)
     return updates, WithProjectionDecayState(own, inner_state)
 
   return optax.GradientTransformationExtraArgs(init, update)
@@ -250,6 +267,7 @@ def adam_spd(
   group: Group = None,
   axis_name: AxisName = None,
   anchor_dtype: Any = None,
+  anchor_memory_kind: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""The paper's Adam-SPD: `with_projection_decay` around `optax.adam`.
 
@@ -270,6 +288,7 @@ def adam_spd(
     group: see `projection_decay`.
     axis_name: see `projection_decay`.
     anchor_dtype: see `projection_decay`.
+    anchor_memory_kind: see `projection_decay`.
 
   Returns:
     A transformation whose state is a `WithProjectionDecayState`.
@@ -298,4 +317,5 @@ def adam_spd(
     group=group,
     axis_name=axis_name,
     anchor_dtype=anchor_dtype,
+    anchor_memory_kind=anchor_memory_kind,
   )

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from spd_optax import anchors, checks, formulas, trees
+from spd_optax.anchors import Kind
 from spd_optax.checks import Number, NumberOrSchedule
 from spd_optax.layers import AxisName, Group, Layers, PerLayer, StackAxis, find_layers
 
@@ -51,6 +52,29 @@ class ProjectionDecayState(NamedTuple):
   constrained: dict[str, jax.Array]
 
 
+class Decision(NamedTuple):
+  """What one step decides for one layer; every field has shape [] or [L].
+
+  Attributes:
+    condition, ratio, distance, constrained: as in the next `ProjectionDecayState`.
+    scale: the factor of the direction in which the layer is shifted.
+    active: bool, whether it is shifted at all.
+  """
+
+  condition: jax.Array
+  ratio: jax.Array
+  distance: jax.Array
+  constrained: jax.Array
+  scale: jax.Array
+  active: jax.Array
+
+
+PER_LAYER = ('condition', 'ratio', 'distance', 'constrained')
+
+Norms = dict[str, jax.Array]
+Rule = Callable[[jax.Array, Norms], tuple[jax.Array, jax.Array]]  # condition -> ratio, scale
+
+
 @dataclasses.dataclass(frozen=True)
 class Decay:
   """Everything but what happens to a held layer."""
@@ -74,10 +98,15 @@ class Decay:
       # optax.tree.map_params calls init with a placeholder to learn which parts
       # of the state are like the params. Bare leaves say: these are not.
       return _not_like_params(stored)
-    layers = self._layers(flat, self.anchoring.kinds(flat))
+    kinds = self.anchoring.kinds(flat)
+    layers = self._layers(flat, kinds)
+    by_path = zip(flat.paths, flat.leaves, kinds, strict=True)
+    checks.narrow({path: leaf for path, leaf, kind in by_path if kind is not Kind.FREE})
+
+    held = [leaf for leaf, kind in zip(flat.leaves, kinds, strict=True) if kind is not Kind.FREE]
 
     def zeros(dtype: Any) -> dict[str, jax.Array]:
-      return layers.named([jnp.zeros(shape, dtype) for shape in layers.shapes])
+      return layers.named(layers.zeros(held, dtype))
 
     return ProjectionDecayState(
       count=jnp.zeros([], jnp.int32),
@@ -88,8 +117,8 @@ class Decay:
       constrained=zeros(jnp.int32),
     )
 
-  def _layers(self, params: trees.Flat, kinds: Sequence[anchors.Kind]) -> Layers:
-    constrained = [kind is not anchors.Kind.FREE for kind in kinds]
+  def _layers(self, params: trees.Flat, kinds: Sequence[Kind]) -> Layers:
+    constrained = [kind is not Kind.FREE for kind in kinds]
     return find_layers(params, constrained, self.stack_axis, self.group, self.axis_name)
 
   def view(self, gradients: Any, state: Any, params: Any) -> tuple[anchors.View, Layers]:
@@ -108,7 +137,7 @@ class Decay:
   def sums(
     self, view: anchors.View, layers: Layers, **squares: Sequence[jax.Array]
   ) -> dict[str, PerLayer]:
-    """⟨g, d⟩ as 'inner', ‖d‖ as 'distance', and the norms of `squares` by name."""
+    """⟨g, d⟩ as 'inner', ‖d‖² as 'distance', and the squared norms of `squares` by name."""
     squares = {'distance': view.deviations(apart(view.params, 'cpu')), **squares}
     if not checks.is_zero(self.margin):
       squares['gradient_norm'] = view.gradients
@@ -117,42 +146,46 @@ class Decay:
     products['inner'] = [
       _products(g, d) for g, d in zip(gradients, view.deviations(params), strict=True)
     ]
-    sums = layers.sums(products)
-    return {k: v if k == 'inner' else [jnp.sqrt(x) for x in v] for k, v in sums.items()}
+    return layers.sums(products)
 
-  def condition(self, sums: dict[str, PerLayer]) -> PerLayer:
-    if checks.is_zero(self.margin):
-      return [formulas.turned_back(inner) for inner in sums['inner']]
-    return [
-      formulas.not_clearly_outward(inner, gradient_norm, distance, self.margin)
-      for inner, gradient_norm, distance in zip(
-        sums['inner'], sums['gradient_norm'], sums['distance'], strict=True
+  def decide(
+    self, state: ProjectionDecayState, layers: Layers, sums: dict[str, PerLayer], rule: Rule
+  ) -> list[Decision]:
+    """The condition of each layer, and what the form's `rule` makes of it."""
+
+    def one(steps: jax.Array, *values: jax.Array) -> Decision:
+      squares = dict(zip(sums, values, strict=True))
+      norms = {key: x if key == 'inner' else jnp.sqrt(x) for key, x in squares.items()}
+      condition = self._condition(norms)
+      ratio, scale = rule(condition, norms)
+      return Decision(
+        condition=condition,
+        ratio=ratio.astype(jnp.float32),
+        distance=norms['distance'].astype(jnp.float32),
+        constrained=jnp.where(condition, optax.safe_increment(steps), steps),
+        scale=scale,
+        # scale == 0 (a schedule at 0, say) must leave every bit alone, also of a NaN or −0;
+        # a scale that is not finite comes from norms beyond the range of the dtype.
+        active=condition & (scale != 0) & jnp.isfinite(scale),
       )
-    ]
+
+    steps = [state.constrained[name] for name in layers.names]
+    return [one(*values) for values in zip(steps, *sums.values(), strict=True)]
+
+  def _condition(self, norms: Norms) -> jax.Array:
+    if checks.is_zero(self.margin):
+      return formulas.turned_back(norms['inner'])
+    return formulas.not_clearly_outward(
+      norms['inner'], norms['gradient_norm'], norms['distance'], self.margin
+    )
 
   def next_state(
-    self,
-    state: ProjectionDecayState,
-    anchor: Any,
-    layers: Layers,
-    condition: PerLayer,
-    ratio: PerLayer,
-    distance: PerLayer,
+    self, state: ProjectionDecayState, anchor: Any, layers: Layers, decisions: Sequence[Decision]
   ) -> ProjectionDecayState:
-    names = layers.named
-    before = [state.constrained[name] for name in layers.names]
     return ProjectionDecayState(
       count=optax.safe_increment(state.count),
       anchor=anchor,
-      condition=names(condition),
-      ratio=names([r.astype(jnp.float32) for r in ratio]),
-      distance=names([d.astype(jnp.float32) for d in distance]),
-      constrained=names(
-        [
-          jnp.where(held, optax.safe_increment(steps), steps)
-          for held, steps in zip(condition, before, strict=True)
-        ]
-      ),
+      **{name: layers.named([getattr(d, name) for d in decisions]) for name in PER_LAYER},
     )
 
 
@@ -171,16 +204,23 @@ def apart(trees: Any, *platforms: str) -> Any:
   other hand computes an optimizer's step twice, unless a barrier keeps it on the chip.
   XLA:GPU does best without barriers.
   """
+  if len({_varies_over(x) for x in jax.tree.leaves(trees)}) > 1:
+    return trees  # in shard_map a barrier would make each vary over the axes of all
   barriers = dict.fromkeys(platforms, jax.lax.optimization_barrier)
   return jax.lax.platform_dependent(trees, **barriers, default=lambda trees: trees)
+
+
+def _varies_over(array: Any) -> Any:
+  """The mapped axes of shard_map over which the array is not replicated."""
+  kind = jax.typeof(array)
+  return kind.vma if hasattr(kind, 'vma') else kind.manual_axis_type.varying  # jax ≥ 0.10
 
 
 def shift(
   view: anchors.View,
   layers: Layers,
   tree: Any,
-  condition: PerLayer,
-  scale: PerLayer,
+  decisions: Sequence[Decision],
   direction: Callable[[jax.Array, jax.Array, Any], jax.Array],
   barriers: Sequence[str],
 ) -> Any:
@@ -190,17 +230,14 @@ def shift(
   platforms in `barriers` that is kept apart from the sums, which read the same arrays.
   """
   leaves, treedef = jax.tree.flatten(tree)
-  # scale == 0 (a schedule at 0, say) must leave every bit alone, also of a NaN or −0;
-  # a scale that is not finite comes from norms beyond the range of the dtype.
-  active = [held & (s != 0) & jnp.isfinite(s) for held, s in zip(condition, scale, strict=True)]
-  actives, scales = layers.spread(active, view.params), layers.spread(scale, view.params)
+  actives = layers.spread([d.active for d in decisions], view.params)
+  scales = layers.spread([d.scale for d in decisions], view.params)
   per_leaf = zip(view.at, view.params, view.anchors, actives, scales, strict=True)
-  for i, param, anchor, is_active, s in per_leaf:
-    leaf, param, is_active, s = apart((jnp.asarray(leaves[i]), param, is_active, s), *barriers)
+  for i, param, anchor, active, scale in per_leaf:
+    leaf, param, active, scale = apart((jnp.asarray(leaves[i]), param, active, scale), *barriers)
     wide = anchors.wide(leaf)
-    leaves[i] = jnp.where(
-      is_active, (wide + s * direction(wide, param, anchor)).astype(leaf.dtype), leaf
-    )
+    shifted = (wide + scale * direction(wide, param, anchor)).astype(leaf.dtype)
+    leaves[i] = jnp.where(active, shifted, leaf)
   return jax.tree.unflatten(treedef, leaves)
 
 

@@ -1,0 +1,249 @@
+"""What the compilers of TPU, GPU and CPU make of an optimizer step, without the hardware.
+
+    python examples/benchmarks/compiled.py --target v5e v5e-2x2 v5p-4x4x4
+    python examples/benchmarks/compiled.py --target h200 cpu
+
+compiles ahead of time and reads the optimized program: passes over the params (bytes of
+device memory moved, in copies of a device's params; Adam's floor is 7, SPD's 8),
+temporaries, collectives and compile time. TPU targets need `pip install 'jax[tpu]'`, h200
+`pip install jax-cuda13-plugin` of jax's version.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # the targets are compiled for, not run on
+os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # this machine is no TPU host: do not ask
+os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/, for what follows
+
+import reporting
+import training
+from benchmarks import hlo, methods, shapes
+
+# The compiler of jax-cuda13-plugin asks for the device; these are an H200's published figures.
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 150000000000
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H200"
+"""
+
+
+class Target(NamedTuple):
+  """Devices to compile for: `count` of a TPU slice (None: all), a GPU, or this CPU."""
+
+  platform: str
+  topology: str = ''
+  count: int | None = None
+
+  def devices(self) -> list[Any]:
+    if self.platform == 'cpu':
+      return jax.devices('cpu')[:1]
+    options = {'target_config': H200, 'topology': '1x1x1'} if self.platform == 'cuda' else {}
+    described = topologies.get_topology_desc(self.topology, self.platform, **options)
+    return list(described.devices)[: self.count]
+
+
+TARGETS = {
+  'v5e': Target('tpu', 'v5e:2x2', 1),
+  'v5e-2x2': Target('tpu', 'v5e:2x2'),
+  'v5e-4x4': Target('tpu', 'v5e:4x4'),
+  'v5p-4x4x4': Target('tpu', 'v5p:4x4x4'),
+  'h200': Target('cuda', 'h200'),
+  'cpu': Target('cpu'),
+}
+
+SMALLEST = 2**14  # elements of a leaf that is worth sharding
+
+
+class Compiled(NamedTuple):
+  """A step compiled for a target; sizes in copies of one device's params."""
+
+  passes: float
+  temporaries: float
+  collectives: list[tuple[str, int, int]]
+  trace_seconds: float
+  compile_seconds: float
+  host_bytes: int
+  argument_bytes: int
+  param_bytes: int
+
+
+def fsdp(shape: tuple[int, ...], devices: int) -> PartitionSpec:
+  """The first axis that divides by the number of devices; small leaves are replicated."""
+  for axis, size in enumerate(shape):
+    if devices > 1 and size % devices == 0 and math.prod(shape) >= SMALLEST:
+      return PartitionSpec(*[None] * axis, 'fsdp')
+  return PartitionSpec()
+
+
+def arguments(
+  tx: optax.GradientTransformation, tree: shapes.Shapes, mesh: Mesh, dtype: Any
+) -> tuple[Any, Any]:
+  """Params and state as shapes; what is like the params is sharded like them."""
+  devices = mesh.devices.size
+
+  def placed(leaf: Any, spec: PartitionSpec, memory_kind: str | None = None) -> Any:
+    sharding = NamedSharding(mesh, spec, memory_kind=memory_kind)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  def like_params(leaf: Any) -> Any:
+    on_host = leaf.memory_space == jax.memory.Space.Host
+    return placed(leaf, fsdp(leaf.shape, devices), 'pinned_host' if on_host else None)
+
+  params = jax.tree.map(
+    lambda leaf: placed(leaf, fsdp(leaf.shape, devices)), shapes.structs(tree, dtype)
+  )
+  jaxpr, state = jax.make_jaxpr(tx.init, return_shape=True)(params)
+  avals = jax.tree.unflatten(jax.tree.structure(state), jaxpr.out_avals)
+  return params, optax.tree.map_params(
+    tx,
+    lambda leaf: like_params(leaf) if hasattr(leaf, 'shape') else leaf,
+    avals,
+    transform_non_params=lambda leaf: jax.tree.map(lambda x: placed(x, PartitionSpec()), leaf),
+  )
+
+
+def compile_step(
+  tx: optax.GradientTransformation,
+  tree: shapes.Shapes,
+  target: Target,
+  dtype: Any = jnp.float32,
+) -> tuple[Compiled, str]:
+  """Compiles a whole step, params and state donated; returns what it costs, and the program."""
+  mesh = Mesh(np.array(target.devices()), ('fsdp',))
+  params, state = arguments(tx, tree, mesh, dtype)
+  shardings = jax.tree.map(lambda x: x.sharding, (params, state))
+  step = jax.jit(methods.make_step(tx), donate_argnums=(0, 1), out_shardings=shardings)
+  begin = time.perf_counter()
+  lowered = step.trace(params, state, params).lower()
+  between = time.perf_counter()
+  compiled = lowered.compile()
+  end = time.perf_counter()
+  text = compiled.as_text()
+  program, memory = hlo.parse(text), compiled.memory_analysis()
+  local = sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params)
+  )
+  return Compiled(
+    passes=hlo.traffic(program) / local,
+    temporaries=hlo.temporaries(program) / local,
+    collectives=hlo.collectives(program),
+    trace_seconds=between - begin,
+    compile_seconds=end - between,
+    host_bytes=memory.host_argument_size_in_bytes,
+    argument_bytes=memory.argument_size_in_bytes,
+    param_bytes=local,
+  ), text
+
+
+def columns(one: Compiled, adam: Compiled) -> dict[str, list[float]]:
+  """The row of the table."""
+  found = {
+    'passes, N': one.passes,
+    'temp, N': one.temporaries,
+    'collectives': len(one.collectives),
+    'compile / Adam': one.compile_seconds / adam.compile_seconds,
+    'trace + compile, s': one.trace_seconds + one.compile_seconds,
+  }
+  return {name: [round(float(value), 3)] for name, value in found.items()}
+
+
+def growth() -> Mapping[str, tuple[shapes.Shapes, str]]:
+  """A block of T5, made wider and deeper, and spread over more devices."""
+  block = shapes.t5_base()['encoder']['block']['1']
+  grown = {f'params ×{k}': (shapes.wider(block, k), 'v5e') for k in (1, 4, 16)}
+  grown |= {f'leaves ×{k}': (shapes.deeper(block, k), 'v5e') for k in (1, 2, 4, 8)}
+  wide = shapes.deeper(shapes.wider(block, 4), 4)
+  devices = {1: 'v5e', 4: 'v5e-2x2', 16: 'v5e-4x4', 64: 'v5p-4x4x4'}
+  return grown | {f'devices ×{k}': (wide, target) for k, target in devices.items()}
+
+
+def cases(args: argparse.Namespace) -> Mapping[str, tuple[shapes.Shapes, str]]:
+  """(shapes, target) by name."""
+  if args.growth:
+    return growth()
+  models = {name: shapes.MODELS[name]() for name in args.model}
+  return {
+    f'{model}, {target}': (tree, target) for target in args.target for model, tree in models.items()
+  }
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+  """Compiles every case with every optimizer; returns the rows of the table."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--target', nargs='+', choices=TARGETS, default=['cpu'])
+  parser.add_argument('--model', nargs='+', choices=shapes.MODELS, default=['vit_b16', 't5_base'])
+  parser.add_argument('--method', nargs='+', choices=methods.OPTIMIZERS, default=None)
+  parser.add_argument('--growth', action='store_true', help='grow params, leaves and devices')
+  parser.add_argument('--out', type=Path, default=Path('runs/compiled'))
+  args = parser.parse_args(argv)
+  jax.config.update('jax_enable_compilation_cache', False)
+  chosen = args.method or list(methods.OPTIMIZERS)
+  todo = cases(args)
+  results: dict[str, Any] = {}
+  with training.progress_bar() as bar:
+    task = bar.add_task('compile', total=len(todo) * len(chosen))
+    for case, (tree, target) in todo.items():
+      adam = None
+      for name in dict.fromkeys((methods.REFERENCE, *chosen)):
+        one, _ = compile_step(methods.OPTIMIZERS[name](), tree, TARGETS[target])
+        adam = adam or one
+        results[f'{case}: {name}'] = columns(one, adam)
+        bar.advance(task)
+  settings = {'targets': args.target, 'models': args.model, 'growth': args.growth}
+  settings |= {'compilers': compilers()}
+  reporting.show('Ahead-of-time compiles; N: one copy of the params on a device', results)
+  name = 'growth' if args.growth else '_'.join(args.target)
+  reporting.write_json(args.out / f'{name}.json', settings, results)
+  print(f'Results: {args.out}/{name}.json')
+  return results
+
+
+def compilers() -> dict[str, str]:
+  """Versions of the compilers that are installed besides jaxlib's."""
+  from importlib import metadata
+
+  names = ('libtpu', 'jax-cuda13-plugin')
+  installed = {one.metadata['Name'] for one in metadata.distributions()}
+  return {name: metadata.version(name) for name in names if name in installed}
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,152 @@
+"""The benchmarks run, at tiny sizes, and compare what they say they compare."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import spd_optax as spd
+from benchmarks import methods, shapes, step_time
+
+SMALL = {'a': (3, 4), 'b': {'c': (5,), 'd': (2, 3, 4)}}
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  out = tmp_path_factory.mktemp('step_time')
+  arguments = ['--model', 'tiny', '--rounds', '2', '--no-torch', '--out', str(out)]
+  return out, step_time.main(arguments)
+
+
+@pytest.mark.parametrize(
+  ('name', 'leaves', 'parameters'),
+  [
+    ('vit_b16', 200, 86_567_656),
+    ('t5_base', 257, 222_903_552),
+    ('t5_large', 509, 737_668_096),
+  ],
+)
+def test_models_have_the_leaves_and_parameters_of_the_real_ones(name, leaves, parameters):
+  tree = shapes.MODELS[name]()
+  assert shapes.leaves(tree) == len(jax.tree.leaves(shapes.structs(tree))) == leaves
+  assert shapes.parameters(tree) == parameters
+
+
+def test_wider_and_deeper_grow_as_they_say():
+  assert shapes.wider(SMALL, 3) == {'a': (9, 4), 'b': {'c': (15,), 'd': (6, 3, 4)}}
+  assert shapes.deeper(SMALL, 2) == {'0': SMALL, '1': SMALL}
+
+
+def test_random_arrays_have_the_shapes_dtype_and_scale():
+  tree = shapes.random({'w': (100, 100)}, jnp.bfloat16, seed=3, scale=0.1)
+  assert (tree['w'].shape, tree['w'].dtype) == ((100, 100), jnp.bfloat16)
+  np.testing.assert_allclose(np.std(np.asarray(tree['w'], np.float32)), 0.1, rtol=0.05)
+  again = shapes.random({'w': (100, 100)}, jnp.bfloat16, seed=4, scale=0.1)
+  assert not np.array_equal(tree['w'], again['w'])
+
+
+def test_step_time_writes_a_row_for_each_method(run):
+  out, found = run
+  written = json.loads((out / 'tiny_float32.json').read_text())
+  assert written['results'] == found['tiny']
+  assert written['settings']['parameters'] == shapes.parameters(shapes.tiny())
+  assert found['tiny'].keys() == methods.OPTIMIZERS.keys()
+  assert found['tiny'][methods.REFERENCE]['% of Adam'] == [100]
+  for name, row in found['tiny'].items():
+    assert 0 < row['25 %'][0] <= row['ms'][0] <= row['75 %'][0], name
+    assert row['compile, s'][0] > 0, name
+
+
+def test_step_time_holds_some_layers_and_not_others(run):
+  # Would catch: times of a step that never does what SPD is there for.
+  for name, row in run[1]['tiny'].items():
+    assert ('held, %' in row) == name.startswith('form')
+    assert 10 < row.get('held, %', [50])[0] < 60, name
+
+
+def test_the_timed_gradients_make_spd_take_steps_back():
+  # Would catch: a condition that is true where the ratio is 0, so that nothing is moved.
+  first, second = step_time.two_gradients(SMALL, jnp.float32)
+  tx = spd.adam_spd(methods.LEARNING_RATE)
+  step = jax.jit(methods.make_step(tx))
+  params = shapes.random(SMALL, scale=step_time.PARAMS_SCALE)
+  state = tx.init(params)
+  for gradients in (first, second, first, second, first, second):
+    params, state = step(params, state, gradients)
+  own = state.projection_decay
+  assert {name for name, held in own.condition.items() if held} == {'b/c', 'b/d'}
+  assert all(own.ratio[name] > 0 for name in ('b/c', 'b/d'))
+
+
+def test_steps_in_one_program_are_the_same_steps():
+  # The form that accelerators time; would catch steps that are dropped or see other gradients.
+  step = methods.make_step(spd.adam_spd(1e-2))
+  params = shapes.random(SMALL, scale=0.1)
+  gradients = shapes.random(SMALL, seed=1)
+
+  def start():
+    return jax.tree.map(jnp.copy, params), spd.adam_spd(1e-2).init(params)
+
+  expected = step_time.in_python(jax.jit(step), *start(), gradients, 5)
+  found = step_time.in_one_program(step)(*start(), gradients, 5)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), found, expected)
+
+
+def test_groups_fit_into_memory_and_each_has_the_reference():
+  memory = {'adam': 3, 'a': 4, 'b': 4, 'c': 20, 'd': 1}
+  assert step_time.groups(memory, 12) == [['adam', 'a', 'b'], ['adam', 'c'], ['adam', 'd']]
+  assert step_time.groups(memory, 100) == [list(memory)]
+
+
+@pytest.fixture
+def torch_loop():
+  pytest.importorskip('torch')
+  from benchmarks import torch_loop
+
+  return torch_loop
+
+
+def noisy_gradients(steps):
+  """A direction, under noise and turning back halfway."""
+  direction = shapes.random(SMALL, seed=1)
+  for i in range(steps):
+    noise = shapes.random(SMALL, seed=2 + i)
+    sign = 1 if i < steps // 2 else -1
+    yield jax.tree.map(lambda d, n, sign=sign: sign * d + n, direction, noise)
+
+
+def test_torch_loop_takes_the_same_steps(torch_loop):
+  # Would catch: a peer that does less than the paper's rule, or more.
+  params = shapes.random(SMALL, scale=0.1)
+  own = [p.clone() for p in torch_loop.tensors(params)]
+  loop = torch_loop.LoopAdamSPD(own, 1e-2)
+  tx = spd.adam_spd(1e-2)
+  step, state, moved = jax.jit(methods.make_step(tx)), tx.init(params), 0
+  for gradients in noisy_gradients(12):
+    loop.step(torch_loop.tensors(gradients))
+    params, state = step(params, state, gradients)
+    own_state = state.projection_decay
+    moved += sum(
+      bool(held and own_state.ratio[name] > 0) for name, held in own_state.condition.items()
+    )
+  assert moved >= 3
+  assert loop.held == sum(map(int, own_state.constrained.values()))
+  for tensor, leaf in zip(own, jax.tree.leaves(params), strict=True):
+    np.testing.assert_allclose(tensor.numpy(), leaf, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['torch.optim.Adam, foreach', 'torch.optim.AdamW, fused'])
+def test_torch_optimizers_take_optax_steps(torch_loop, name):
+  # Would catch: a peer that is fast because it does not step.
+  params = shapes.random(SMALL, scale=0.1)
+  peer = torch_loop.PEERS[name]([p.clone() for p in torch_loop.tensors(params)], 1e-2)
+  tx = optax.adamw(1e-2, weight_decay=0.01) if 'AdamW' in name else optax.adam(1e-2)
+  step, state = jax.jit(methods.make_step(tx)), tx.init(params)
+  for gradients in noisy_gradients(4):
+    peer.step(torch_loop.tensors(gradients))
+    params, state = step(params, state, gradients)
+  for tensor, leaf in zip(peer.params, jax.tree.leaves(params), strict=True):
+    np.testing.assert_allclose(tensor.detach().numpy(), leaf, rtol=1e-5, atol=1e-6)
