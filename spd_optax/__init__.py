@@ -5,10 +5,11 @@ spd.with_projection_decay(optax.adam(lr), anchor)           # the paper's rule
 spd.adam_spd(lr, anchor)                                    # the same, with Adam
 """
 
+from spd_optax.aliases import adam_spd
 from spd_optax.baselines import L2SPState, interpolate, l2_sp
 from spd_optax.projection_decay import (
+  ProjectionDecayOptimizer,
   WithProjectionDecayState,
-  adam_spd,
   projection_decay,
   with_projection_decay,
 )
@@ -18,6 +19,7 @@ __version__ = '0.1.0'
 
 __all__ = [
   'L2SPState',
+  'ProjectionDecayOptimizer',
   'ProjectionDecayState',
   'WithProjectionDecayState',
   'adam_spd',

@@ -109,15 +109,20 @@ def anchor_memory_kind(value: Any) -> None:
     raise ValueError(f'anchor_memory_kind: jax {jax.__version__} lacks jax.memory; use a newer jax')
 
 
+def memory_kinds(device: jax.Device) -> set[str]:
+  """The kinds of memory that a device can use."""
+  return {memory.kind for memory in device.addressable_memories()}
+
+
 def has_memory_kind(array: jax.Array, memory_kind: str) -> bool:
   """Whether the array's devices have this memory; warns where they do not."""
   traced = isinstance(array, jax.core.Tracer)
-  devices = jax.local_devices()[:1] if traced else list(array.sharding.device_set)
-  missing = [d for d in devices if memory_kind not in {m.kind for m in d.addressable_memories()}]
+  devices = jax.local_devices()[:1] if traced else list(array.sharding.addressable_devices)
+  missing = [device for device in devices if memory_kind not in memory_kinds(device)]
   if missing:
     warnings.warn(
       f'anchor_memory_kind={memory_kind!r}: {missing[0].platform} device {missing[0]} has no such '
-      "memory; the anchor stays in the device's own. Pass anchor_memory_kind=None to agree.",
+      "memory; the anchor stays in the device's own. anchor_memory_kind=None says the same.",
       stacklevel=2,
     )
   return not missing

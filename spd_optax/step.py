@@ -101,12 +101,11 @@ class Decay:
     kinds = self.anchoring.kinds(flat)
     layers = self._layers(flat, kinds)
     by_path = zip(flat.paths, flat.leaves, kinds, strict=True)
-    checks.narrow({path: leaf for path, leaf, kind in by_path if kind is not Kind.FREE})
-
-    held = [leaf for leaf, kind in zip(flat.leaves, kinds, strict=True) if kind is not Kind.FREE]
+    constrained = {path: leaf for path, leaf, kind in by_path if kind is not Kind.FREE}
+    checks.narrow(constrained)
 
     def zeros(dtype: Any) -> dict[str, jax.Array]:
-      return layers.named(layers.zeros(held, dtype))
+      return layers.named(layers.zeros(list(constrained.values()), dtype))
 
     return ProjectionDecayState(
       count=jnp.zeros([], jnp.int32),
@@ -196,24 +195,46 @@ def _products(x: jax.Array, y: jax.Array) -> jax.Array:
   return x * y
 
 
-def apart(trees: Any, *platforms: str) -> Any:
-  """The trees, for a use of their own on these platforms; elsewhere the trees themselves.
+def apart(arrays: Any, *platforms: str) -> Any:
+  """The arrays, for a use of their own on these platforms; elsewhere the arrays themselves.
 
   What XLA:CPU computes for two loops (d, say) it writes to a new buffer, whose pages
   cost more than computing it twice; behind a barrier nothing is shared. XLA:TPU on the
   other hand computes an optimizer's step twice, unless a barrier keeps it on the chip.
   XLA:GPU does best without barriers.
   """
-  if len({_varies_over(x) for x in jax.tree.leaves(trees)}) > 1:
-    return trees  # in shard_map a barrier would make each vary over the axes of all
-  barriers = dict.fromkeys(platforms, jax.lax.optimization_barrier)
-  return jax.lax.platform_dependent(trees, **barriers, default=lambda trees: trees)
+  barriers = dict.fromkeys(platforms, _barrier)
+  return jax.lax.platform_dependent(arrays, **barriers, default=lambda arrays: arrays)
+
+
+def _barrier(arrays: Any) -> Any:
+  """One barrier for all arrays; in shard_map one for those that vary over the same axes.
+
+  A barrier makes all its results vary over all axes of any, and a bool in it has no
+  derivative.
+  """
+  leaves, treedef = jax.tree.flatten(arrays)
+  groups: dict[Any, list[int]] = {}
+  for i, leaf in enumerate(leaves):
+    if leaf.dtype != jnp.bool_:
+      groups.setdefault(_varies_over(leaf), []).append(i)
+  for at in groups.values():
+    for i, leaf in zip(at, jax.lax.optimization_barrier([leaves[i] for i in at]), strict=True):
+      leaves[i] = leaf
+  return jax.tree.unflatten(treedef, leaves)
 
 
 def _varies_over(array: Any) -> Any:
   """The mapped axes of shard_map over which the array is not replicated."""
   kind = jax.typeof(array)
   return kind.vma if hasattr(kind, 'vma') else kind.manual_axis_type.varying  # jax ≥ 0.10
+
+
+def deviation(leaf: jax.Array, param: jax.Array, anchor: Any) -> jax.Array:
+  """A direction for `shift`: d = θ − θ_0."""
+  del leaf
+  away: jax.Array = param - anchor
+  return away
 
 
 def shift(

@@ -8,7 +8,7 @@ import pytest
 import reporting
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ['README.md', 'examples/README.md']
+DOCUMENTS = ['README.md', 'examples/README.md', 'examples/benchmarks/README.md']
 
 
 def test_readme_snippets_run():

@@ -1,7 +1,7 @@
 """The optimizers that the benchmarks compare, and the step that they time."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import optax
 
@@ -11,21 +11,43 @@ LEARNING_RATE = 1e-3
 
 REFERENCE = 'optax.adam'
 
-OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
-  REFERENCE: lambda: optax.adam(LEARNING_RATE),
-  'optax.adamw': lambda: optax.adamw(LEARNING_RATE),
-  'form 1': lambda: optax.chain(spd.projection_decay(), optax.adam(LEARNING_RATE)),
-  'form 2': lambda: spd.adam_spd(LEARNING_RATE),
-  'form 2, zero anchor': lambda: spd.adam_spd(LEARNING_RATE, 0),
+
+def _adam() -> optax.GradientTransformation:
+  return optax.adam(LEARNING_RATE)
+
+
+# By name, from an anchor; "captured" has the one that the optimizer takes at the first step.
+OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
+  REFERENCE: lambda anchor: _adam(),
+  'optax.adamw': lambda anchor: optax.adamw(LEARNING_RATE),
+  'form 1': lambda anchor: optax.chain(spd.projection_decay(anchor), _adam()),
+  'form 1, captured': lambda anchor: optax.chain(spd.projection_decay(), _adam()),
+  'form 2': lambda anchor: spd.adam_spd(LEARNING_RATE, anchor),
+  'form 2, captured': lambda anchor: spd.adam_spd(LEARNING_RATE),
+  'form 2, zero anchor': lambda anchor: spd.adam_spd(LEARNING_RATE, 0),
+  'form 2, apply': lambda anchor: WritesParams(spd.adam_spd(LEARNING_RATE, anchor)),
 }
+
+
+class WritesParams(NamedTuple):
+  """An optimizer whose step is its `apply`."""
+
+  optimizer: spd.ProjectionDecayOptimizer
+
+  @property
+  def init(self) -> Any:
+    return self.optimizer.init
+
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
-def make_step(tx: optax.GradientTransformation) -> Step:
+def make_step(tx: Any) -> Step:
   """(params, state, gradients) -> (params, state), as a training loop has it."""
 
   def step(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
+    if isinstance(tx, WritesParams):
+      return tx.optimizer.apply(gradients, state, params)
     updates, state = tx.update(gradients, state, params)
     return optax.apply_updates(params, updates), state
 

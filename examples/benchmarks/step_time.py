@@ -186,7 +186,9 @@ def measure(args: argparse.Namespace, model: str, peers: Any, bar: Any) -> dict[
   """Compiles and times every method on one model; returns its columns by method."""
   tree = shapes.MODELS[model]()
   structs = shapes.structs(tree, args.dtype)
-  compiled = {name: Compiled(make(), structs) for name, make in methods.OPTIMIZERS.items()}
+  # What training starts from.
+  anchor = jax.device_get(shapes.random(tree, args.dtype, scale=PARAMS_SCALE))
+  compiled = {name: Compiled(make(anchor), structs) for name, make in methods.OPTIMIZERS.items()}
   memory = {name: one.memory for name, one in compiled.items()}
   memory |= dict.fromkeys(peers.PEERS if peers else (), TORCH_COPIES * size(structs))
   gradients = two_gradients(tree, args.dtype)
@@ -251,7 +253,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     from benchmarks import torch_loop as peers
 
     peers.prepare(jax.default_backend())
-  Compiled(methods.OPTIMIZERS[methods.REFERENCE](), shapes.structs(shapes.tiny()))  # warm up
+  Compiled(methods.OPTIMIZERS[methods.REFERENCE](None), shapes.structs(shapes.tiny()))  # warm up
   found = {}
   with training.progress_bar() as bar:
     for model in args.model:

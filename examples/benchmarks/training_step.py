@@ -57,14 +57,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   pool, _, _ = digits.load()
   data = finetune_vit.pixels(digits.in_style(pool, 'striped'), model.config)
   batch = jax.tree.map(lambda x: x[: args.batch], data)
-  runs = {name: TrainingRun(model, make(), batch) for name, make in methods.OPTIMIZERS.items()}
+  anchor = jax.device_get(model.params)
+  runs = {
+    name: TrainingRun(model, make(anchor), batch) for name, make in methods.OPTIMIZERS.items()
+  }
   with training.progress_bar() as bar:
     task = bar.add_task('train', total=step_time.WARM_UP + args.rounds)
     times = step_time.take_turns(runs, args.rounds, lambda: bar.advance(task))
   reference = times[methods.REFERENCE]
   results = {name: step_time.columns(t, t / reference, None) for name, t in times.items()}
   settings = {'rounds': args.rounds, 'batch': args.batch, 'host': step_time.processor()}
-  reporting.show('A training step of the example ViT, its own 59,146 parameters', results)
+  count = sum(x.size for x in jax.tree.leaves(model.params))
+  reporting.show(f'A training step of the example ViT, {count:,} parameters', results)
   reporting.write_json(args.out / 'results.json', settings, results)
   return results
 

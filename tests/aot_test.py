@@ -1,0 +1,95 @@
+"""What the compilers for TPU and CUDA make of a step, ahead of time; no such hardware needed.
+
+    python -m pip install -e '.[test,aot]' && python -m pytest -m aot
+
+The bounds are floors (`Adam` 7 passes over the params, the anchor's read makes it 8) plus
+what the compilers are known to add; examples/benchmarks/README.md has the numbers.
+"""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import spd_optax as spd
+from benchmarks import compiled, methods, shapes
+
+pytestmark = pytest.mark.aot
+
+ADAM = optax.adam(1e-3)
+
+
+FORMS = {
+  'form 1': lambda anchor, **kw: optax.chain(spd.projection_decay(anchor, **kw), ADAM),
+  'form 2': lambda anchor, **kw: spd.with_projection_decay(ADAM, anchor, **kw),
+}
+every_form = pytest.mark.parametrize('make', FORMS.values(), ids=FORMS)
+
+
+@functools.cache
+def vit_on(make, target, captured):
+  tree = shapes.vit_b16()
+  anchor = None if captured else compiled.nowhere(tree)
+  return compiled.compile_step(make(anchor), tree, compiled.TARGETS[target])[0]
+
+
+@pytest.mark.parametrize('captured', [True, False], ids=['captured', 'given'])
+@every_form
+def test_one_tpu_chip(make, captured):
+  """Catches a step whose inner optimizer is computed twice, and stored copies of the params."""
+  one = vit_on(make, 'v5e', captured)
+  assert 7.9 < one.passes <= 9.0
+  assert one.temporaries <= 0.1
+  assert not one.collectives
+
+
+@pytest.mark.parametrize('captured', [True, False], ids=['captured', 'given'])
+@every_form
+def test_64_tpu_chips(make, captured):
+  """Catches a third pass, an all-reduce per layer, and gathered params."""
+  one = vit_on(make, 'v5p-4x4x4', captured)
+  assert 7.9 < one.passes <= 8.5
+  assert {name for name, _, _ in one.collectives} == {'all-reduce'}
+  assert len(one.collectives) == 1 or all(scalars >= 200 for _, scalars, _ in one.collectives)
+  assert sum(size for _, _, size in one.collectives) < 4 * 1000  # a few scalars a layer
+
+
+@every_form
+def test_one_gpu(make):
+  """Catches barriers that XLA:GPU pays for (19 passes with one), and stored updates."""
+  one = vit_on(make, 'h200', captured=False)
+  assert one.passes <= 12.1
+  assert one.temporaries <= 0.2
+
+
+ANCHORS = {
+  'float32': ({}, (20, 0)),
+  'bfloat16': ({'anchor_dtype': jnp.bfloat16}, (18, 0)),
+  'zero': ({'anchor': 0}, (16, 0)),
+  'pinned_host': ({'anchor_memory_kind': 'pinned_host'}, (16, 4)),
+}
+
+
+@pytest.mark.parametrize(('options', 'expected'), ANCHORS.values(), ids=ANCHORS)
+@every_form
+def test_bytes_per_parameter(make, options, expected):
+  """Catches an anchor that is stored wider, or elsewhere, than asked for.
+
+  Of params, gradients, Adam's moments and the anchor: on the device, on its host.
+  """
+  tree = shapes.deeper(shapes.t5_base()['encoder']['block']['1'], 2)
+  options = {'anchor': compiled.nowhere(tree)} | options
+  one, _ = compiled.compile_step(make(**options), tree, compiled.TARGETS['v5e'])
+  per_parameter = 4 / one.param_bytes
+  found = one.argument_bytes * per_parameter, one.host_bytes * per_parameter
+  np.testing.assert_allclose(found, expected, rtol=0.01)
+
+
+def test_adam_is_seven_passes():
+  """Catches a count of passes that is off: each of g, m, v, θ is read, m, v, θ are written."""
+  tx = methods.OPTIMIZERS[methods.REFERENCE](None)
+  for target in ('v5e', 'h200'):
+    one, _ = compiled.compile_step(tx, shapes.vit_b16(), compiled.TARGETS[target])
+    assert one.passes == pytest.approx(7, abs=0.05)

@@ -1,0 +1,72 @@
+"""The benchmarks read traffic off a program's text as one would by hand."""
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import hlo
+
+# p is read from device memory into the chip, added to q there, and the sum written back.
+# 100 float32 numbers are 400 bytes.
+PROGRAM = """\
+HloModule test, is_scheduled=true
+
+%fused (a: f32[100], b: f32[100]) -> f32[100] {
+  %a = f32[100]{0} parameter(0)
+  %b = f32[100]{0} parameter(1)
+  ROOT %add = f32[100]{0} add(%a, %b)
+}
+
+%keep (t: (f32[100], f32[100])) -> (f32[100]) {
+  %t = (f32[100]{0}, f32[100]{0}) parameter(0)
+  %kept = f32[100]{0} get-tuple-element(%t), index=0
+  ROOT %out = (f32[100]{0}) tuple(%kept)
+}
+
+%take (t: (f32[100], f32[100])) -> (f32[100]) {
+  %t.1 = (f32[100]{0}, f32[100]{0}) parameter(0)
+  %taken = f32[100]{0} get-tuple-element(%t.1), index=1
+  %copied = f32[100]{0} copy(%taken)
+  ROOT %out.1 = (f32[100]{0}) tuple(%copied)
+}
+
+ENTRY %main (p: f32[100], q: f32[100], c: s32[]) -> (f32[100], f32[100]) {
+  %p = f32[100]{0:T(128)} parameter(0)
+  %q = f32[100]{0:T(128)} parameter(1)
+  %c = s32[]{:T(128)} parameter(2)
+  %cs = (f32[100]{0:T(128)S(1)}, f32[100]{0:T(128)}, u32[]{:S(2)}) copy-start(%p)
+  %cd = f32[100]{0:T(128)S(1)} copy-done(%cs)
+  %both = (f32[100]{0}, f32[100]{0}) tuple(%p, %q)
+  %cond = (f32[100]{0}) conditional(%c, %both, %both), branch_computations={%keep, %take}
+  %kept.1 = f32[100]{0} get-tuple-element(%cond), index=0
+  %temp = f32[100]{0:T(128)} fusion(%cd, %q), kind=kLoop, calls=%fused
+  %half = ((f32[100]{0}), f32[50]{0:S(1)}, s32[]{:S(2)}) slice-start(%temp), slice={[0:50]}
+  %halfd = f32[50]{0:S(1)} slice-done(%half)
+  %sum = f32[100]{0:T(128)} fusion(%temp, %q), kind=kLoop, calls=%fused
+  %all = f32[100]{0:T(128)} all-reduce(%sum), replica_groups={{0,1}}, to_apply=%fused
+  ROOT %result = (f32[100]{0}, f32[100]{0}) tuple(%all, %kept.1)
+}
+"""
+
+
+def test_traffic_of_a_program_by_hand():
+  """Catches on-chip buffers, views, whole operands of slices and first-step branches counted."""
+  program = hlo.parse(PROGRAM)
+  copied, fused, sliced = 400, 400 + 400, 200  # p read; q read, temp written; half of temp read
+  summed, reduced = 3 * 400, 2 * 400
+  assert hlo.traffic(program) == copied + fused + sliced + summed + reduced
+
+
+def test_temporaries_of_a_program_by_hand():
+  """Catches outputs counted as temporaries, and temporaries that are never freed."""
+  assert hlo.temporaries(hlo.parse(PROGRAM)) == 400 + 400  # temp, and sum before it is reduced
+
+
+def test_collectives_of_a_program_by_hand():
+  assert hlo.collectives(hlo.parse(PROGRAM)) == [('all-reduce', 1, 400)]
+
+
+def test_traffic_of_a_compiled_program():
+  """Catches a text that is no longer parsed."""
+  x = jax.ShapeDtypeStruct((1000,), jnp.bfloat16)
+  text = jax.jit(lambda x, y: (x + y, x * y)).lower(x, x).compile().as_text()
+  assert hlo.traffic(hlo.parse(text)) in (6 * 2000, 4 * 2000)  # two loops, or one

@@ -1,0 +1,50 @@
+"""An anchor in the host's memory."""
+
+import chex
+import jax
+import optax
+import pytest
+from contract_test import ANCHORS, loop, make_step, noise, normal
+from stacks_test import every_form
+
+from spd_optax import checks
+
+STEPS = 6
+
+
+def kinds(state):
+  return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(optax.tree.get(state, 'anchor'))}
+
+
+@pytest.mark.parametrize('jit_init', [True, False])
+@pytest.mark.parametrize('anchor', ['captured', 'tree', 'free'])
+@every_form
+def test_it_stays_there_and_changes_no_bit(make, anchor, jit_init):
+  """Catches an anchor that a donated, jitted step moves to the device, or loses."""
+  states = []
+  for options in ({}, {'anchor_memory_kind': 'pinned_host'}):
+    tx = make(ANCHORS[anchor](normal(0)), **options)
+    params, gradients = normal(0), jax.tree.map(lambda g: g[:STEPS], noise(0))
+    state = jax.jit(tx.init)(params) if jit_init else tx.init(params)
+    step = jax.jit(make_step(tx), donate_argnums=(0, 1))
+    trail = loop(step, params, state, gradients)
+    states.append(jax.device_get(trail[-1]))
+    assert kinds(trail[-1][1]) == {options.get('anchor_memory_kind', 'device')}
+    assert sum(optax.tree.get(trail[-1][1], 'constrained').values()) > 0
+  chex.assert_trees_all_equal(*states)
+
+
+@every_form
+def test_a_backend_without_it_is_named(make, monkeypatch):
+  """Catches a crash, or silence, where the memory does not exist."""
+  monkeypatch.setattr(checks, 'memory_kinds', lambda device: {'device'})
+  tx = make(anchor_memory_kind='pinned_host')
+  with pytest.warns(UserWarning, match="'pinned_host': cpu device .* has no such memory"):
+    state = tx.init(normal(0))
+  assert kinds(state) == {'device'}
+
+
+@every_form
+def test_other_kinds_are_an_error(make):
+  with pytest.raises(ValueError, match="anchor_memory_kind: expected 'pinned_host' or None"):
+    make(anchor_memory_kind='disk')
