@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import spd_optax as spd
-from benchmarks import methods, shapes, step_time
+from benchmarks import compiled, methods, shapes, step_time, training_step
 
 SMALL = {'a': (3, 4), 'b': {'c': (5,), 'd': (2, 3, 4)}}
 
@@ -150,3 +150,19 @@ def test_torch_optimizers_take_optax_steps(torch_loop, name):
     params, state = step(params, state, gradients)
   for tensor, leaf in zip(peer.params, jax.tree.leaves(params), strict=True):
     np.testing.assert_allclose(tensor.detach().numpy(), leaf, rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_has_a_row_for_each_method_and_adam_moves_what_it_must(tmp_path):
+  found = compiled.main(['--target', 'cpu', '--model', 'tiny', '--out', str(tmp_path)])
+  assert found.keys() == {f'tiny, cpu: {name}' for name in methods.OPTIMIZERS}
+  adam = found[f'tiny, cpu: {methods.REFERENCE}']
+  # On CPU three loops: g, m → m; g, v → v; θ, m, v → θ.
+  np.testing.assert_allclose(adam['passes, N'], 10, atol=0.1)
+  assert adam['compile / Adam'] == [1]
+  assert json.loads((tmp_path / 'tiny_cpu.json').read_text())['results'] == found
+
+
+def test_training_step_has_a_row_for_each_method(tmp_path):
+  found = training_step.main(['--rounds', '1', '--batch', '2', '--out', str(tmp_path)])
+  assert found.keys() == methods.OPTIMIZERS.keys()
+  assert json.loads((tmp_path / 'results.json').read_text())['results'] == found

@@ -6,6 +6,7 @@ bfloat16 numbers stand 1.2e-4 apart.
 """
 
 import functools
+import warnings
 from typing import Any, NamedTuple
 
 import chex
@@ -147,3 +148,22 @@ def test_bytes_per_parameter(recipe: Recipe, form: Any) -> None:
   assert tuple(part.dtype.itemsize for part in parts) == BYTES[recipe]
   total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state)))
   assert 0 <= total - 10**6 * sum(BYTES[recipe]) < 50  # one layer's flags, and counts
+
+
+@pytest.mark.parametrize(('dtype', 'percent'), [('bfloat16', '0.2'), ('float16', '0.024')])
+@pytest.mark.parametrize('make', [spd.projection_decay, spd.with_projection_decay])
+def test_a_warning_names_the_first_narrow_param(make, dtype, percent):
+  """Catches silence where steps will be lost."""
+  arguments = (optax.adam(1e-3),) if make is spd.with_projection_decay else ()
+  params = {'free': jnp.ones(2, dtype), 'a': jnp.ones(2), 'b': {'w': jnp.ones(2, dtype)}}
+  tx = make(*arguments, {'free': None, 'a': 0, 'b': 0})
+  with pytest.warns(UserWarning, match=f"1 of 2 .*'b/w', {dtype}.* about {percent} % of a weight"):
+    tx.init(params)
+
+
+def test_no_warning_without_narrow_constrained_params():
+  """Catches a warning of params that SPD leaves alone."""
+  tx = spd.adam_spd(1e-3, {'free': None, 'a': 0})
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    tx.init({'free': jnp.ones(2, BF16), 'a': jnp.ones(2)})
