@@ -210,14 +210,12 @@ def apart(arrays: Any, *platforms: str) -> Any:
 def _barrier(arrays: Any) -> Any:
   """One barrier for all arrays; in shard_map one for those that vary over the same axes.
 
-  A barrier makes all its results vary over all axes of any, and a bool in it has no
-  derivative.
+  A barrier makes all its results vary over the axes of any.
   """
   leaves, treedef = jax.tree.flatten(arrays)
   groups: dict[Any, list[int]] = {}
   for i, leaf in enumerate(leaves):
-    if leaf.dtype != jnp.bool_:
-      groups.setdefault(_varies_over(leaf), []).append(i)
+    groups.setdefault(_varies_over(leaf), []).append(i)
   for at in groups.values():
     for i, leaf in zip(at, jax.lax.optimization_barrier([leaves[i] for i in at]), strict=True):
       leaves[i] = leaf

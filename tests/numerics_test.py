@@ -281,3 +281,18 @@ def test_strength_zero_keeps_every_bit(special: float, form: Any) -> None:
   for strength in (0.0, lambda count: 0.0 * count):
     updates, _ = one_step(form(0, strength, margin=0.5), jnp.ones(3), gradients)
     assert np.asarray(updates).tobytes() == np.asarray(gradients).tobytes()
+
+
+@FORMS
+def test_a_step_can_be_differentiated(form: Any) -> None:
+  """Catches an operation without a derivative on the way, and a wrong one (meta-learning)."""
+  params = jnp.array([1.0, -2.0, 3.0])
+
+  def length(strength: jax.Array) -> jax.Array:
+    tx = form(strength=strength)
+    updates, _ = tx.update(params / 7, tx.init(params), params)
+    return jnp.sum((params + updates) ** 2)
+
+  found, e = jax.grad(length)(0.5), 1e-2
+  np.testing.assert_allclose(found, (length(0.5 + e) - length(0.5 - e)) / (2 * e), rtol=1e-2)
+  assert found != 0
