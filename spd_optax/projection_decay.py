@@ -141,7 +141,7 @@ def projection_decay(
     sums = decay.sums(view, layers, gradient_norm=view.gradients)
     decisions = decay.decide(state, layers, sums, rule)
     if not checks.is_zero(strength):
-      updates = step.shift(view, layers, updates, decisions, step.deviation, ['cpu'])
+      updates = step.shift(view, layers, updates, decisions, lambda g, p, a: p - a, ['cpu'])
     return updates, decay.next_state(state, view.stored, layers, decisions)
 
   return optax.GradientTransformationExtraArgs(decay.init, update)
@@ -273,9 +273,8 @@ def with_projection_decay(
     for i, leaf in zip(view.at, moved, strict=True):
       leaves[i] = leaf  # not yet rounded to a narrow dtype
     whole = jax.tree.unflatten(treedef, leaves)
-    # With θ̃ for the params θ is not read again, and may be overwritten with θ̃.
-    view = view._replace(params=moved)
-    shifted = step.shift(view, layers, whole, decisions, step.deviation, ['cpu', 'tpu'])
+    # θ is not read again, and may be overwritten with θ̃.
+    shifted = step.shift(view, layers, whole, decisions, lambda t, p, a: t - a, ['cpu', 'tpu'])
     return jax.tree.map(lambda t, p: t.astype(p.dtype), shifted, after), state
 
   whole: ProjectionDecayOptimizer = ProjectionDecayOptimizer(init, update)

@@ -228,13 +228,6 @@ def _varies_over(array: Any) -> Any:
   return kind.vma if hasattr(kind, 'vma') else kind.manual_axis_type.varying  # jax ≥ 0.10
 
 
-def deviation(leaf: jax.Array, param: jax.Array, anchor: Any) -> jax.Array:
-  """A direction for `shift`: d = θ − θ_0."""
-  del leaf
-  away: jax.Array = param - anchor
-  return away
-
-
 def shift(
   view: anchors.View,
   layers: Layers,
@@ -246,14 +239,14 @@ def shift(
   """tree + scale · direction where the layer is held, and the tree's own bits elsewhere.
 
   `direction` is computed from a leaf of the tree, its param and its anchor. On the
-  platforms in `barriers` that is kept apart from the sums, which read the same arrays.
+  platforms in `barriers` the leaf is kept apart from the sums that read it, too.
   """
   leaves, treedef = jax.tree.flatten(tree)
   actives = layers.spread([d.active for d in decisions], view.params)
   scales = layers.spread([d.scale for d in decisions], view.params)
   per_leaf = zip(view.at, view.params, view.anchors, actives, scales, strict=True)
   for i, param, anchor, active, scale in per_leaf:
-    leaf, param, active, scale = apart((jnp.asarray(leaves[i]), param, active, scale), *barriers)
+    leaf, active, scale = apart((jnp.asarray(leaves[i]), active, scale), *barriers)
     wide = anchors.wide(leaf)
     shifted = (wide + scale * direction(wide, param, anchor)).astype(leaf.dtype)
     leaves[i] = jnp.where(active, shifted, leaf)
