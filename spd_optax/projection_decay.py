@@ -233,7 +233,7 @@ def with_projection_decay(
   def init(params: Any) -> WithProjectionDecayState:
     return WithProjectionDecayState(decay.init(params), inner.init(params))
 
-  def decide(gradients: Any, state: Any, params: Any, extra_args: Any) -> Any:
+  def decide(gradients: Any, state: Any, params: Any, extra_args: Any, *later: str) -> Any:
     checks.state(state, WithProjectionDecayState)
     own = state.projection_decay
     view, layers = decay.view(gradients, own, params)
@@ -247,7 +247,7 @@ def with_projection_decay(
       ratio = formulas.projection_ratio(norms['distance'], norms['after'])
       return ratio, -strength_now * ratio
 
-    sums = decay.sums(view, layers, after=view.deviations(moved))
+    sums = decay.sums(view, layers, *later, after=view.deviations(moved))
     decisions = decay.decide(own, layers, sums, rule)
     own = decay.next_state(own, view.stored, layers, decisions)
     return view, layers, updates, moved, decisions, WithProjectionDecayState(own, inner_state)
@@ -265,7 +265,10 @@ def with_projection_decay(
   def apply(
     gradients: Any, state: WithProjectionDecayState, params: Any, **extra_args: Any
   ) -> tuple[Any, WithProjectionDecayState]:
-    view, layers, updates, moved, decisions, state = decide(gradients, state, params, extra_args)
+    # Once the other sums are known θ is not read again, and may be overwritten with θ̃.
+    view, layers, updates, moved, decisions, state = decide(
+      gradients, state, params, extra_args, 'after'
+    )
     after = optax.apply_updates(params, updates)
     if checks.is_zero(strength):
       return after, state
@@ -273,7 +276,6 @@ def with_projection_decay(
     for i, leaf in zip(view.at, moved, strict=True):
       leaves[i] = leaf  # not yet rounded to a narrow dtype
     whole = jax.tree.unflatten(treedef, leaves)
-    # θ is not read again, and may be overwritten with θ̃.
     shifted = step.shift(view, layers, whole, decisions, lambda t, p, a: t - a, ['cpu', 'tpu'])
     return jax.tree.map(lambda t, p: t.astype(p.dtype), shifted, after), state
 

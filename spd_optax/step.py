@@ -134,9 +134,12 @@ class Decay:
     return view, layers
 
   def sums(
-    self, view: anchors.View, layers: Layers, **squares: Sequence[jax.Array]
+    self, view: anchors.View, layers: Layers, *later: str, **squares: Sequence[jax.Array]
   ) -> dict[str, PerLayer]:
-    """⟨g, d⟩ as 'inner', ‖d‖² as 'distance', and the squared norms of `squares` by name."""
+    """⟨g, d⟩ as 'inner', ‖d‖² as 'distance', and the squared norms of `squares` by name.
+
+    Those named in `later` are summed in a loop of their own.
+    """
     squares = {'distance': view.deviations(apart(view.params, 'cpu')), **squares}
     if not checks.is_zero(self.margin):
       squares['gradient_norm'] = view.gradients
@@ -145,7 +148,7 @@ class Decay:
     products['inner'] = [
       _products(g, d) for g, d in zip(gradients, view.deviations(params), strict=True)
     ]
-    return layers.sums(products)
+    return layers.sums(products, *later)
 
   def decide(
     self, state: ProjectionDecayState, layers: Layers, sums: dict[str, PerLayer], rule: Rule

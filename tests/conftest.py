@@ -4,7 +4,8 @@ import os
 
 # Before the first use of a backend: the sharding tests need several devices.
 flags = os.environ.get('XLA_FLAGS', '')
-os.environ['XLA_FLAGS'] = f'{flags} --xla_force_host_platform_device_count=8'
+if 'device_count' not in flags:
+  os.environ['XLA_FLAGS'] = f'{flags} --xla_force_host_platform_device_count=8'
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import hypothesis  # noqa: E402  # jax reads the environment at import
