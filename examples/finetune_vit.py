@@ -27,24 +27,10 @@ from matplotlib import pyplot as plt
 from scipy import ndimage
 from transformers import FlaxViTForImageClassification, ViTConfig
 
+import comparison
 import digits
 import reporting
-import spd_optax as spd
 import training
-
-
-def methods(lr: float, anchor: Any) -> dict[str, optax.GradientTransformation]:
-  """The optimizers to compare; each differs from the first in one line."""
-  return {
-    'Adam': optax.adam(lr),
-    'AdamW, 0.01': optax.adamw(lr, weight_decay=0.01),
-    'L2-SP, λ = 0.01': optax.chain(spd.l2_sp(anchor, 0.01), optax.adam(lr)),
-    'SPD, in the chain': optax.chain(spd.projection_decay(anchor), optax.adam(lr)),
-    'SPD, in the chain, λ = 10, m = 0.1': optax.chain(
-      spd.projection_decay(anchor, 10.0, margin=0.1), optax.adam(lr)
-    ),
-    'SPD, exact (Adam-SPD)': spd.adam_spd(lr, anchor),
-  }
 
 
 def small_vit() -> FlaxViTForImageClassification:
@@ -123,33 +109,20 @@ def _accuracy(model: FlaxViTForImageClassification, params: Any, test: digits.Sp
   return jax.lax.map(accuracy, params)  # one seed at a time: large models fit
 
 
-def distance(params: Any, start: Any) -> np.ndarray:
-  """‖θ − θ_0‖ / ‖θ_0‖ in %, over all weights: an array over seeds."""
-  moved = jax.vmap(lambda p: optax.tree.norm(optax.tree.sub(p, start)))(params)
-  return 100 * np.asarray(moved / optax.tree.norm(start))
-
-
 def evaluate(
   model: FlaxViTForImageClassification, params: Any, tests: dict[str, digits.Split], style: str
 ) -> dict[str, list[float]]:
   """The columns of the table, each a list over seeds."""
   found = accuracies(model, params, tests)
   old = np.stack([found[name] for name in digits.OLD])
-  columns = {
-    'new style': found[style],
-    'old, mean': old.mean(0),
-    'old, worst': old.min(0),
-    'moved': distance(params, model.params),
-  }
-  return {name: [round(float(v), 3) for v in values] for name, values in columns.items()}
-
-
-def held(state: Any, steps: int) -> dict[str, list[float]]:
-  """Share of steps in %, mean over layers, in which SPD held a layer; empty without SPD."""
-  constrained = jax.tree.leaves(optax.tree.get(state, 'constrained', {}))
-  if not constrained:
-    return {}
-  return {'held': [round(float(v), 3) for v in 100 * np.mean(constrained, axis=0) / steps]}
+  return comparison.columns(
+    {
+      'new style': found[style],
+      'old, mean': old.mean(0),
+      'old, worst': old.min(0),
+      'moved': comparison.distance(params, model.params),
+    }
+  )
 
 
 def compare(args: argparse.Namespace, checkpoint: str, bar: Any) -> dict[str, Any]:
@@ -161,18 +134,16 @@ def compare(args: argparse.Namespace, checkpoint: str, bar: Any) -> dict[str, An
     style: pixels(digits.in_style(test, style), model.config) for style in (args.style, *digits.OLD)
   }
   order = training.batch_order(args.seeds, args.steps, args.batch, len(data.labels), args.shots)
-  start = jax.tree.map(lambda x: x[None], model.params)
-  results = {'pre-trained': evaluate(model, start, tests, args.style)}
-  for name, optimizer in methods(args.lr, anchor).items():
-    task = bar.add_task(name, total=args.steps)
-    params, state = training.train(
-      loss_of(model), optimizer, model.params, data, order, lambda n, t=task: bar.advance(t, n)
-    )
-    results[name] = evaluate(model, params, tests, args.style) | held(state, args.steps)
-    if name == 'Adam':
-      between = jax.vmap(lambda p: spd.interpolate(anchor, p, 0.5))(params)
-      results['WiSE-FT, α = 0.5'] = evaluate(model, between, tests, args.style)
-  return results
+  return comparison.run(
+    comparison.methods(args.lr, anchor),
+    loss_of(model),
+    model.params,
+    anchor,
+    data,
+    order,
+    lambda params: evaluate(model, params, tests, args.style),
+    bar,
+  )
 
 
 def picture(path: Path, results: dict[str, Any], style: str) -> None:

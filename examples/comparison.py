@@ -1,0 +1,82 @@
+"""The methods that the examples compare, and what is said about each; shared by the examples."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+import spd_optax as spd
+import training
+
+Columns = dict[str, list[float]]  # one value per seed
+
+
+def methods(lr: Any, anchor: Any) -> dict[str, optax.GradientTransformation]:
+  """The optimizers to compare; each differs from the first in one line."""
+  return {
+    'Adam': optax.adam(lr),
+    'AdamW, 0.01': optax.adamw(lr, weight_decay=0.01),
+    'L2-SP, λ = 0.01': optax.chain(spd.l2_sp(anchor, 0.01), optax.adam(lr)),
+    'SPD, in the chain': optax.chain(spd.projection_decay(anchor), optax.adam(lr)),
+    'SPD, in the chain, λ = 10, m = 0.1': optax.chain(
+      spd.projection_decay(anchor, 10.0, margin=0.1), optax.adam(lr)
+    ),
+    'SPD, exact (Adam-SPD)': spd.adam_spd(lr, anchor),
+  }
+
+
+def run(
+  optimizers: Mapping[str, optax.GradientTransformation],
+  loss: training.Loss,
+  params: Any,
+  anchor: Any,
+  data: Any,
+  order: np.ndarray,
+  evaluate: Callable[[Any], Columns],
+  bar: Any,
+) -> dict[str, Columns]:
+  """Fine-tunes the same params with every optimizer; returns the columns of each.
+
+  Args:
+    optimizers: by name. The first also gives WiSE-FT, the weights halfway to the anchor.
+    loss: as in `training.train`.
+    params: as in `training.train`.
+    anchor: the pre-trained weights, with None where there are none.
+    data: as in `training.train`.
+    order: as in `training.train`.
+    evaluate: params with a leading seed axis -> columns.
+    bar: a `training.progress_bar`.
+  """
+  steps = order.shape[1]
+  results = {'pre-trained': evaluate(jax.tree.map(lambda x: x[None], params))}
+  for i, (name, optimizer) in enumerate(optimizers.items()):
+    task = bar.add_task(name, total=steps)
+    trained, state = training.train(
+      loss, optimizer, params, data, order, lambda n, task=task: bar.advance(task, n)
+    )
+    results[name] = evaluate(trained) | held(state, steps)
+    if i == 0:
+      between = jax.vmap(lambda p: spd.interpolate(anchor, p, 0.5))(trained)
+      results['WiSE-FT, α = 0.5'] = evaluate(between)
+  return results
+
+
+def columns(values: Mapping[str, Any]) -> Columns:
+  """Arrays over seeds as lists of rounded numbers, for JSON."""
+  return {name: [round(float(v), 3) for v in array] for name, array in values.items()}
+
+
+def distance(params: Any, start: Any) -> np.ndarray:
+  """‖θ − θ_0‖ / ‖θ_0‖ in %, over all weights: an array over seeds."""
+  moved = jax.vmap(lambda p: optax.tree.norm(optax.tree.sub(p, start)))(params)
+  return 100 * np.asarray(moved / optax.tree.norm(start))
+
+
+def held(state: Any, steps: int) -> Columns:
+  """Share of steps in %, mean over layers, in which SPD held a layer; empty without SPD."""
+  constrained = jax.tree.leaves(optax.tree.get(state, 'constrained', {}))
+  if not constrained:
+    return {}
+  return columns({'held': 100 * np.mean(constrained, axis=0) / steps})
