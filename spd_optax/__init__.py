@@ -7,6 +7,9 @@ spd.adam_spd(lr, anchor)                                    # the same, with Ada
 
 from spd_optax.aliases import adam_spd
 from spd_optax.baselines import L2SPState, interpolate, l2_sp
+from spd_optax.exchange import DroppedLeaf, drop_anchor, put_anchor, reanchor
+from spd_optax.fingerprints import fingerprint
+from spd_optax.loading import load_anchor
 from spd_optax.projection_decay import (
   ProjectionDecayOptimizer,
   WithProjectionDecayState,
@@ -18,13 +21,19 @@ from spd_optax.step import ProjectionDecayState
 __version__ = '0.1.0'
 
 __all__ = [
+  'DroppedLeaf',
   'L2SPState',
   'ProjectionDecayOptimizer',
   'ProjectionDecayState',
   'WithProjectionDecayState',
   'adam_spd',
+  'drop_anchor',
+  'fingerprint',
   'interpolate',
   'l2_sp',
+  'load_anchor',
   'projection_decay',
+  'put_anchor',
+  'reanchor',
   'with_projection_decay',
 ]

@@ -27,6 +27,7 @@ def adam_spd(
   axis_name: AxisName = None,
   anchor_dtype: Any = None,
   anchor_memory_kind: str | None = None,
+  anchor_ema: Number | None = None,
 ) -> ProjectionDecayOptimizer:
   r"""The paper's Adam-SPD: `with_projection_decay` around `optax.adam`.
 
@@ -48,6 +49,7 @@ def adam_spd(
     axis_name: see `projection_decay`.
     anchor_dtype: see `projection_decay`.
     anchor_memory_kind: see `projection_decay`.
+    anchor_ema: see `projection_decay`.
 
   Returns:
     A `ProjectionDecayOptimizer` whose state is a `WithProjectionDecayState`.
@@ -77,4 +79,5 @@ def adam_spd(
     axis_name=axis_name,
     anchor_dtype=anchor_dtype,
     anchor_memory_kind=anchor_memory_kind,
+    anchor_ema=anchor_ema,
   )

@@ -17,6 +17,7 @@ import optax
 from jax.experimental.shard_alike import shard_alike
 
 from spd_optax import checks, trees
+from spd_optax.checks import Number
 
 
 class Kind(enum.Enum):
@@ -56,11 +57,13 @@ class Anchoring:
   anchor: Any
   dtype: Any = None
   memory_kind: str | None = None
+  ema: Number | None = None
 
   def __post_init__(self) -> None:
     checks.anchor(self.anchor)
     checks.anchor_dtype(self.dtype)
     checks.anchor_memory_kind(self.memory_kind)
+    checks.anchor_ema(self.ema)
 
   @property
   def captured(self) -> bool:
@@ -77,7 +80,7 @@ class Anchoring:
       ValueError: naming every leaf that only the anchor or only the params have.
     """
     return [
-      Kind.FREE if _never_held(leaf) else Kind.STORED if self.captured else _kind(value)
+      Kind.FREE if never_held(leaf) else Kind.STORED if self.captured else kind(value)
       for leaf, value in zip(params.leaves, self._values(params), strict=True)
     ]
 
@@ -120,7 +123,7 @@ class Anchoring:
     )
 
   def _stored(self, value: Any, leaf: Any) -> jax.Array:
-    anchor = _copy(value, leaf, self._store_dtype(leaf))
+    anchor = copy(value, leaf, self._store_dtype(leaf))
     if self.memory_kind is None or not checks.has_memory_kind(anchor, self.memory_kind):
       return anchor
     return _on_host(anchor)
@@ -146,7 +149,7 @@ class Anchoring:
     flat = trees.flatten(params)
     gradient_leaves = trees.match_leaves(gradients, flat).leaves
     kinds = self.kinds(flat)
-    stored = self._captured(stored, flat, kinds, count)
+    stored = self._placed(self._captured(stored, flat, kinds, count))
     arrays = trees.flatten(stored)
     by_path = {
       path: wide(_on_device(a)) for path, a in zip(arrays.paths, arrays.leaves, strict=True)
@@ -160,6 +163,32 @@ class Anchoring:
       params=[wide(flat.leaves[i]) for i in at],
       anchors=[by_path.get(flat.paths[i], 0.0) for i in at],
       stored=stored,
+    )
+
+  def _placed(self, stored: Any) -> Any:
+    """In the host's memory again, after a checkpoint was restored onto the device."""
+    here = jax.local_devices()[0]
+    if self.memory_kind is None or self.memory_kind not in checks.memory_kinds(here):
+      return stored
+    return jax.tree.map(lambda a: a if _is_on_host(a) else _on_host(a), stored)
+
+  def following(self, view: View) -> Any:
+    """The anchor tree for the next state: ε of the way to the params, where that is asked for.
+
+    Raises:
+      ValueError: naming every leaf of the anchor that is too coarse to follow.
+    """
+    if self.ema is None:
+      return view.stored
+    flat = trees.flatten(view.stored)
+    checks.can_follow(dict(zip(flat.paths, flat.leaves, strict=True)))
+    moved = {
+      view.flat.paths[i]: a + (1 - self.ema) * (p - a)
+      for i, p, a in zip(view.at, view.params, view.anchors, strict=True)
+    }
+    return jax.tree.unflatten(
+      flat.treedef,
+      [_cast([moved[at]], [a])[0] for at, a in zip(flat.paths, flat.leaves, strict=True)],
     )
 
   def _captured(
@@ -212,12 +241,13 @@ def _on_host(array: jax.Array) -> jax.Array:
   return placed
 
 
-def _never_held(leaf: Any) -> bool:
+def never_held(leaf: Any) -> bool:
   """Integers have no gradient, and an empty leaf has no weights to hold."""
   return not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) or np.size(leaf) == 0
 
 
-def _kind(value: Any) -> Kind:
+def kind(value: Any) -> Kind:
+  """What a value given as an anchor asks for."""
   if value is None:
     return Kind.FREE
   if isinstance(value, int | float) and not isinstance(value, bool) and value == 0:
@@ -226,7 +256,7 @@ def _kind(value: Any) -> Kind:
 
 
 def _mismatch(leaf: Any, value: Any, anchor_dtype: Any) -> str | None:
-  if _kind(value) is not Kind.STORED:
+  if kind(value) is not Kind.STORED:
     return None
   number = isinstance(value, int | float | complex) and not isinstance(value, bool)
   if not number and not (hasattr(value, 'shape') and hasattr(value, 'dtype')):
@@ -241,7 +271,13 @@ def _mismatch(leaf: Any, value: Any, anchor_dtype: Any) -> str | None:
   return f'{both}; cast the anchor'
 
 
-def _copy(value: Any, leaf: Any, dtype: Any) -> jax.Array:
+def copied_like(value: Any, like: jax.Array) -> jax.Array:
+  """A copy with its own sharding and the dtype and kind of memory of another array."""
+  new = copy(value, value, like.dtype)
+  return _on_host(new) if _is_on_host(like) else new
+
+
+def copy(value: Any, leaf: Any, dtype: Any) -> jax.Array:
   """A new array with the sharding of the param; never an alias of what was passed."""
   if value is leaf:
     return jnp.array(value, dtype, copy=True)

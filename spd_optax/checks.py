@@ -109,6 +109,22 @@ def anchor_memory_kind(value: Any) -> None:
     raise ValueError(f'anchor_memory_kind: jax {jax.__version__} lacks jax.memory; use a newer jax')
 
 
+def anchor_ema(value: Any) -> None:
+  """A number in [0, 1], a traced scalar, or None."""
+  if value is not None:
+    _scalar('anchor_ema', value, 'a number in [0, 1], or None', lambda v: 0 <= v <= 1)
+
+
+def can_follow(anchor: Mapping[str, Any]) -> None:
+  """Not narrower than float32: 1 − anchor_ema of a small deviation would round away."""
+  narrow = [f'{p or "(root)"}: {x.dtype}' for p, x in anchor.items() if jnp.finfo(x).bits < 32]
+  if narrow:
+    raise ValueError(
+      'anchor_ema: a slowly following anchor needs float32 or wider (anchor_dtype=jnp.float32):\n  '
+      + '\n  '.join(narrow)
+    )
+
+
 def memory_kinds(device: jax.Device) -> set[str]:
   """The kinds of memory that a device can use."""
   return {memory.kind for memory in device.addressable_memories()}

@@ -48,6 +48,7 @@ def projection_decay(
   axis_name: AxisName = None,
   anchor_dtype: Any = None,
   anchor_memory_kind: str | None = None,
+  anchor_ema: Number | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Selective Projection Decay in gradient space, the first link of a chain.
 
@@ -90,6 +91,9 @@ def projection_decay(
     anchor_memory_kind: 'pinned_host' keeps the anchor in the host's memory and streams
       it to the device in each step; a warning says where a backend has no such memory,
       and the anchor then stays on the device. None: the memory of the params.
+    anchor_ema: β in [0, 1]: the stored anchor follows the params slowly, θ_0 ← β θ_0 + (1 − β) θ
+      after each step, θ the params before it. For streams that drift; None and 1 keep it
+      where it is. An anchor of zero stays there. `reanchor` moves it all at once.
 
   Returns:
     A transformation whose state is a `ProjectionDecayState`.
@@ -117,7 +121,7 @@ def projection_decay(
     {'bias': Array(False, dtype=bool), 'kernel': Array(False, dtype=bool)}
   """
   decay = Decay(
-    Anchoring(anchor, anchor_dtype, anchor_memory_kind),
+    Anchoring(anchor, anchor_dtype, anchor_memory_kind, anchor_ema),
     strength,
     margin,
     stack_axis,
@@ -142,7 +146,7 @@ def projection_decay(
     decisions = decay.decide(state, layers, sums, rule)
     if not checks.is_zero(strength):
       updates = step.shift(view, layers, updates, decisions, lambda g, p, a: p - a, ['cpu'])
-    return updates, decay.next_state(state, view.stored, layers, decisions)
+    return updates, decay.next_state(state, view, layers, decisions)
 
   return optax.GradientTransformationExtraArgs(decay.init, update)
 
@@ -158,6 +162,7 @@ def with_projection_decay(
   axis_name: AxisName = None,
   anchor_dtype: Any = None,
   anchor_memory_kind: str | None = None,
+  anchor_ema: Number | None = None,
 ) -> ProjectionDecayOptimizer:
   r"""The paper's Selective Projection Decay, exactly, around any complete optimizer.
 
@@ -192,6 +197,7 @@ def with_projection_decay(
     axis_name: mapped axes that the leaves are sharded over; see `projection_decay`.
     anchor_dtype: dtype to store the anchor in; see `projection_decay`.
     anchor_memory_kind: see `projection_decay`.
+    anchor_ema: see `projection_decay`.
 
   Returns:
     A `ProjectionDecayOptimizer` whose state is a `WithProjectionDecayState`.
@@ -222,7 +228,7 @@ def with_projection_decay(
   checks.optimizer(optimizer)
   inner = optax.with_extra_args_support(optimizer)
   decay = Decay(
-    Anchoring(anchor, anchor_dtype, anchor_memory_kind),
+    Anchoring(anchor, anchor_dtype, anchor_memory_kind, anchor_ema),
     strength,
     margin,
     stack_axis,
@@ -249,7 +255,7 @@ def with_projection_decay(
 
     sums = decay.sums(view, layers, *later, after=view.deviations(moved))
     decisions = decay.decide(own, layers, sums, rule)
-    own = decay.next_state(own, view.stored, layers, decisions)
+    own = decay.next_state(own, view, layers, decisions)
     return view, layers, updates, moved, decisions, WithProjectionDecayState(own, inner_state)
 
   def update(

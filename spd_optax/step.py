@@ -182,11 +182,15 @@ class Decay:
     )
 
   def next_state(
-    self, state: ProjectionDecayState, anchor: Any, layers: Layers, decisions: Sequence[Decision]
+    self,
+    state: ProjectionDecayState,
+    view: anchors.View,
+    layers: Layers,
+    decisions: Sequence[Decision],
   ) -> ProjectionDecayState:
     return ProjectionDecayState(
       count=optax.safe_increment(state.count),
-      anchor=anchor,
+      anchor=self.anchoring.following(view),
       **{name: layers.named([getattr(d, name) for d in decisions]) for name in PER_LAYER},
     )
 

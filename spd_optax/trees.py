@@ -82,18 +82,18 @@ def is_placeholder(params: Any) -> bool:
   return _is_hole(params) and params is not None and not isinstance(params, optax.MaskedNode)
 
 
-def flatten(tree: Any) -> Flat:
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] = lambda node: False) -> Flat:
   """Takes a tree apart; leaves are what `jax.tree.leaves` gives.
 
   Raises:
     ValueError: if two leaves have the same path, as in {'a': {'b/c': 1}, 'a/b': {'c': 2}}.
   """
-  found = _entries(tree, _is_hole)
+  found = _entries(tree, lambda node: _is_hole(node) or is_leaf(node))
   full = [(keys, leaf) for keys, leaf in found if not _is_hole(leaf)]
   flat = Flat(
     keys=tuple(keys for keys, _ in full),
     leaves=[leaf for _, leaf in full],
-    treedef=jax.tree.structure(tree),
+    treedef=jax.tree.structure(tree, is_leaf=is_leaf),
     holes=tuple(keys for keys, leaf in found if _is_hole(leaf)),
   )
   twice = sorted(path for path, count in Counter(flat.paths).items() if count > 1)

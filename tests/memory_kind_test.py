@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import jax.numpy as jnp
 import optax
 import pytest
 from contract_test import ANCHORS, loop, make_step, noise, normal
@@ -32,6 +33,17 @@ def test_it_stays_there_and_changes_no_bit(make, anchor, jit_init):
     assert kinds(trail[-1][1]) == {options.get('anchor_memory_kind', 'device')}
     assert sum(optax.tree.get(trail[-1][1], 'constrained').values()) > 0
   chex.assert_trees_all_equal(*states)
+
+
+@every_form
+def test_a_restored_anchor_goes_back_there(make):
+  """Catches a checkpoint that, restored onto the device, keeps its anchor there for good."""
+  tx = make(normal(0), anchor_memory_kind='pinned_host')
+  state = jax.tree.map(jnp.asarray, jax.device_get(tx.init(normal(0))))
+  assert kinds(state) == {'device'}
+  step = jax.jit(make_step(tx))
+  _, state = step(normal(0), state, jax.tree.map(lambda g: g[0], noise(0)))
+  assert kinds(state) == {'pinned_host'}
 
 
 @every_form

@@ -1,0 +1,197 @@
+"""The anchor in an optimizer state: taken out, put back, or replaced by another."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spd_optax import anchors, checks, fingerprints, trees
+from spd_optax.baselines import L2SPState
+from spd_optax.step import ProjectionDecayState
+
+State = TypeVar('State')
+
+
+class DroppedLeaf(NamedTuple):
+  """What stands in a state for an array of the anchor that was dropped.
+
+  Attributes:
+    fingerprint: uint32[4], see `fingerprint`.
+    zero: a 0 of the array's dtype.
+  """
+
+  fingerprint: jax.Array
+  zero: jax.Array
+
+
+def drop_anchor(opt_state: State) -> State:
+  """The optimizer state without its anchor, for a checkpoint without a second copy of the model.
+
+  Change ``save(opt_state)`` to ``save(spd.drop_anchor(opt_state))``, and on resuming put the
+  pre-trained weights back by `put_anchor`; the run goes on bit for bit. In place of each
+  array its fingerprint is kept (`DroppedLeaf`).
+
+  Args:
+    opt_state: the state of any optimizer with SPD or `l2_sp` in it, at any depth, also of
+      `jax.ShapeDtypeStruct`, for the structure to restore into:
+      ``jax.eval_shape(spd.drop_anchor, jax.eval_shape(tx.init, params))``.
+
+  Returns:
+    A state like it. It cannot be used for an update. Zero and free anchors are not stored
+    in the first place, and stay as they are.
+
+  Raises:
+    TypeError: if there is no such state.
+    ValueError: if its anchor has been dropped already.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import spd_optax as spd
+    >>> pretrained = {'kernel': jnp.ones((2, 3))}
+    >>> state = spd.adam_spd(1e-3).init(pretrained)
+    >>> slim = spd.drop_anchor(state)
+    >>> state = spd.put_anchor(slim, pretrained)
+  """
+
+  def dropped(path: str, leaf: Any) -> DroppedLeaf:
+    if isinstance(leaf, DroppedLeaf):
+      raise ValueError('drop_anchor(opt_state): its anchor has been dropped already')
+    return DroppedLeaf(fingerprints.of_leaf(path, leaf), jnp.zeros([], leaf.dtype))
+
+  return _with_anchors('drop_anchor', opt_state, dropped)
+
+
+def put_anchor(opt_state: State, anchor: Any) -> State:
+  """The optimizer state with its anchor again, after `drop_anchor`.
+
+  Args:
+    opt_state: a state whose anchor has been dropped.
+    anchor: the same anchor: the pre-trained params, or what `load_anchor` gives. It may
+      have more leaves than the state asks for. Arrays are copied, keep their sharding, and
+      get the dtype that the anchor had in the state (`anchor_dtype`).
+
+  Returns:
+    The state as it was.
+
+  Raises:
+    ValueError: if its anchor has not been dropped; naming every leaf that the anchor lacks, or
+      whose fingerprint is not that of the anchor that was dropped.
+    TypeError: if there is no state of SPD or `l2_sp`.
+
+  Example:
+    See `drop_anchor`.
+  """
+  leaves = _by_path(anchor)
+  problems: list[str] = []
+
+  def put(path: str, leaf: Any) -> Any:
+    if not isinstance(leaf, DroppedLeaf):
+      raise ValueError(
+        'put_anchor(opt_state, anchor): the state has its anchor; '
+        'reanchor(opt_state, params) gives it another'
+      )
+    if path not in leaves:
+      problems.append(f'{path or "(root)"}: missing in the anchor')
+      return leaf
+    value = anchors.copy(leaves[path], leaves[path], leaf.zero.dtype)
+    if not np.array_equal(fingerprints.of_leaf(path, value), leaf.fingerprint):
+      problems.append(f'{path or "(root)"}: {checks.kind_of(leaves[path])} with other values')
+    return value
+
+  found = _with_anchors('put_anchor', opt_state, put)
+  trees.raise_all(
+    problems,
+    'put_anchor(opt_state, anchor): this is not the anchor that was dropped, by fingerprint; '
+    'reanchor(opt_state, params) starts from another on purpose:',
+  )
+  return found
+
+
+def reanchor(opt_state: State, params: Any) -> State:
+  """The optimizer state with other weights as its anchor: at the boundary of two tasks, say.
+
+  θ_0 becomes a copy of `params` wherever an array of the anchor is stored, or was
+  before `drop_anchor`. Zero and free anchors stay. Moments, counters and reports go on.
+  May be called under jit.
+
+  Args:
+    opt_state: the state of any optimizer with SPD or `l2_sp` in it, at any depth.
+    params: the new anchor, a tree like the params. It may have more leaves than are stored.
+
+  Returns:
+    A state of the same structure, shapes and dtypes.
+
+  Raises:
+    ValueError: naming every leaf that `params` lacks or that has another shape; if the
+      state stores no anchor at all.
+    TypeError: if there is no state of SPD or `l2_sp`.
+
+  Example:
+    >>> import jax.numpy as jnp, optax
+    >>> import spd_optax as spd
+    >>> tx = spd.adam_spd(1e-3)
+    >>> state = tx.init({'kernel': jnp.zeros(3)})
+    >>> state = spd.reanchor(state, {'kernel': jnp.ones(3)})
+    >>> optax.tree.get(state, 'anchor')
+    {'kernel': Array([1., 1., 1.], dtype=float32)}
+  """
+  leaves = _by_path(params)
+  problems: list[str] = []
+  stored = 0
+
+  def replaced(path: str, leaf: Any) -> Any:
+    nonlocal stored
+    stored += 1
+    dropped = isinstance(leaf, DroppedLeaf)
+    new = leaves.get(path)
+    if new is None or not (dropped or jnp.shape(new) == leaf.shape):
+      there = 'nothing' if new is None else checks.kind_of(new)
+      was = 'dropped' if dropped else checks.kind_of(leaf)
+      problems.append(f'{path or "(root)"}: {there}, in the state {was}')
+      return leaf
+    return anchors.copied_like(new, leaf.zero if dropped else leaf)
+
+  found = _with_anchors('reanchor', opt_state, replaced)
+  trees.raise_all(problems, 'reanchor(opt_state, params): the params do not fit the anchor:')
+  if not stored:
+    raise ValueError(
+      'reanchor(opt_state, params): the state stores no anchor; every anchor is zero or free'
+    )
+  return found
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+  flat = trees.flatten(tree)
+  return dict(zip(flat.paths, flat.leaves, strict=True))
+
+
+def _with_anchors(name: str, opt_state: State, change: Callable[[str, Any], Any]) -> State:
+  """The state with every array of every anchor in it changed."""
+  found = 0
+
+  def changed(node: Any) -> Any:
+    nonlocal found
+    if not _has_anchor(node):
+      return node
+    found += 1
+    flat = trees.flatten(node.anchor, _is_dropped)
+    leaves = [change(path, leaf) for path, leaf in zip(flat.paths, flat.leaves, strict=True)]
+    return node._replace(anchor=jax.tree.unflatten(flat.treedef, leaves))
+
+  result: State = jax.tree.map(changed, opt_state, is_leaf=_has_anchor)
+  if not found:
+    raise TypeError(
+      f'{name}: expected the state of an optimizer with projection_decay, with_projection_decay, '
+      f'adam_spd or l2_sp in it, found {checks.kind_of(opt_state)}'
+    )
+  return result
+
+
+def _has_anchor(node: Any) -> bool:
+  return isinstance(node, ProjectionDecayState | L2SPState)
+
+
+def _is_dropped(node: Any) -> bool:
+  return isinstance(node, DroppedLeaf)

@@ -1,0 +1,322 @@
+"""`load_anchor`: what each kind of checkpoint holds lands where the params are."""
+
+import pickle
+import sys
+import zipfile
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as old
+import pytest
+from flax import nnx, serialization
+from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
+from safetensors.numpy import save_file
+
+import spd_optax as spd
+
+
+def pretrained():
+  """Weights with lists, an integer, a scalar and a bfloat16 leaf, all different."""
+  rng = np.random.default_rng(0)
+
+  def normal(*shape):
+    return np.array(rng.normal(size=shape), np.float32)
+
+  return {
+    'blocks': [{'kernel': normal(4, 8), 'bias': normal(8)} for _ in range(2)],
+    'scale': normal(),
+    'narrow': normal(3).astype(jnp.bfloat16),
+    'steps': np.arange(3),
+  }
+
+
+def named(tree, separator='/', prefix=''):
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  join = jax.tree_util.keystr
+  return {prefix + join(at, simple=True, separator=separator): np.asarray(x) for at, x in leaves}
+
+
+def orbax_v1(path, tree):
+  ocp.save(path, tree)
+  return path
+
+
+def orbax_standard(path, tree):
+  with old.StandardCheckpointer() as checkpointer:
+    checkpointer.save(path, tree)
+  return path
+
+
+def orbax_manager(path, tree):
+  with old.CheckpointManager(path) as manager:
+    manager.save(5, args=old.args.StandardSave(tree))
+  return path / '5'
+
+
+def orbax_training(path, tree):
+  with ocp.training.Checkpointer(path) as checkpointer:
+    checkpointer.save_checkpointables(7, {'model': tree, 'other': {'x': np.ones(2)}})
+  return path / '7' / 'model'
+
+
+def safetensors(path, tree):
+  save_file(named(tree, '.'), f'{path}.safetensors')
+  return f'{path}.safetensors'
+
+
+def safetensors_shards(path, tree):
+  path.mkdir()
+  items = list(named(tree, '.').items())
+  for i in range(2):
+    save_file(dict(items[i::2]), path / f'model-0000{i + 1}-of-00002.safetensors')
+  return path
+
+
+def msgpack(path, tree):
+  path.with_suffix('.msgpack').write_bytes(serialization.to_bytes(tree))
+  return path.with_suffix('.msgpack')
+
+
+def npz(path, tree):
+  np.savez(path, **named(tree))
+  return path.with_suffix('.npz')
+
+
+FORMATS = [
+  orbax_v1,
+  orbax_standard,
+  orbax_manager,
+  orbax_training,
+  safetensors,
+  safetensors_shards,
+  msgpack,
+  npz,
+]
+FILES = [safetensors, msgpack, npz]
+each_format = pytest.mark.parametrize('save', FORMATS)
+each_file = pytest.mark.parametrize('save', FILES)
+
+
+def zeros(tree):
+  return jax.tree.map(jnp.zeros_like, tree)
+
+
+def expected(tree):
+  return tree | {'steps': None}  # an integer is never held
+
+
+@each_format
+def test_what_was_saved_is_the_anchor(save, tmp_path, recwarn):
+  """Catches leaves that swap places, a lost dtype, and a warning where all is well."""
+  tree = pretrained()
+  anchor = spd.load_anchor(save(tmp_path / 'checkpoint', tree), zeros(tree), strict=True)
+  chex.assert_trees_all_equal(anchor, jax.tree.map(jnp.asarray, expected(tree)))
+  chex.assert_trees_all_equal_dtypes(anchor, jax.tree.map(jnp.asarray, expected(tree)))
+  assert not [w for w in recwarn if 'anchor' in str(w.message)]
+
+
+@each_format
+def test_it_gets_the_sharding_and_dtype_of_the_params(save, tmp_path):
+  """Catches a whole copy of each leaf on one device, and an anchor in the file's dtype."""
+  mesh = jax.make_mesh((4, 2), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  tree = {'kernel': pretrained()['blocks'][0]['kernel'], 'bias': np.ones(8, np.float32)}
+  like = {
+    'kernel': jax.ShapeDtypeStruct(
+      (4, 8), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec('data', 'model'))
+    ),
+    'bias': jax.device_put(jnp.zeros(8), NamedSharding(mesh, PartitionSpec('model'))),
+  }
+  anchor = spd.load_anchor(save(tmp_path / 'checkpoint', tree), like)
+  for name, leaf in anchor.items():
+    assert leaf.sharding == like[name].sharding
+  chex.assert_trees_all_equal(anchor['kernel'], jnp.asarray(tree['kernel'], jnp.bfloat16))
+
+
+@each_format
+def test_params_inside_a_larger_tree(save, tmp_path, recwarn):
+  """Catches an optimizer's moments taken for params, or reported as surplus."""
+  tree, other = pretrained(), jax.tree.map(lambda x: np.asarray(x + 1), pretrained())
+  path = save(tmp_path / 'checkpoint', {'state': {'params': tree, 'mu': other}})
+  anchor = spd.load_anchor(path, zeros(tree), key='state/params', strict=True)
+  chex.assert_trees_all_equal(anchor, jax.tree.map(jnp.asarray, expected(tree)))
+  with pytest.raises(ValueError, match=r"none of the params is in .* pass key='state/\w+'"):
+    spd.load_anchor(path, zeros(tree))
+
+
+@each_format
+def test_what_only_one_side_has(save, tmp_path):
+  """Catches a new head that is held to zeros, and silence about what was left out."""
+  params = {'body': {'kernel': jnp.zeros((4, 8))}, 'head': {'kernel': jnp.zeros((8, 7))}}
+  tree = {'body': {'kernel': np.ones((4, 8), np.float32)}, 'old': {'bias': np.ones(3, np.float32)}}
+  path = save(tmp_path / 'checkpoint', tree)
+  with pytest.warns(UserWarning, match='stay free') as caught:
+    anchor = spd.load_anchor(path, params)
+  text = str(caught[-1].message)
+  assert 'head/kernel: in the params, not in the checkpoint' in text
+  assert 'old/bias: in the checkpoint, not in the params' in text
+  assert caught[-1].filename == __file__
+  assert anchor['head']['kernel'] is None
+  state = spd.adam_spd(1e-3, anchor).init(params)
+  assert list(optax.tree.get(state, 'condition')) == ['body/kernel']
+  with pytest.raises(ValueError, match=r'(?s)head/kernel: .*old/bias: '):
+    spd.load_anchor(path, params, strict=True)
+
+
+@each_format
+def test_all_mismatches_are_one_error(save, tmp_path):
+  """Catches a broadcast anchor, imaginary parts thrown away, and one error at a time."""
+  like = {'a': jnp.zeros((8, 4)), 'b': jnp.zeros(3), 'c': jnp.zeros(2), 'fits': jnp.zeros(2)}
+  tree = {
+    'a': np.zeros((4, 8), np.float32),
+    'b': np.zeros(3, np.complex64),
+    'c': np.zeros(2, np.int32),
+    'fits': np.zeros(2, np.float32),
+  }
+  if save in (safetensors, safetensors_shards):
+    tree['b'] = tree['b'].real[:1]  # the format has no complex numbers
+  with pytest.raises(ValueError, match='does not fit the params') as error:
+    spd.load_anchor(save(tmp_path / 'checkpoint', tree), like)
+  lines = str(error.value).splitlines()
+  assert [line.strip().partition(':')[0] for line in lines[1:]] == ['a', 'b', 'c']
+  assert 'params float32[8, 4], checkpoint float32[4, 8]' in lines[1]
+
+
+@each_format
+def test_an_anchor_is_finite(save, tmp_path):
+  """Catches a NaN that would leave a layer unheld forever, without a word."""
+  tree = pretrained()
+  tree['blocks'][1]['bias'][2] = np.nan
+  tree['scale'] = np.array(np.inf, np.float32)
+  with pytest.raises(ValueError, match=r'(?s)must be finite.*blocks/1/bias\n  scale$'):
+    spd.load_anchor(save(tmp_path / 'checkpoint', tree), zeros(tree))
+
+
+@each_file
+@pytest.mark.parametrize('keep', [0, 1, 0.5, -1])
+def test_a_truncated_file(save, keep, tmp_path):
+  """Catches half an anchor, and a library's traceback without the path."""
+  tree = pretrained()
+  path = tmp_path / save(tmp_path / 'checkpoint', tree)
+  content = path.read_bytes()
+  path.write_bytes(content[: int(len(content) * keep) if keep == 0.5 else keep])
+  with pytest.raises(ValueError, match=r'checkpoint\.\w+: no readable '):
+    spd.load_anchor(path, zeros(tree))
+
+
+@pytest.mark.parametrize('save', [orbax_v1, orbax_standard])
+def test_a_damaged_orbax_directory(save, tmp_path):
+  """Catches arrays of zeros in place of missing or damaged data."""
+  tree = pretrained()
+  path = save(tmp_path / 'checkpoint', tree)
+  for file in path.rglob('d/*'):
+    if file.is_file():
+      file.write_bytes(b'\0' * file.stat().st_size)
+  with pytest.raises(ValueError, match='checkpoint: no readable Orbax'):
+    spd.load_anchor(path, zeros(tree))
+
+
+def test_a_header_that_promises_more_than_the_file_holds(tmp_path):
+  """Catches memory taken on the word of a header."""
+  tree = {'kernel': np.ones((4, 8), np.float32)}
+  path = safetensors(tmp_path / 'a', tree)
+  content = (tmp_path / path).read_bytes()
+  content = content.replace(b'[4,8]', b'[9,8]').replace(b'[0,128]', b'[0,288]')
+  (tmp_path / 'a.safetensors').write_bytes(content)
+  with pytest.raises(ValueError, match='no readable safetensors'):
+    spd.load_anchor(path, zeros(tree))
+
+  np.savez(tmp_path / 'b.npz', **tree)
+  with zipfile.ZipFile(tmp_path / 'b.npz') as file:
+    member = file.read('kernel.npy')
+  with zipfile.ZipFile(tmp_path / 'b.npz', 'w') as file:
+    file.writestr('kernel.npy', member.replace(b'(4, 8)', b'(9, 8)'))
+  with pytest.raises(ValueError, match='no readable npz'):
+    spd.load_anchor(tmp_path / 'b.npz', zeros(tree))
+
+
+class Evil:
+  def __reduce__(self):
+    return sys.exit, ('unpickled',)
+
+
+def test_nothing_is_unpickled(tmp_path):
+  """Catches code in a checkpoint that runs."""
+  np.savez(tmp_path / 'a.npz', kernel=np.array([Evil()], object))
+  (tmp_path / 'b.msgpack').write_bytes(pickle.dumps(Evil()))
+  (tmp_path / 'c').write_bytes(pickle.dumps({'kernel': Evil()}))
+  for name in ('a.npz', 'b.msgpack', 'c'):
+    with pytest.raises(ValueError, match='no readable'):
+      spd.load_anchor(tmp_path / name, {'kernel': jnp.zeros(1)})
+
+
+def test_paths_that_are_no_checkpoint(tmp_path):
+  """Catches a library's guess where the user has to choose."""
+  like = {'kernel': jnp.zeros(2)}
+  with pytest.raises(FileNotFoundError, match='nowhere: no such file'):
+    spd.load_anchor(tmp_path / 'nowhere', like)
+  (tmp_path / 'a.pt').write_bytes(b'')
+  with pytest.raises(ValueError, match=r"unknown kind of checkpoint '.pt'; expected an Orbax"):
+    spd.load_anchor(tmp_path / 'a.pt', like)
+  (tmp_path / 'empty').mkdir()
+  with pytest.raises(ValueError, match=r'no Orbax checkpoint and no \.safetensors file'):
+    spd.load_anchor(tmp_path / 'empty', like)
+  orbax_training(tmp_path / 'steps', {'kernel': np.ones(2)})
+  with pytest.raises(ValueError, match=r'a checkpoint for each step; pass .*: 7'):
+    spd.load_anchor(tmp_path / 'steps', like)
+  with pytest.raises(ValueError, match=r'several trees; pass .*: model, other'):
+    spd.load_anchor(tmp_path / 'steps' / '7', like)
+
+
+@each_file
+def test_empty_trees(save, tmp_path):
+  """Catches an anchor without a single leaf."""
+  path = save(tmp_path / 'checkpoint', {})
+  with pytest.raises(ValueError, match=r'none of the params(?s:.*)checkpoint: no arrays'):
+    spd.load_anchor(path, {'kernel': jnp.zeros(2)})
+  with pytest.raises(ValueError, match='like: expected the params, found a tree without leaves'):
+    spd.load_anchor(path, {})
+
+
+def test_a_state_of_nnx(tmp_path):
+  """Catches '/value' in paths on either side, and variables that are lost on the way."""
+  model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, rngs=nnx.Rngs(1)))
+  params = nnx.state(model, nnx.Param)
+  with_value = {f'{name}/value': x for name, x in named(nnx.to_pure_dict(params)).items()}
+  np.savez(tmp_path / 'a.npz', **with_value)
+  anchor = spd.load_anchor(tmp_path / 'a.npz', params, strict=True)
+  assert spd.fingerprint(anchor) == spd.fingerprint(params)
+  optimizer = nnx.Optimizer(model, spd.adam_spd(1e-3, anchor), wrt=nnx.Param)
+  stored = optax.tree.get(optimizer.opt_state, 'anchor')
+  chex.assert_trees_all_equal(nnx.to_pure_dict(stored), nnx.to_pure_dict(params))
+
+
+def test_none_in_like_asks_for_nothing(tmp_path, recwarn):
+  """Catches a report about leaves that the user has left out."""
+  path = npz(tmp_path / 'a', {'body': np.ones(2, np.float32), 'head': {'bias': np.ones(3)}})
+  anchor = spd.load_anchor(path, {'body': jnp.zeros(2), 'head': None}, strict=True)
+  assert anchor['head'] is None
+  assert not recwarn
+  np.savez(tmp_path / 'b.npz', **{'a.b': np.ones(2), 'a/b': np.ones(2)})
+  with pytest.raises(ValueError, match='differ only in their separators'):
+    spd.load_anchor(tmp_path / 'b.npz', {'a': {'b': jnp.zeros(2)}})
+
+
+@pytest.mark.parametrize(
+  ('module', 'save'),
+  [
+    ('orbax.checkpoint', orbax_v1),
+    ('safetensors', safetensors),
+    ('flax.serialization', msgpack),
+  ],
+)
+def test_a_missing_library_is_named(module, save, tmp_path, monkeypatch):
+  """Catches an ImportError from the middle of the library, without what to install."""
+  tree = pretrained()
+  path = save(tmp_path / 'checkpoint', tree)
+  monkeypatch.setitem(sys.modules, module, None)
+  with pytest.raises(ImportError, match=r"pip install 'spd_optax\[checkpoints\]'"):
+    spd.load_anchor(path, zeros(tree))
