@@ -1,5 +1,6 @@
 """One training loop for all examples: several seeds at once, compiled in chunks of steps."""
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,36 +44,44 @@ def train(
   Args:
     loss: (params, batch) -> scalar.
     optimizer: any optax optimizer.
-    params: weights to start from, without a seed axis.
+    params: weights to start from, without a seed axis; with one where `state` is given.
     data: tree of arrays [n, …] to draw batches from.
     order: indices int32[seeds, steps, batch] from `batch_order`.
     advance: called with the number of steps done since the last call.
-    state: optimizer state to start from, with a seed axis; None: the optimizer's own.
+    state: optimizer state to go on from, with a seed axis; None: the optimizer's own.
     chunk: steps between two calls of `advance`.
 
   Returns:
     The trained params and the optimizer's state, each with a leading seed axis.
   """
-
-  def step(carry: Any, at: jax.Array) -> tuple[Any, None]:
-    params, state = carry
-    gradients = jax.grad(loss)(params, jax.tree.map(lambda x: x[at], data))
-    updates, state = optimizer.update(gradients, state, params)
-    return (optax.apply_updates(params, updates), state), None
-
-  def run(carry: Any, order: jax.Array) -> Any:
-    return jax.lax.scan(step, carry, order)[0]
-
   seeds, steps, _ = order.shape
   data = jax.tree.map(jnp.asarray, data)
-  params = jax.tree.map(lambda x: jnp.broadcast_to(x, (seeds, *jnp.shape(x))), params)
-  carry = params, jax.vmap(optimizer.init)(params) if state is None else state
-  run_chunk = jax.jit(jax.vmap(run), donate_argnums=0)
+  if state is None:
+    params = jax.tree.map(lambda x: jnp.broadcast_to(x, (seeds, *jnp.shape(x))), params)
+    state = jax.vmap(optimizer.init)(params)
+  carry = params, state
+  run_chunk = _compiled(loss, optimizer)
   for start in range(0, steps, chunk):
     part = order[:, start : start + chunk]
-    carry = jax.block_until_ready(run_chunk(carry, part))
+    carry = jax.block_until_ready(run_chunk(carry, part, data))
     advance(part.shape[1])
   return carry
+
+
+@functools.cache
+def _compiled(loss: Loss, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+  """(params and state, order, data) -> params and state; compiled once for several calls."""
+
+  def run(carry: Any, order: jax.Array, data: Any) -> Any:
+    def step(carry: Any, at: jax.Array) -> tuple[Any, None]:
+      params, state = carry
+      gradients = jax.grad(loss)(params, jax.tree.map(lambda x: x[at], data))
+      updates, state = optimizer.update(gradients, state, params)
+      return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, carry, order)[0]
+
+  return jax.jit(jax.vmap(run, in_axes=(0, 0, None)), donate_argnums=0)
 
 
 @contextmanager

@@ -20,6 +20,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from stacks_test import FORMS, every_form
 
+import spd_optax as spd
+
 # Blocks and experts are stacked layers: each block is split over devices, whole experts
 # are dealt out to them. The head is one layer of three leaves, each split in its own way.
 SHAPES = {'blocks': (2, 8, 16), 'embed': (16, 8), 'experts': (8, 3, 8)}
@@ -44,6 +46,8 @@ MESHES = {
   'two processes': (AUTO, {'fsdp': 2, 'tensor': 2}),
 }
 RUNS = list(zip(FORMS.values(), ['captured', 'tree'], strict=True))  # of the two processes
+
+ANCHOR = np.arange(32, dtype=np.float32).reshape(8, 4)
 
 
 def normal(seed: int, *batch: int) -> Any:
@@ -223,4 +227,6 @@ def test_two_processes(tmp_path):
       child.kill()
   assert [child.wait() for child in children] == [0, 0], log.read_text()
   expected = jax.tree.leaves([alone(*run) for run in RUNS])
-  assert_close(list(np.load(result).values()), expected)
+  found = dict(np.load(result))
+  assert found.pop('fingerprint') == spd.fingerprint(ANCHOR)
+  assert_close(list(found.values()), expected)
