@@ -85,12 +85,13 @@ def pretrain(directory: Path, steps: int, bar: Any) -> None:
 
 def load(checkpoint: str) -> tuple[FlaxViTForImageClassification, Any]:
   """The model, and its anchor: the pre-trained weights, without a head that is new."""
-  config = ViTConfig.from_pretrained(checkpoint)
-  new_head = config.num_labels != digits.CLASSES
-  model = FlaxViTForImageClassification.from_pretrained(
-    checkpoint, num_labels=digits.CLASSES, ignore_mismatched_sizes=True
-  )
-  return model, dict(model.params) | ({'classifier': None} if new_head else {})
+  model = FlaxViTForImageClassification.from_pretrained(checkpoint)
+  if model.config.num_labels == digits.CLASSES:
+    return model, model.params
+  config = ViTConfig.from_pretrained(checkpoint, num_labels=digits.CLASSES)
+  new = FlaxViTForImageClassification(config, seed=0)
+  new.params = {**new.params, 'vit': model.params['vit']}
+  return new, {**new.params, 'classifier': None}
 
 
 def accuracies(

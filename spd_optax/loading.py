@@ -59,12 +59,13 @@ def load_anchor(
   checkpoint = formats.open_checkpoint(path)
   names = _names(checkpoint, key, path)
   found = {at: names[at] for at in wanted if at in names}
+  missing, over = [at for at in wanted if at not in names], _passed_over(flat)
+  extra = [at for at in names if at not in wanted and not f'{at}/'.startswith(over)]
+  _check_origin(path, missing, extra)
   if not found:
     raise ValueError(_nothing(path, key, list(wanted), list(_names(checkpoint, '', path))))
   _check(path, wanted, {at: checkpoint.entries[name] for at, name in found.items()})
-  over = _passed_over(flat)
-  extra = [at for at in names if at not in wanted and not f'{at}/'.startswith(over)]
-  _report(path, [at for at in wanted if at not in names], extra, strict)
+  _report(path, missing, extra, strict)
   try:
     arrays = checkpoint.read({name: wanted[at] for at, name in found.items()})
   except Exception as error:
@@ -135,6 +136,16 @@ def _nothing(path: Path, key: str, wanted: Sequence[str], names: Sequence[str]) 
 def _some(names: Sequence[str]) -> str:
   more = f', … ({len(names)} in all)' if len(names) > 5 else ''
   return ', '.join(names[:5]) + more if names else 'no arrays'
+
+
+def _check_origin(path: Path, missing: Sequence[str], extra: Sequence[str]) -> None:
+  foreign = {f'{at.rpartition("/")[0]}/weight' for at in missing} & set(extra)
+  if foreign:
+    raise ValueError(
+      f"{path}: has a PyTorch model's names and layouts ({min(foreign)}, … for "
+      "the params' kernel, scale or embedding). Load it by the model's from_pretrained, and pass "
+      'the params that this gives as the anchor.'
+    )
 
 
 def _check(path: Path, wanted: Mapping[str, Struct], found: Mapping[str, Struct]) -> None:

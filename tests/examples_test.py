@@ -3,11 +3,14 @@
 import argparse
 import json
 
+import chex
+import flax
 import jax
 import jax.flatten_util
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import save_file
 
 import choose_defaults
 import digits
@@ -62,6 +65,47 @@ def test_a_head_with_other_classes_is_new_and_free(run, tmp_path):
 
   model, anchor = finetune_vit.load(str(run[0] / 'foundation'))
   assert anchor['classifier'] is not None
+
+
+def torch_names(params):
+  """The weights as transformers' PyTorch ViT names and lays them out."""
+  found = {}
+  for keys, array in flax.traverse_util.flatten_dict(params).items():
+    *module, last = keys
+    name = '.'.join([*module, {'kernel': 'weight', 'scale': 'weight'}.get(last, last)])
+    if last == 'kernel':
+      array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+    found[name] = np.ascontiguousarray(array)
+  return found
+
+
+@pytest.mark.parametrize('labels', [10, 7])
+def test_a_pytorch_checkpoint(labels, tmp_path):
+  """Catches an anchor from before the weights were loaded, and one for a head that is new."""
+  config = finetune_vit.small_vit().config
+  config.num_labels = labels
+  other = type(finetune_vit.small_vit())(config, seed=1)
+  config.save_pretrained(tmp_path)
+  weights = torch_names(other.params)
+  save_file(weights, tmp_path / 'model.safetensors', metadata={'format': 'pt'})
+  model, anchor = finetune_vit.load(str(tmp_path))
+  if labels == 7:
+    assert anchor.pop('classifier') is None
+    chex.assert_trees_all_equal(anchor, {'vit': other.params['vit']})
+  else:
+    chex.assert_trees_all_equal(anchor, other.params)
+  assert model.params['classifier']['kernel'].shape == (48, digits.CLASSES)
+  # The file itself is no anchor for a Flax model; only its biases have the same names.
+  with pytest.raises(ValueError, match=r"a PyTorch model's names and layouts \(classifier/weight"):
+    spd.load_anchor(tmp_path, model.params)
+
+
+def test_a_flax_checkpoint_is_an_anchor(tmp_path):
+  """Catches a file by transformers that load_anchor reads otherwise than from_pretrained does."""
+  finetune_vit.small_vit().save_pretrained(tmp_path)
+  model, _ = finetune_vit.load(str(tmp_path))
+  anchor = spd.load_anchor(tmp_path / 'flax_model.msgpack', model.params, strict=True)
+  chex.assert_trees_all_equal(anchor, model.params)
 
 
 def test_every_seed_draws_its_own_images_once_an_epoch():
