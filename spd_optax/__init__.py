@@ -7,8 +7,8 @@ spd.adam_spd(lr, anchor)                                    # the same, with Ada
 
 from spd_optax.aliases import adam_spd
 from spd_optax.baselines import L2SPState, interpolate, l2_sp
-from spd_optax.exchange import DroppedLeaf, drop_anchor, put_anchor, reanchor
-from spd_optax.fingerprints import fingerprint
+from spd_optax.exchange import drop_anchor, put_anchor, reanchor
+from spd_optax.fingerprints import DroppedLeaf, fingerprint
 from spd_optax.loading import load_anchor
 from spd_optax.projection_decay import (
   ProjectionDecayOptimizer,

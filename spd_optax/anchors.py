@@ -107,7 +107,8 @@ class Anchoring:
       hint = ' ' + checks.STATIC.format(name='anchor')
     trees.raise_all(
       problems,
-      f'each leaf of the anchor must be an array like the param, 0, or None (free){hint}:',
+      'each leaf of the anchor must be an array like the param, its jax.ShapeDtypeStruct '
+      f'(captured), 0, or None (free){hint}:',
     )
     return list(zip(self.kinds(params), values, strict=True))
 
@@ -123,7 +124,7 @@ class Anchoring:
     )
 
   def _stored(self, value: Any, leaf: Any) -> jax.Array:
-    anchor = copy(value, leaf, self._store_dtype(leaf))
+    anchor = copy(leaf if _is_captured(value) else value, leaf, self._store_dtype(leaf))
     if self.memory_kind is None or not checks.has_memory_kind(anchor, self.memory_kind):
       return anchor
     return _on_host(anchor)
@@ -150,10 +151,7 @@ class Anchoring:
     gradient_leaves = trees.match_leaves(gradients, flat).leaves
     kinds = self.kinds(flat)
     stored = self._placed(self._captured(stored, flat, kinds, count))
-    arrays = trees.flatten(stored)
-    by_path = {
-      path: wide(_on_device(a)) for path, a in zip(arrays.paths, arrays.leaves, strict=True)
-    }
+    by_path = {path: wide(on_device(a)) for path, a in trees.flatten(stored).by_path.items()}
     at = [i for i, kind in enumerate(kinds) if kind is not Kind.FREE]
     return View(
       flat=flat,
@@ -181,14 +179,14 @@ class Anchoring:
     if self.ema is None:
       return view.stored
     flat = trees.flatten(view.stored)
-    checks.can_follow(dict(zip(flat.paths, flat.leaves, strict=True)))
+    checks.can_follow(flat.by_path)
     moved = {
       view.flat.paths[i]: a + (1 - self.ema) * (p - a)
       for i, p, a in zip(view.at, view.params, view.anchors, strict=True)
     }
     return jax.tree.unflatten(
       flat.treedef,
-      [_cast([moved[at]], [a])[0] for at, a in zip(flat.paths, flat.leaves, strict=True)],
+      [_cast([moved[at]], [a])[0] for at, a in flat.by_path.items()],
     )
 
   def _captured(
@@ -203,20 +201,22 @@ class Anchoring:
     starts = {path: leaf for path, leaf, kind in pairs if kind is Kind.STORED}
     flat = trees.flatten(stored)
     trees.match_shapes(
-      {path: jnp.shape(a) for path, a in zip(flat.paths, flat.leaves, strict=True)},
+      {path: jnp.shape(a) for path, a in flat.by_path.items()},
       {path: jnp.shape(p) for path, p in starts.items()},
       'the anchor in the optimizer state does not fit the params; was the state made by another '
       'transformation, for other params, or has its anchor been dropped?',
     )
-    if not self.captured or not starts:
+    asked = zip(params.paths, self._values(params), strict=True)
+    captured = {path for path, value in asked if self.captured or _is_captured(value)}
+    at = [i for i, path in enumerate(flat.paths) if path in captured]
+    if not at:
       return stored
     # A conditional leaves the anchor's buffers alone on every later step,
     # where a select would read and write a copy of the model each time.
-    in_order = [starts[path] for path in flat.paths]
-    anchors = jax.lax.cond(
-      count == 0, lambda a, p: _cast(p, a), lambda a, p: a, flat.leaves, in_order
-    )
-    return jax.tree.unflatten(flat.treedef, anchors)
+    old, new = [flat.leaves[i] for i in at], [starts[flat.paths[i]] for i in at]
+    taken = jax.lax.cond(count == 0, lambda a, p: _cast(p, a), lambda a, p: a, old, new)
+    leaves = dict(enumerate(flat.leaves)) | dict(zip(at, taken, strict=True))
+    return jax.tree.unflatten(flat.treedef, leaves.values())
 
 
 def _cast(params: Sequence[Any], like: Sequence[jax.Array]) -> list[jax.Array]:
@@ -229,7 +229,8 @@ def _is_on_host(array: Any) -> bool:
   return space is not None and space == jax.memory.Space.Host
 
 
-def _on_device(array: Any) -> Any:
+def on_device(array: Any) -> Any:
+  """The array, out of the host's memory if it is there."""
   return jax.device_put(array, jax.memory.Space.Device) if _is_on_host(array) else array
 
 
@@ -239,6 +240,11 @@ def _on_host(array: jax.Array) -> jax.Array:
   else:
     placed = jax.device_put(array, array.sharding.with_memory_kind('pinned_host'))
   return placed
+
+
+def _is_captured(value: Any) -> bool:
+  """Whether a leaf of the anchor stands for the param at the first update."""
+  return isinstance(value, jax.ShapeDtypeStruct)
 
 
 def never_held(leaf: Any) -> bool:
@@ -271,9 +277,13 @@ def _mismatch(leaf: Any, value: Any, anchor_dtype: Any) -> str | None:
   return f'{both}; cast the anchor'
 
 
-def copied_like(value: Any, like: jax.Array) -> jax.Array:
-  """A copy with its own sharding and the dtype and kind of memory of another array."""
-  new = copy(value, value, like.dtype)
+def copied_like(value: Any, like: Any, dtype: Any) -> jax.Array:
+  """A copy with the sharding and kind of memory of another array.
+
+  An array that was put somewhere on purpose keeps its own sharding.
+  """
+  own = isinstance(value, jax.core.Tracer) or getattr(value, 'committed', False)
+  new = copy(value, value if own else like, dtype)
   return _on_host(new) if _is_on_host(like) else new
 
 

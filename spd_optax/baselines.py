@@ -119,6 +119,8 @@ def interpolate(anchor: Any, params: Any, alpha: float | jax.Array) -> Any:
   def between(kind: Kind, start: Any, leaf: Any) -> Any:
     if kind is Kind.FREE:
       return leaf
+    if isinstance(start, jax.ShapeDtypeStruct):
+      raise TypeError('interpolate(anchor, params, alpha): the anchor has no values, only shapes')
     start = 0.0 if kind is Kind.ZERO else anchors.wide(start)
     mixed = (1 - alpha) * start + alpha * anchors.wide(leaf)
     return mixed.astype(jnp.result_type(leaf))

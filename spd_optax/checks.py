@@ -110,9 +110,9 @@ def anchor_memory_kind(value: Any) -> None:
 
 
 def anchor_ema(value: Any) -> None:
-  """A number in [0, 1], a traced scalar, or None."""
+  """A number in [0, 1), a traced scalar, or None."""
   if value is not None:
-    _scalar('anchor_ema', value, 'a number in [0, 1], or None', lambda v: 0 <= v <= 1)
+    _scalar('anchor_ema', value, 'a number in [0, 1), or None', lambda v: 0 <= v < 1)
 
 
 def can_follow(anchor: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The anchor in an optimizer state: taken out, put back, or replaced by another."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +9,10 @@ import numpy as np
 
 from spd_optax import anchors, checks, fingerprints, trees
 from spd_optax.baselines import L2SPState
+from spd_optax.fingerprints import DroppedLeaf, is_dropped
 from spd_optax.step import ProjectionDecayState
 
 State = TypeVar('State')
-
-
-class DroppedLeaf(NamedTuple):
-  """What stands in a state for an array of the anchor that was dropped.
-
-  Attributes:
-    fingerprint: uint32[4], see `fingerprint`.
-    zero: a 0 of the array's dtype.
-  """
-
-  fingerprint: jax.Array
-  zero: jax.Array
 
 
 def drop_anchor(opt_state: State) -> State:
@@ -56,9 +45,10 @@ def drop_anchor(opt_state: State) -> State:
   """
 
   def dropped(path: str, leaf: Any) -> DroppedLeaf:
-    if isinstance(leaf, DroppedLeaf):
+    if is_dropped(leaf):
       raise ValueError('drop_anchor(opt_state): its anchor has been dropped already')
-    return DroppedLeaf(fingerprints.of_leaf(path, leaf), jnp.zeros([], leaf.dtype))
+    words = fingerprints.of_leaf(path, leaf)
+    return DroppedLeaf(words, (words[0] & 0).astype(leaf.dtype))  # both on all the leaf's devices
 
   return _with_anchors('drop_anchor', opt_state, dropped)
 
@@ -69,8 +59,10 @@ def put_anchor(opt_state: State, anchor: Any) -> State:
   Args:
     opt_state: a state whose anchor has been dropped.
     anchor: the same anchor: the pre-trained params, or what `load_anchor` gives. It may
-      have more leaves than the state asks for. Arrays are copied, keep their sharding, and
-      get the dtype that the anchor had in the state (`anchor_dtype`).
+      have more leaves than the state asks for. Arrays are copied, keep their sharding (so give
+      JAX arrays that lie where they shall, not NumPy's, for a model over several devices), and
+      get the dtype that the anchor had in the state (`anchor_dtype`). An anchor of
+      `anchor_memory_kind` goes to the host at the next update.
 
   Returns:
     The state as it was.
@@ -78,16 +70,18 @@ def put_anchor(opt_state: State, anchor: Any) -> State:
   Raises:
     ValueError: if its anchor has not been dropped; naming every leaf that the anchor lacks, or
       whose fingerprint is not that of the anchor that was dropped.
-    TypeError: if there is no state of SPD or `l2_sp`.
+    TypeError: if there is no state of SPD or `l2_sp`; under jit.
 
   Example:
     See `drop_anchor`.
   """
-  leaves = _by_path(anchor)
+  leaves = trees.flatten(anchor).by_path
   problems: list[str] = []
+  if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((opt_state, anchor))):
+    raise TypeError('put_anchor(opt_state, anchor): call it outside jit and vmap')
 
   def put(path: str, leaf: Any) -> Any:
-    if not isinstance(leaf, DroppedLeaf):
+    if not is_dropped(leaf):
       raise ValueError(
         'put_anchor(opt_state, anchor): the state has its anchor; '
         'reanchor(opt_state, params) gives it another'
@@ -114,7 +108,8 @@ def reanchor(opt_state: State, params: Any) -> State:
 
   θ_0 becomes a copy of `params` wherever an array of the anchor is stored, or was
   before `drop_anchor`. Zero and free anchors stay. Moments, counters and reports go on.
-  May be called under jit.
+  May be called under jit. Before the first update it has no effect where the anchor is
+  captured (`anchor=None`): that update captures.
 
   Args:
     opt_state: the state of any optimizer with SPD or `l2_sp` in it, at any depth.
@@ -124,34 +119,36 @@ def reanchor(opt_state: State, params: Any) -> State:
     A state of the same structure, shapes and dtypes.
 
   Raises:
-    ValueError: naming every leaf that `params` lacks or that has another shape; if the
-      state stores no anchor at all.
+    ValueError: naming every leaf that `params` lacks, or that has another shape or complex
+      numbers; if the state stores no anchor at all.
     TypeError: if there is no state of SPD or `l2_sp`.
 
   Example:
     >>> import jax.numpy as jnp, optax
     >>> import spd_optax as spd
+    >>> params = {'kernel': jnp.zeros(3)}
     >>> tx = spd.adam_spd(1e-3)
-    >>> state = tx.init({'kernel': jnp.zeros(3)})
+    >>> _, state = tx.update({'kernel': jnp.ones(3)}, tx.init(params), params)
     >>> state = spd.reanchor(state, {'kernel': jnp.ones(3)})
     >>> optax.tree.get(state, 'anchor')
     {'kernel': Array([1., 1., 1.], dtype=float32)}
   """
-  leaves = _by_path(params)
+  leaves = trees.flatten(params).by_path
   problems: list[str] = []
   stored = 0
 
   def replaced(path: str, leaf: Any) -> Any:
     nonlocal stored
     stored += 1
-    dropped = isinstance(leaf, DroppedLeaf)
+    dropped = is_dropped(leaf)
     new = leaves.get(path)
-    if new is None or not (dropped or jnp.shape(new) == leaf.shape):
+    old = leaf.zero if dropped else leaf
+    if new is None or not (dropped or jnp.shape(new) == leaf.shape) or _narrows(new, old):
       there = 'nothing' if new is None else checks.kind_of(new)
-      was = 'dropped' if dropped else checks.kind_of(leaf)
+      was = f'{old.dtype}, dropped' if dropped else checks.kind_of(leaf)
       problems.append(f'{path or "(root)"}: {there}, in the state {was}')
       return leaf
-    return anchors.copied_like(new, leaf.zero if dropped else leaf)
+    return anchors.copied_like(new, new if dropped else leaf, old.dtype)
 
   found = _with_anchors('reanchor', opt_state, replaced)
   trees.raise_all(problems, 'reanchor(opt_state, params): the params do not fit the anchor:')
@@ -162,9 +159,8 @@ def reanchor(opt_state: State, params: Any) -> State:
   return found
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
-  flat = trees.flatten(tree)
-  return dict(zip(flat.paths, flat.leaves, strict=True))
+def _narrows(new: Any, old: Any) -> bool:
+  return bool(jnp.iscomplexobj(new) and not jnp.iscomplexobj(old))
 
 
 def _with_anchors(name: str, opt_state: State, change: Callable[[str, Any], Any]) -> State:
@@ -176,8 +172,8 @@ def _with_anchors(name: str, opt_state: State, change: Callable[[str, Any], Any]
     if not _has_anchor(node):
       return node
     found += 1
-    flat = trees.flatten(node.anchor, _is_dropped)
-    leaves = [change(path, leaf) for path, leaf in zip(flat.paths, flat.leaves, strict=True)]
+    flat = trees.flatten(node.anchor, is_dropped)
+    leaves = [change(path, leaf) for path, leaf in flat.by_path.items()]
     return node._replace(anchor=jax.tree.unflatten(flat.treedef, leaves))
 
   result: State = jax.tree.map(changed, opt_state, is_leaf=_has_anchor)
@@ -191,7 +187,3 @@ def _with_anchors(name: str, opt_state: State, change: Callable[[str, Any], Any]
 
 def _has_anchor(node: Any) -> bool:
   return isinstance(node, ProjectionDecayState | L2SPState)
-
-
-def _is_dropped(node: Any) -> bool:
-  return isinstance(node, DroppedLeaf)

@@ -7,7 +7,7 @@ array lies, also under jit, and nothing is gathered.
 """
 
 import hashlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +24,19 @@ def fingerprint(anchor: Any) -> str:
 
   It depends on the path, shape, dtype and every bit of each array, and on nothing else:
   not on sharding, backend, tree type or the order of the leaves. Leaves that are not stored
-  in a state (None, `0`, integers, empty arrays) do not count. It tells anchors apart that
-  differ by mistake; it is no defence against somebody who wants two to agree.
+  in a state (None, `0`, integers, empty arrays) do not count. Without 64-bit mode float64
+  counts as the float32 that JAX makes of it. It tells anchors apart that differ by mistake;
+  it is no defence against somebody who wants two to agree.
 
   Args:
-    anchor: a tree of arrays, as passed to `projection_decay` or found in its state.
+    anchor: a tree of arrays, as passed to `projection_decay` or found in its state, where it
+      may have been dropped.
 
   Returns:
     32 hexadecimal digits.
 
   Raises:
-    TypeError: under jit, where there are no values.
+    TypeError: under jit, where there are no values, and for a leaf that is no array.
 
   Example:
     >>> import jax.numpy as jnp
@@ -42,19 +44,44 @@ def fingerprint(anchor: Any) -> str:
     >>> spd.fingerprint({'kernel': jnp.ones((2, 3)), 'head': None})
     '8166681abccecf0956171050ebb7c4b0'
   """
-  flat = trees.flatten(anchor)
   total = np.zeros(WORDS, np.uint32)
-  for path, leaf in zip(flat.paths, flat.leaves, strict=True):
-    if isinstance(leaf, jax.core.Tracer):
-      raise TypeError('fingerprint(anchor): call it outside jit; it returns a string')
+  for path, leaf in trees.flatten(anchor, is_dropped).by_path.items():
+    if is_dropped(leaf):
+      total = total + np.asarray(leaf.fingerprint)
+      continue
+    _check_concrete(path, leaf)
     if anchors.kind(leaf) is anchors.Kind.STORED and not anchors.never_held(leaf):
       total = total + np.asarray(of_leaf(path, leaf))
   return total.astype('>u4').tobytes().hex()
 
 
+class DroppedLeaf(NamedTuple):
+  """What stands in a state for an array of the anchor that was dropped.
+
+  Attributes:
+    fingerprint: uint32[4], see `fingerprint`.
+    zero: a 0 of the array's dtype.
+  """
+
+  fingerprint: jax.Array
+  zero: jax.Array
+
+
+def is_dropped(node: Any) -> bool:
+  """Whether this node of an anchor in a state was dropped."""
+  return isinstance(node, DroppedLeaf)
+
+
+def _check_concrete(path: str, leaf: Any) -> None:
+  if isinstance(leaf, jax.core.Tracer):
+    raise TypeError('fingerprint(anchor): call it outside jit; it returns a string')
+  if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
+    raise TypeError(f'fingerprint(anchor): {path or "(root)"}: expected an array, found {leaf!r}')
+
+
 def of_leaf(path: str, array: Any) -> jax.Array:
   """The fingerprint of one array at a path: uint32[4]; also under jit."""
-  array = jnp.asarray(array)
+  array = anchors.on_device(jnp.asarray(array))
   described = f'{path} {array.dtype.name} {list(array.shape)}'.encode()
   seeds = np.frombuffer(hashlib.sha256(described).digest(), '<u4')[:WORDS]
   words: jax.Array = _hash(array, jnp.asarray(seeds))
@@ -67,7 +94,7 @@ def _hash(array: jax.Array, seeds: jax.Array) -> jax.Array:
   position = _mixed(_positions(bits.shape))
   sums = [
     jnp.sum(_mixed(_mixed(bits ^ seed) + position), dtype=jnp.uint32)
-    for seed in seeds  # one after the other: no array has an axis more than the bits
+    for seed in seeds  # one after the other: TPU and CUDA then need no temporaries
   ]
   return _mixed(jnp.stack(sums) ^ seeds)
 

@@ -70,9 +70,10 @@ def projection_decay(
   Args:
     anchor: θ_0, a tree like the params or a prefix of it. An array leaf is the
       anchor of that param, `0` the zero anchor (nothing is stored), `None` at a
-      leaf or subtree leaves it free. `None` as a whole: the params at the first
-      update, so that pre-trained weights may be put in after `init`. Arrays are
-      copied into the state with the sharding of the params.
+      leaf or subtree leaves it free, and a `jax.ShapeDtypeStruct` captures that param
+      at the first update. `None` as a whole captures all, so that pre-trained weights
+      may be put in after `init`. Arrays are copied into the state with the sharding
+      of the params.
     strength: λ, a number ≥ 0 or a schedule of the step. 0 changes no bit, 1 counts
       the homeward part of a turned gradient twice, 10 holds firmly.
     margin: m in [0, 1). 0 asks whether the gradient points back at all; a small
@@ -91,9 +92,10 @@ def projection_decay(
     anchor_memory_kind: 'pinned_host' keeps the anchor in the host's memory and streams
       it to the device in each step; a warning says where a backend has no such memory,
       and the anchor then stays on the device. None: the memory of the params.
-    anchor_ema: β in [0, 1]: the stored anchor follows the params slowly, θ_0 ← β θ_0 + (1 − β) θ
-      after each step, θ the params before it. For streams that drift; None and 1 keep it
-      where it is. An anchor of zero stays there. `reanchor` moves it all at once.
+    anchor_ema: β in [0, 1): the stored anchor follows the params slowly, θ_0 ← β θ_0 + (1 − β) θ
+      after each step, θ the params before it, for streams that drift. An anchor of zero stays
+      there. `drop_anchor` is then of no use: nothing but the state has the anchor. `reanchor`
+      moves it all at once.
 
   Returns:
     A transformation whose state is a `ProjectionDecayState`.

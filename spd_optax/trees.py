@@ -30,6 +30,11 @@ class Flat(NamedTuple):
     """'/'-joined paths, one per leaf."""
     return [join(keys) for keys in self.keys]
 
+  @property
+  def by_path(self) -> dict[str, Any]:
+    """Leaves by their '/'-joined paths."""
+    return dict(zip(self.paths, self.leaves, strict=True))
+
 
 def join(keys: Keys) -> str:
   """('block', '0', 'kernel') → 'block/0/kernel'."""

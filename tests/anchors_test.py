@@ -277,3 +277,27 @@ def test_an_anchor_keeps_the_sharding_of_the_params(make: Any, captured: bool, w
   assert all(leaf.sharding.is_equivalent_to(sharding, 2) for leaf in anchor_of(state).values())
   state = jax.jit(tx.update)(params, state, params)[1]
   assert all(leaf.sharding.is_equivalent_to(sharding, 2) for leaf in anchor_of(state).values())
+
+
+@EACH
+@pytest.mark.parametrize('jitted', [False, True])
+def test_a_struct_captures_its_param_alone(make: Any, jitted: bool) -> None:
+  """Catches a captured leaf that keeps what `init` saw, and a given one that is captured, too."""
+  given, start, later, gradients = random(0), random(1), random(2), random(3)
+  anchor = {'a': jax.ShapeDtypeStruct((3, 4), jnp.float32), 'b': given['b']}
+  tx = make(anchor)
+  state = (jax.jit(tx.init) if jitted else tx.init)(start)
+  chex.assert_trees_all_equal(anchor_of(state), {'a': start['a'], 'b': given['b']})
+  for params in (later, start):  # captured once
+    _, state = jax.jit(tx.update)(gradients, state, params)
+    chex.assert_trees_all_equal(anchor_of(state), {'a': later['a'], 'b': given['b']})
+
+
+def test_structs_must_fit() -> None:
+  """Catches a captured anchor of another shape, and one without values where they are needed."""
+  struct = jax.ShapeDtypeStruct((4, 3), jnp.float32)
+  with pytest.raises(ValueError, match=r'a: anchor float32\[4, 3\], param float32\[3, 4\]'):
+    spd.adam_spd(1e-3, {'a': struct, 'b': None}).init(random(0))
+  like = jax.eval_shape(lambda: random(0))
+  with pytest.raises(TypeError, match='the anchor has no values, only shapes'):
+    spd.interpolate(like, random(0), 0.5)

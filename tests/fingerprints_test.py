@@ -137,7 +137,17 @@ def test_every_bit_counts_in_every_word(values, at, bit):
   assert (np.asarray(found[0]) != np.asarray(found[1])).all()
 
 
+def test_a_dropped_anchor_has_its_fingerprint_still():
+  """Catches a slim checkpoint that cannot say which anchor it needs."""
+  state = spd.adam_spd(1e-3).init(anchor())
+  slim = spd.drop_anchor(state)
+  assert spd.fingerprint(optax.tree.get(slim, 'anchor')) == spd.fingerprint(anchor())
+
+
 def test_it_needs_values():
-  """Catches a traceback from the middle of jax."""
+  """Catches a traceback from the middle of jax, and a fingerprint of nothing."""
+  for leaf in ('text', jax.ShapeDtypeStruct((2,), jnp.float32)):
+    with pytest.raises(TypeError, match=r'a: expected an array, found'):
+      spd.fingerprint({'a': leaf})
   with pytest.raises(TypeError, match='call it outside jit'):
     jax.jit(lambda x: spd.fingerprint({'a': x}) and x)(jnp.ones(2))

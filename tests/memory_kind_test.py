@@ -8,6 +8,7 @@ import pytest
 from contract_test import ANCHORS, loop, make_step, noise, normal
 from stacks_test import every_form
 
+import spd_optax as spd
 from spd_optax import checks
 
 STEPS = 6
@@ -44,6 +45,21 @@ def test_a_restored_anchor_goes_back_there(make):
   step = jax.jit(make_step(tx))
   _, state = step(normal(0), state, jax.tree.map(lambda g: g[0], noise(0)))
   assert kinds(state) == {'pinned_host'}
+
+
+@every_form
+def test_it_is_dropped_and_put_back(make):
+  """Catches a checkpoint of a host anchor that cannot be made, and a run that parts from it."""
+  tx, params = make(anchor_memory_kind='pinned_host'), normal(0)
+  step, gradients = jax.jit(make_step(tx)), jax.tree.map(lambda g: g[:STEPS], noise(0))
+  trail = loop(step, params, tx.init(params), gradients)
+  now, state = trail[2]
+  anchor = optax.tree.get(state, 'anchor')
+  assert spd.fingerprint(anchor) == spd.fingerprint(params)
+  resumed = spd.put_anchor(jax.jit(spd.drop_anchor)(state), params)
+  rest = loop(step, now, resumed, jax.tree.map(lambda g: g[2:], gradients))
+  chex.assert_trees_all_equal(jax.device_get(rest[-1]), jax.device_get(trail[-1]))
+  assert kinds(rest[-1][1]) == {'pinned_host'}
 
 
 @every_form

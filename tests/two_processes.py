@@ -14,22 +14,38 @@ def main(port: str, result: str, process: str) -> None:
   from jax.experimental.multihost_utils import process_allgather
 
   found = process_allgather([sharded(*run, 'two processes') for run in RUNS], tiled=True)
-  fingerprint = exchanged()
+  fingerprint = resumed(result)
   if process == '0':
     np.savez(result, *jax.tree.leaves(found), fingerprint=fingerprint)
 
 
-def exchanged() -> str:
-  """The fingerprint of an anchor over both processes that was dropped and put back."""
+def resumed(result: str) -> str:
+  """Saves a run without its anchor and resumes it, as in the README; the anchor's fingerprint."""
   from devices_test import ANCHOR
+  from jax.sharding import NamedSharding, PartitionSpec
+  from orbax.checkpoint import v1 as ocp
 
   import spd_optax as spd
 
   mesh = jax.make_mesh((len(jax.devices()),), ('x',))
-  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
-  anchor = jax.make_array_from_callback(ANCHOR.shape, sharding, lambda at: ANCHOR[at])
-  state = jax.jit(spd.adam_spd(1e-3).init)(anchor)
-  state = spd.put_anchor(spd.drop_anchor(state), anchor)
+  sharding = NamedSharding(mesh, PartitionSpec('x'))
+  params = jax.make_array_from_callback(ANCHOR.shape, sharding, lambda at: ANCHOR[at])
+  tx = spd.adam_spd(1e-3)
+  state = jax.jit(tx.init)(params)
+  for _ in range(3):
+    _, state = jax.jit(tx.update)(params, state, params)
+  ocp.save(f'{result}.run', spd.drop_anchor(state))
+
+  slim = jax.jit(lambda params: spd.drop_anchor(tx.init(params)))
+  target = jax.tree.map(
+    lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
+    jax.eval_shape(slim, params),
+    slim.lower(params).compile().output_shardings,
+  )
+  state = spd.put_anchor(ocp.load(f'{result}.run', target), params)
+  assert state.projection_decay.anchor.sharding.is_equivalent_to(sharding, 2)
+  _, state = jax.jit(tx.update)(params, state, params)
+  assert int(state.projection_decay.count) == 4
   return spd.fingerprint(state.projection_decay.anchor)
 
 
