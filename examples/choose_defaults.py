@@ -86,7 +86,7 @@ def sweep(
     params, _ = training.train(
       finetune_vit.loss_of(model),
       optimizer,
-      model.params,
+      start,
       data,
       order,
       lambda n: bar.advance(task, n),
