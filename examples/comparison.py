@@ -1,6 +1,9 @@
 """The methods that the examples compare, and what is said about each; shared by the examples."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,6 +39,7 @@ def run(
   order: np.ndarray,
   evaluate: Callable[[Any], Columns],
   bar: Any,
+  audit: Path,
 ) -> dict[str, Columns]:
   """Fine-tunes the same params with every optimizer; returns the columns of each.
 
@@ -48,19 +52,49 @@ def run(
     order: as in `training.train`.
     evaluate: params with a leading seed axis -> columns.
     bar: a `training.progress_bar`.
+    audit: directory for the audit logs, one for each optimizer with SPD.
   """
   steps = order.shape[1]
   results = {'pre-trained': evaluate(jax.tree.map(lambda x: x[None], params))}
   for i, (name, optimizer) in enumerate(optimizers.items()):
     task = bar.add_task(name, total=steps)
-    trained, state = training.train(
-      loss, optimizer, params, data, order, lambda n, task=task: bar.advance(task, n)
-    )
+    with audit_log(audit, name) as record:
+      trained, state = training.train(
+        loss,
+        optimizer,
+        params,
+        data,
+        order,
+        lambda n, task=task: bar.advance(task, n),
+        record=record,
+      )
     results[name] = evaluate(trained) | held(state, steps)
     if i == 0:
       between = jax.vmap(lambda p: spd.interpolate(anchor, p, 0.5))(trained)
       results['WiSE-FT, α = 0.5'] = evaluate(between)
   return results
+
+
+@contextmanager
+def audit_log(directory: Path, name: str, **options: Any) -> Iterator[Callable[[int, Any], None]]:
+  """A new log of a method, by (step, state); it stays unwritten where the state has no SPD."""
+  directory.mkdir(parents=True, exist_ok=True)
+  path = directory / (re.sub(r'\W+', '_', name).strip('_') + '.jsonl')
+  path.unlink(missing_ok=True)
+  with spd.AuditLog(path, transform=name, **options) as log:
+
+    def record(step: int, state: Any) -> None:
+      if jax.tree.leaves(optax.tree.get(state, 'constrained', {})):
+        log.record(step, state)
+
+    yield record
+
+
+def show_audit(directory: Path) -> None:
+  """Says where the audit logs are, and how to read them."""
+  logs = sorted(directory.glob('*.jsonl'))
+  print(f'Audit logs (first seed): {directory}/')
+  print(f"To read one: python -m spd_optax.audit report '{logs[0]}'")
 
 
 def columns(values: Mapping[str, Any]) -> Columns:

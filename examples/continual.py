@@ -10,7 +10,7 @@ the weights at each task's beginning (`spd.reanchor`); and an anchor that follow
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,10 +30,11 @@ TASKS = ('thick', 'striped', 'inverted')
 
 
 class Method(NamedTuple):
-  """An optimizer, and whether every new task begins with a new anchor."""
+  """An optimizer; whether every task begins with a new anchor, and whether that follows."""
 
   optimizer: optax.GradientTransformation
   reanchored: bool = False
+  follows: bool = False
 
 
 def methods(lr: float, anchor: Any, ema: float) -> dict[str, Method]:
@@ -46,10 +47,10 @@ def methods(lr: float, anchor: Any, ema: float) -> dict[str, Method]:
     'Adam': Method(optax.adam(lr)),
     'SPD, exact': Method(spd.adam_spd(lr, anchor)),
     'SPD, exact, reanchored': Method(spd.adam_spd(lr, anchor), reanchored=True),
-    'SPD, exact, following': Method(spd.adam_spd(lr, anchor, anchor_ema=ema)),
+    'SPD, exact, following': Method(spd.adam_spd(lr, anchor, anchor_ema=ema), follows=True),
     'SPD, firm': Method(firm()),
     'SPD, firm, reanchored': Method(firm(), reanchored=True),
-    'SPD, firm, following': Method(firm(anchor_ema=ema)),
+    'SPD, firm, following': Method(firm(anchor_ema=ema), follows=True),
   }
 
 
@@ -80,13 +81,12 @@ def learn(
   method: Method,
   tasks: Sequence[Stage],
   tests: dict[str, digits.Split],
-  bar: Any,
-  name: str,
+  advance: Callable[[int], None],
+  record: Callable[[int, Any], None],
 ) -> list[dict[str, list[float]]]:
   """Learns the tasks in turn; accuracies on every test set after each: lists over seeds."""
   loss = finetune_vit.loss_of(model)
-  progress = bar.add_task(name, total=sum(task.order.shape[1] for task in tasks))
-  params, state, found = model.params, None, []
+  params, state, found, done = model.params, None, [], 0
   for task in tasks:
     if method.reanchored and state is not None:
       state = jax.jit(jax.vmap(spd.reanchor))(state, params)
@@ -96,11 +96,32 @@ def learn(
       params,
       task.data,
       task.order,
-      lambda n: bar.advance(progress, n),
+      advance,
       state,
+      record=lambda step, state, before=done: record(before + step, state),
     )
+    done += task.order.shape[1]
     found.append(comparison.columns(finetune_vit.accuracies(model, params, tests)))
   return found
+
+
+def compare(args: argparse.Namespace, checkpoint: str, bar: Any) -> dict[str, Any]:
+  """The course of every method: `learn`."""
+  model, anchor = finetune_vit.load(checkpoint)
+  _, _, test = digits.load()
+  tests = {
+    style: finetune_vit.pixels(digits.in_style(test, style), model.config)
+    for style in (*TASKS, *digits.OLD)
+  }
+  tasks, courses = stages(args, model.config), {}
+  for name, method in methods(args.lr, anchor, args.anchor_ema).items():
+    progress = bar.add_task(name, total=len(TASKS) * args.steps)
+    moving = method.reanchored or method.follows
+    with comparison.audit_log(args.out / 'audit', name, moving_anchor=moving) as record:
+      courses[name] = learn(
+        model, method, tasks, tests, lambda n, p=progress: bar.advance(p, n), record
+      )
+  return courses
 
 
 def summary(after: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
@@ -155,17 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     checkpoint = args.checkpoint or str(args.out / 'foundation')
     if args.checkpoint is None:
       finetune_vit.pretrain(Path(checkpoint), args.pretrain_steps, bar)
-    model, anchor = finetune_vit.load(checkpoint)
-    _, _, test = digits.load()
-    tests = {
-      style: finetune_vit.pixels(digits.in_style(test, style), model.config)
-      for style in (*TASKS, *digits.OLD)
-    }
-    tasks = stages(args, model.config)
-    courses = {
-      name: learn(model, method, tasks, tests, bar, name)
-      for name, method in methods(args.lr, anchor, args.anchor_ema).items()
-    }
+    courses = compare(args, checkpoint, bar)
   results = {name: summary(course) for name, course in courses.items()}
   settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
   reporting.show(
@@ -174,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
   reporting.write_json(args.out / 'results.json', settings, results)
   picture(args.out / 'results.png', courses)
   print(f'Results: {args.out}/results.json, {args.out}/results.png')
+  comparison.show_audit(args.out / 'audit')
   return results
 
 

@@ -242,7 +242,8 @@ def compare(args: argparse.Namespace, model: ViT, bar: Any) -> dict[str, compari
   results = {}
   for prefix, (part, methods, anchor) in zip(PARTS, parts, strict=True):
     score = functools.partial(evaluate, part, optax.tree.norm(weights.start), tests)
-    rows = comparison.run(methods, part.loss, part.start, anchor, data, order, score, bar)
+    audit = args.out / 'audit' / prefix.rstrip(': ').replace(' ', '_')
+    rows = comparison.run(methods, part.loss, part.start, anchor, data, order, score, bar, audit)
     for name, row in rows.items():
       stored = anchor_bytes(methods[name], part.start) if name in methods else {}
       results[name if name == 'pre-trained' else prefix + name] = row | stored
@@ -291,6 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
   reporting.write_json(args.out / 'results.json', settings, results)
   picture(args.out / 'results.png', results, args.style)
   print(f'Results: {args.out}/results.json, {args.out}/results.png')
+  comparison.show_audit(args.out / 'audit' / 'LoRA')
   return results
 
 

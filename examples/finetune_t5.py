@@ -236,7 +236,15 @@ def compare(args: argparse.Namespace, checkpoint: str) -> dict[str, Any]:
 
   with training.progress_bar() as bar:
     results = comparison.run(
-      optimizers, loss_of(model), model.params, anchor, data, order, evaluate_and_keep, bar
+      optimizers,
+      loss_of(model),
+      model.params,
+      anchor,
+      data,
+      order,
+      evaluate_and_keep,
+      bar,
+      args.out / 'audit',
     )
   kept = dict(zip(results, rows, strict=True))  # a row is evaluated once, in this order
   show_generated(model, tokenizer, {name: kept[name] for name in SHOWN}, [new, old])
@@ -292,6 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
   reporting.write_json(args.out / 'results.json', settings, results)
   picture(args.out / 'results.png', results)
   print(f'Checkpoint: {checkpoint}\nResults: {args.out}/results.json, {args.out}/results.png')
+  comparison.show_audit(args.out / 'audit')
   return results
 
 

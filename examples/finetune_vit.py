@@ -144,6 +144,7 @@ def compare(args: argparse.Namespace, checkpoint: str, bar: Any) -> dict[str, An
     order,
     lambda params: evaluate(model, params, tests, args.style),
     bar,
+    args.out / 'audit',
   )
 
 
@@ -203,6 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
   reporting.write_json(args.out / 'results.json', settings, results)
   picture(args.out / 'results.png', results, args.style)
   print(f'Checkpoint: {checkpoint}\nResults: {args.out}/results.json, {args.out}/results.png')
+  comparison.show_audit(args.out / 'audit')
   return results
 
 

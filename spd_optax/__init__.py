@@ -6,6 +6,7 @@ spd.adam_spd(lr, anchor)                                    # the same, with Ada
 """
 
 from spd_optax.aliases import adam_spd
+from spd_optax.audit import AuditLog
 from spd_optax.baselines import L2SPState, interpolate, l2_sp
 from spd_optax.exchange import drop_anchor, put_anchor, reanchor
 from spd_optax.fingerprints import DroppedLeaf, fingerprint
@@ -16,13 +17,16 @@ from spd_optax.projection_decay import (
   projection_decay,
   with_projection_decay,
 )
+from spd_optax.reports import LayerRecord, layer_report, scalars
 from spd_optax.step import ProjectionDecayState
 
 __version__ = '0.1.0'
 
 __all__ = [
+  'AuditLog',
   'DroppedLeaf',
   'L2SPState',
+  'LayerRecord',
   'ProjectionDecayOptimizer',
   'ProjectionDecayState',
   'WithProjectionDecayState',
@@ -31,9 +35,11 @@ __all__ = [
   'fingerprint',
   'interpolate',
   'l2_sp',
+  'layer_report',
   'load_anchor',
   'projection_decay',
   'put_anchor',
   'reanchor',
+  'scalars',
   'with_projection_decay',
 ]

@@ -1,0 +1,112 @@
+"""What an audit log is told from outside, and the checks of it."""
+
+import errno
+import importlib
+import json
+import platform
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from spd_optax import checks, trees
+from spd_optax.audit import reading
+from spd_optax.audit.reading import Fields
+
+VERSIONS_OF = ('jax', 'jaxlib', 'optax', 'numpy', 'spd_optax')
+
+
+def as_json(hyperparameters: Mapping[str, Any]) -> Fields:
+  """The hyperparameters as they come back from the file.
+
+  Raises:
+    TypeError: naming all that JSON cannot hold.
+  """
+  found, problems = {}, []
+  for name, value in hyperparameters.items():
+    try:
+      found[str(name)] = json.loads(json.dumps(value, default=_plain, allow_nan=False))
+    except (TypeError, ValueError):
+      problems.append(f'{name}: {checks.kind_of(value)}')
+  if problems:
+    raise TypeError(
+      'AuditLog: each of the hyperparameters must be a finite number, a string, None, or a list or '
+      'dict of them (describe a schedule or a function in words):\n  ' + '\n  '.join(problems)
+    )
+  return found
+
+
+def _plain(value: Any) -> Any:
+  if hasattr(value, 'tolist'):
+    return value.tolist()
+  raise TypeError
+
+
+def checked_metrics(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+  """The metrics, after a check that each is a number by a name.
+
+  Raises:
+    TypeError: naming all that are none.
+  """
+  numeric = bool | int | float | np.number | np.bool_ | np.ndarray | jax.Array
+  problems = [
+    f'{name!r}: {checks.kind_of(value)}'
+    for name, value in metrics.items()
+    if not isinstance(name, str) or not isinstance(value, numeric) or np.ndim(value)
+  ]
+  if problems:
+    raise TypeError('AuditLog.record: metrics must be numbers by name:\n  ' + '\n  '.join(problems))
+  return metrics
+
+
+def compare(path: Path, in_file: Fields, now: Fields) -> None:
+  """Raises a ValueError that lists all facts of the headers that differ."""
+  pairs = {name: (in_file.get(name), now[name]) for name in ('transform', 'hyperparameters')}
+  names = ('source', 'moving') if now['anchor']['moving'] else ('source', 'moving', 'fingerprint')
+  pairs |= {f'anchor {x}': (in_file['anchor'].get(x), now['anchor'][x]) for x in names}
+  problems = [f'{name}: {a!r} in the file, {b!r} now' for name, (a, b) in pairs.items() if a != b]
+  before, after = set(in_file['layers']), set(now['layers'])
+  problems += [f'layer {name}: only in the file' for name in sorted(before - after)]
+  problems += [f'layer {name}: only now' for name in sorted(after - before)]
+  if before == after and in_file['layers'] != now['layers']:
+    problems.append('the layers come in another order')
+  trees.raise_all(
+    problems,
+    f'{path} is the log of another run; pass another path, or what the run was begun with '
+    '(an anchor that is meant to change: moving_anchor=True):',
+  )
+
+
+def versions() -> dict[str, str]:
+  """Of Python and the libraries that decide what a run does."""
+  found = {name: str(importlib.import_module(name).__version__) for name in VERSIONS_OF}
+  return {'python': platform.python_version(), **found}
+
+
+def check_path(path: Path) -> None:
+  """Fails early, before a run has trained for its first record."""
+  if path.is_dir():
+    raise IsADirectoryError(errno.EISDIR, 'AuditLog: a directory; pass a file', str(path))
+  if not path.parent.is_dir():
+    raise FileNotFoundError(errno.ENOENT, 'AuditLog: no such directory', str(path.parent))
+  if path.exists():
+    if not stat.S_ISREG(path.stat().st_mode):
+      raise OSError(errno.EINVAL, 'AuditLog: not a regular file', str(path))
+    reading.read_header(path)
+
+
+def lock(file: int, path: Path) -> None:
+  """Keeps a second writer out, where the system can; the lock ends with the process."""
+  try:
+    import fcntl  # not on Windows
+
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    raise BlockingIOError(
+      errno.EWOULDBLOCK, 'another AuditLog is writing this file; pass another path', str(path)
+    ) from error
+  except (ImportError, OSError):
+    return

@@ -1,0 +1,232 @@
+"""layer_report and scalars: what they find in any optimizer state, and how little it costs."""
+
+import subprocess
+import sys
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import spd_optax as spd
+from spd_optax import readout
+
+PARAMS = {
+  'body': {'kernel': jnp.full((3, 2, 5), 2.0), 'bias': jnp.zeros((3, 5))},
+  'head': {'kernel': jnp.ones((5, 4))},
+}
+STACK = {'body': 0, 'head': None}
+TURNS = (1.0, 1.0, -0.2, 0.3, -0.2)
+
+
+def train(tx, params=PARAMS, turns=TURNS):
+  """Steps with gradients that turn, so that some layers are held."""
+  state = tx.init(params)
+  step = jax.jit(tx.update)
+  for turn in turns:
+    gradients = jax.tree.map(lambda p, t=turn: jnp.full_like(p, t), params)
+    updates, state = step(gradients, state, params)
+    params = optax.apply_updates(params, updates)
+  return state
+
+
+def sgd(**arguments):
+  return spd.with_projection_decay(optax.sgd(0.1, momentum=0.9), **arguments)
+
+
+def check(own, records):
+  """Every record says what the state says."""
+  for record in records:
+    at = ... if record.slice is None else record.slice
+    layer = record.group if record.path is None else record.path
+    assert record.condition == bool(np.asarray(own.condition[layer])[at])
+    assert record.ratio == float(np.asarray(own.ratio[layer])[at])
+    assert record.distance == float(np.asarray(own.distance[layer])[at])
+    assert record.steps_held == int(np.asarray(own.constrained[layer])[at])
+    assert record.share_held == record.steps_held / int(own.count)
+
+
+def test_every_layer_has_a_record_with_the_values_of_the_state():
+  # Would catch: values that are given to another layer, or bits that the packed transfer garbles.
+  state = train(sgd(stack_axis=STACK))
+  records = spd.layer_report(state)
+  check(state.projection_decay, records)
+  assert [record.name for record in records] == [
+    *(f'body/bias[{i}]' for i in range(3)),
+    *(f'body/kernel[{i}]' for i in range(3)),
+    'head/kernel',
+  ]
+  assert any(record.condition for record in records)
+  assert any(0 < record.share_held < 1 for record in records)
+
+
+def test_the_relative_distance_is_that_to_the_norm_of_each_slice():
+  # Would catch: the norm of the whole leaf for each slice, and a division by the zero bias.
+  records = {record.name: record for record in spd.layer_report(train(sgd(stack_axis=STACK)))}
+  far = records['body/kernel[1]']
+  np.testing.assert_allclose(far.relative_distance, far.distance / np.sqrt(4 * 10), rtol=1e-6)
+  far = records['head/kernel']
+  np.testing.assert_allclose(far.relative_distance, far.distance / np.sqrt(20), rtol=1e-6)
+  assert records['body/bias[0]'].relative_distance is None
+
+
+def test_where_the_state_does_not_show_the_layer_the_arguments_do():
+  # Would catch: a guess at the stacked axis of a square leaf, and a group without some members.
+  square = {'a': jnp.ones((3, 3)), 'b': jnp.full((3,), 2.0)}
+  stacked = train(sgd(stack_axis={'a': 1, 'b': None}), square)
+  assert [r.relative_distance for r in spd.layer_report(stacked)][:3] == [None] * 3
+  found = spd.layer_report(stacked, stack_axis={'a': 1, 'b': None})
+  np.testing.assert_allclose(found[0].relative_distance, found[0].distance / 3**0.5, rtol=1e-6)
+
+  def one(path):
+    return 'b'  # the name of a leaf
+
+  grouped = train(sgd(group=one), square)
+  assert [record.relative_distance for record in spd.layer_report(grouped)] == [None]
+  (found,) = spd.layer_report(grouped, group=one)
+  np.testing.assert_allclose(found.relative_distance, found.distance / 21**0.5, rtol=1e-6)
+
+
+def test_a_group_is_named_as_one():
+  (record,) = spd.layer_report(train(sgd(group=lambda path: 'all'), PARAMS))
+  assert (record.name, record.path, record.group, record.slice) == ('all', None, 'all', None)
+
+
+def test_arguments_that_are_not_those_of_the_transformation_are_refused():
+  # Would catch: norms of other layers than those in the state.
+  with pytest.raises(ValueError, match='must be those of the transformation') as error:
+    spd.layer_report(train(sgd(stack_axis=STACK)), group=lambda path: 'all')
+  assert 'all: nothing in the state' in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'wrap',
+  [
+    lambda tx: optax.chain(optax.clip(1.0), tx),
+    lambda tx: optax.MultiSteps(tx, 2),
+    lambda tx: optax.apply_if_finite(tx, 3),
+    lambda tx: optax.masked(tx, {'body': True, 'head': True}),
+  ],
+)
+def test_the_state_is_found_in_any_nesting(wrap):
+  assert len(spd.layer_report(train(wrap(sgd())))) == 3
+
+
+def test_the_states_of_a_partition_are_reported_together():
+  # Would catch: only the first state being found, and norms in the wrong order.
+  tx = optax.partition({'a': sgd(), 'b': spd.adam_spd(1e-2)}, {'body': 'b', 'head': 'a'})
+  records = {record.name: record for record in spd.layer_report(train(tx))}
+  assert records.keys() == {'head/kernel', 'body/bias', 'body/kernel'}
+  far = records['head/kernel']
+  np.testing.assert_allclose(far.relative_distance, far.distance / np.sqrt(20), rtol=1e-6)
+
+
+def test_two_states_over_the_same_layers_have_names_of_their_own():
+  # Would catch: one layer's scalars overwriting the other's.
+  tx = optax.chain(spd.projection_decay(), sgd())
+  records = spd.layer_report(train(tx))
+  assert len({record.name for record in records}) == len(records) == 6
+  assert len(spd.scalars(train(tx))) > 6 * 4
+
+
+def test_the_boxes_of_nnx_are_opened():
+  nnx = pytest.importorskip('flax.nnx')
+  model = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+  optimizer = nnx.Optimizer(model, sgd(), wrt=nnx.Param)
+  optimizer.update(model, nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 4)))))(model))
+  assert [record.name for record in spd.layer_report(optimizer.opt_state)] == ['bias', 'kernel']
+
+
+def test_names_come_in_natural_order_whatever_the_order_in_the_state():
+  # Would catch: block_10 before block_2, and an order that jit changes.
+  params = {f'block_{i}': jnp.ones(2) for i in (10, 2, 1)}
+  tx = sgd()
+  for state in (tx.init(params), train(tx, params)):
+    names = [record.name for record in spd.layer_report(state)]
+    assert names == ['block_1', 'block_2', 'block_10']
+
+
+@pytest.mark.parametrize('state', [None, {}, optax.adam(1e-3).init(PARAMS)])
+@pytest.mark.parametrize('function', [spd.layer_report, spd.scalars])
+def test_a_state_without_spd_is_an_error_that_says_what_to_pass(function, state):
+  with pytest.raises(TypeError, match='expected the state of an optimizer with projection_decay'):
+    function(state)
+
+
+def test_a_state_with_a_seed_axis_or_inside_jit_is_refused():
+  # Would catch: seeds taken for the slices of a stack.
+  several = jax.vmap(sgd().init)(jax.tree.map(lambda x: jnp.stack([x, x]), PARAMS))
+  with pytest.raises(ValueError, match=r'count has the shape \(2,\)'):
+    spd.layer_report(several)
+  with pytest.raises(TypeError, match='outside jit'):
+    jax.jit(spd.scalars)(sgd().init(PARAMS))
+  with pytest.raises(TypeError, match='shapes without values'):
+    spd.scalars(jax.eval_shape(sgd().init, PARAMS))
+
+
+def test_a_dropped_or_zero_anchor_leaves_the_relative_distance_out():
+  # Would catch: the norm of the fingerprint that stands for a dropped anchor.
+  for state in (spd.drop_anchor(train(sgd())), train(sgd(anchor=0))):
+    records = spd.layer_report(state)
+    assert {record.relative_distance for record in records} == {None}
+    assert {record.path for record in records} == {'body/bias', 'body/kernel', 'head/kernel'}
+    assert not any(key.endswith('relative_distance') for key in spd.scalars(state))
+
+
+def test_scalars_are_floats_and_add_up():
+  # Would catch: NumPy or JAX scalars, which some trackers store as objects.
+  state = train(sgd())
+  records, found = spd.layer_report(state), spd.scalars(state, 'opt')
+  assert all(type(value) is float and key.startswith('opt/') for key, value in found.items())
+  assert found['opt/held'] == np.mean([record.condition for record in records])
+  assert found['opt/held_share'] == pytest.approx(np.mean([r.share_held for r in records]))
+  distance = np.linalg.norm([record.distance for record in records])
+  assert found['opt/distance'] == pytest.approx(distance)
+  norm = np.linalg.norm(np.concatenate([np.ravel(x) for x in jax.tree.leaves(PARAMS)]))
+  assert found['opt/relative_distance'] == pytest.approx(distance / norm)
+  assert found['opt/head/kernel/distance'] == records[-1].distance
+  assert 'held' in spd.scalars(state, '')
+
+
+def test_scalars_reach_tensorboard(tmp_path):
+  # Would catch: names or values that event files cannot hold.
+  tensorboardx = pytest.importorskip('tensorboardX')
+  events = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+  written = spd.scalars(train(sgd(stack_axis=STACK)))
+  with tensorboardx.SummaryWriter(str(tmp_path)) as writer:
+    for name, value in written.items():
+      writer.add_scalar(name, value, 7)
+  reader = events.EventAccumulator(str(tmp_path)).Reload()
+  assert set(reader.Tags()['scalars']) == written.keys()
+  for name, value in written.items():
+    (event,) = reader.Scalars(name)
+    assert (event.step, event.value) == (7, pytest.approx(value, rel=1e-6))
+
+
+def test_all_layers_travel_in_one_array():
+  # Would catch: a transfer per layer, which on an accelerator costs more than the step.
+  params = {f'layer_{i}': jnp.full(3, i + 1.0) for i in range(200)}
+  states = readout.states_in(train(sgd(), params), 'test')
+  with mock.patch.object(readout, '_pack', wraps=readout._pack) as pack:
+    readout.read(states)
+  ((arrays,), _) = pack.call_args
+  assert (pack.call_count, len(arrays)) == (1, 1 + 4 * 200)
+
+
+def test_a_state_spread_over_devices_is_read():
+  # Would catch: a packed transfer of arrays that lie on different devices.
+  mesh = jax.make_mesh((len(jax.devices()),), ('x',))
+  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
+  params = {'stacked': jax.device_put(jnp.ones((8, 4)), rows), 'alone': jnp.ones(3)}
+  state = train(sgd(stack_axis={'stacked': 0, 'alone': None}), params)
+  records = spd.layer_report(state)
+  check(state.projection_decay, records)
+  assert {record.relative_distance is None for record in records} == {False}
+
+
+def test_importing_the_library_imports_no_library_for_reports():
+  code = 'import sys, spd_optax; print({"matplotlib", "rich", "tensorboardX"} & {*sys.modules})'
+  run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert run.stdout.strip() == 'set()'
