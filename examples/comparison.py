@@ -81,7 +81,7 @@ def audit_log(directory: Path, name: str, **options: Any) -> Iterator[Callable[[
   directory.mkdir(parents=True, exist_ok=True)
   path = directory / (re.sub(r'\W+', '_', name).strip('_') + '.jsonl')
   path.unlink(missing_ok=True)
-  with spd.AuditLog(path, transform=name, **options) as log:
+  with spd.AuditLog(path, transform=name, source='what it was fine-tuned from', **options) as log:
 
     def record(step: int, state: Any) -> None:
       if jax.tree.leaves(optax.tree.get(state, 'constrained', {})):
@@ -93,8 +93,9 @@ def audit_log(directory: Path, name: str, **options: Any) -> Iterator[Callable[[
 def show_audit(directory: Path) -> None:
   """Says where the audit logs are, and how to read them."""
   logs = sorted(directory.glob('*.jsonl'))
-  print(f'Audit logs (first seed): {directory}/')
-  print(f"To read one: python -m spd_optax.audit report '{logs[0]}'")
+  if logs:
+    print(f'Audit logs (first seed): {directory}/')
+    print(f"To read one: python -m spd_optax.audit report '{logs[0]}'")
 
 
 def columns(values: Mapping[str, Any]) -> Columns:

@@ -240,7 +240,8 @@ def test_a_path_that_is_no_file_is_refused_before_training(tmp_path):
 
 
 def test_a_full_disk_raises_and_the_log_stays_whole(path):
-  # Would catch: half a line at the end, and a chain that a later record does not continue.
+  # Would catch: half a line at the end, a chain that a later record does not continue, and a
+  # record that is lost though the disk has room again.
   write(path, 3)
   whole = path.read_bytes()
   log = spd.AuditLog(path, **FACTS)
@@ -256,7 +257,7 @@ def test_a_full_disk_raises_and_the_log_stays_whole(path):
   assert path.read_bytes() == whole
   log.record(4, fifth)
   log.close()
-  assert [record.step for record in audit.verify(path).records] == [0, 1, 2, 4]
+  assert [record.step for record in audit.verify(path).records] == [0, 1, 2, 3, 4]
 
 
 def test_a_log_of_another_run_is_refused_naming_all_differences(path):
@@ -282,14 +283,46 @@ def test_an_anchor_that_is_meant_to_move_may_be_another_on_reopening(path):
   assert np.isnan(audit.verify(path).norms).all()
 
 
-def test_a_header_of_weights_before_the_capture_is_refused(path):
+def test_before_the_first_update_there_is_nothing_to_log(path):
   # Would catch: a fingerprint of random weights, logged at step 0, as that of the anchor.
   random = {'kernel': jnp.full((2, 3), 0.5), 'bias': jnp.zeros(3)}
   (after,) = states(1)
-  log = spd.AuditLog(path, **{**FACTS, 'source': None})
-  log.record(0, TX.init(random), {'accuracy': 0.9})
-  with pytest.raises(ValueError, match='anchor fingerprint'):
-    log.record(1, after)
+  log = spd.AuditLog(path, **FACTS)
+  with pytest.raises(ValueError, match='record after the first update'):
+    log.record(0, TX.init(random), {'accuracy': 0.9})
+  assert not path.exists()
+  log.record(1, after)
+  log.close()
+  anchor = optax.tree.get(after, 'anchor')
+  assert audit.verify(path).header['anchor']['fingerprint'] == spd.fingerprint(anchor)
+
+
+def test_metrics_are_those_of_their_step(path):
+  # Would catch: a value that is changed or donated before its record is written.
+  changing, donated = np.array(1.0), jnp.array(2.0)
+  first, second = states(2)
+  with spd.AuditLog(path, **FACTS) as log:
+    log.record(1, first, {'a': changing, 'b': donated})
+    changing[...] = 7.0
+    jax.jit(lambda x: x + 1, donate_argnums=0)(donated)
+    log.record(2, second)
+  assert audit.verify(path).records[0].metrics == {'a': 1.0, 'b': 2.0}
+
+
+def test_a_closed_log_can_be_opened_beside_a_forked_child(path):
+  # Would catch: a lock that lives on in a data loader's workers.
+  first, second = states(2)
+  log = spd.AuditLog(path, **FACTS)
+  log.record(0, first)
+  child = subprocess.Popen(['sleep', '60'], pass_fds=[log._file._file])
+  try:
+    log.close()
+    with spd.AuditLog(path, **FACTS) as log:
+      log.record(1, second)
+  finally:
+    child.kill()
+    child.wait()
+  assert len(audit.verify(path).records) == 2
 
 
 @pytest.mark.parametrize('how', ['record', 'flush', 'close', 'with'])
@@ -358,7 +391,7 @@ def test_two_writers_of_one_file_are_refused(path):
   first, second = (spd.AuditLog(path, **FACTS) for _ in range(2))
   zeroth, after = states(2)
   first.record(0, zeroth)
-  with pytest.raises(BlockingIOError, match='another AuditLog'):
+  with pytest.raises(BlockingIOError, match='an AuditLog is open on this file'):
     second.record(0, zeroth)
   first.record(1, after)
   first.close()

@@ -1,5 +1,6 @@
 """What an audit log is told from outside, and the checks of it."""
 
+import contextlib
 import errno
 import importlib
 import json
@@ -59,7 +60,10 @@ def checked_metrics(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
   ]
   if problems:
     raise TypeError('AuditLog.record: metrics must be numbers by name:\n  ' + '\n  '.join(problems))
-  return metrics
+  # Arrays of NumPy may change, and those of JAX be donated, before the record is written.
+  return {
+    name: jax.numpy.copy(x) if isinstance(x, jax.Array) else float(x) for name, x in metrics.items()
+  }
 
 
 def compare(path: Path, in_file: Fields, now: Fields) -> None:
@@ -99,14 +103,24 @@ def check_path(path: Path) -> None:
 
 
 def lock(file: int, path: Path) -> None:
-  """Keeps a second writer out, where the system can; the lock ends with the process."""
+  """Keeps a second writer out, where the system can."""
   try:
     import fcntl  # not on Windows
 
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError as error:
     raise BlockingIOError(
-      errno.EWOULDBLOCK, 'another AuditLog is writing this file; pass another path', str(path)
+      errno.EWOULDBLOCK,
+      'an AuditLog is open on this file: close() it, or pass another path',
+      str(path),
     ) from error
   except (ImportError, OSError):
     return
+
+
+def unlock(file: int) -> None:
+  """Lets the next writer in, though a forked child may still have the file open."""
+  with contextlib.suppress(ImportError, OSError):
+    import fcntl
+
+    fcntl.flock(file, fcntl.LOCK_UN)

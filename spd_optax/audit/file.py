@@ -34,7 +34,8 @@ class AuditFile:
     facts.check_path(path)
     self.path, self._header, self._fsync = path, header, fsync
     self._size, self.hash, self.resumed = 0, '', False
-    self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    binary = getattr(os, 'O_BINARY', 0)  # Windows would write two bytes for a new line
+    self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | binary, 0o666)
     try:
       facts.lock(self._file, path)
       if reading.read_header(path) is None:
@@ -46,7 +47,12 @@ class AuditFile:
       self.close()
       raise
 
+  def size_now(self) -> int:
+    """Bytes on the disk."""
+    return os.fstat(self._file).st_size
+
   def close(self) -> None:
+    facts.unlock(self._file)
     os.close(self._file)
 
   def _continue(self, depth: int) -> None:

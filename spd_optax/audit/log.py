@@ -103,7 +103,6 @@ class AuditLog:
     self._header: Fields | None = None
     self._layout: readout.Layout = ()
     self._pending: _Pending | None = None
-    self._recheck = False
     self._last_step: int | None = None
     self.hash = ''
     facts.check_path(self.path)
@@ -119,8 +118,8 @@ class AuditLog:
 
     Raises:
       TypeError: if there is no state of SPD; naming every metric that is no number.
-      ValueError: if the step does not increase; naming all that differs, if the layers have changed
-        or the file is the log of another run.
+      ValueError: before the first update; if the step does not increase; naming all that
+        differs, if the layers have changed or the file is the log of another run.
       OSError: if the disk is full, or another process writes the file. The file then ends with
         the last whole record.
     """
@@ -130,10 +129,10 @@ class AuditLog:
     if self._last_step is not None and step <= self._last_step:
       raise ValueError(f'AuditLog.record: step {step} after step {self._last_step}')
     self._prepare(states)
-    before, now = self._pending, readout.begin(states, list(metrics.values()))
+    now = readout.begin(states, list(metrics.values()))
+    self._write(3)  # may fail, or be interrupted: the record before stays until it is written
     self._pending = _Pending(step, round(time.time(), 3), tuple(metrics), now)
     self._last_step = step
-    self._write(before, 3)
     if self._fsync:
       self._flush(4)
 
@@ -177,6 +176,11 @@ class AuditLog:
     """Before a record: the header, or a check that it still holds."""
     layout = readout.layout(states)
     if self._header is None:
+      if readout.updates(states) == 0:
+        raise ValueError(
+          'AuditLog.record: record after the first update; before it the anchor may not be the '
+          'one that is captured, and there is nothing to log'
+        )
       header = self._header_now(states)
       if jax.process_index() == 0:
         self._file = AuditFile(self.path, header, self._fsync, 5)
@@ -185,13 +189,8 @@ class AuditLog:
       captured = self._anchor['source'] is None
       sizes = reading.norms_of(header)
       self._watcher = Watcher(header['layers'], sizes, captured, self._patience)
-      self._recheck = captured and readout.updates(states) == 0
     elif layout != self._layout:
       raise ValueError('AuditLog.record: the layers are not those of the first record')
-    elif self._recheck and readout.updates(states) > 0:
-      self._recheck = False
-      found = {'fingerprint': norms.fingerprint(states), **self._anchor}
-      facts.compare(self.path, self._header, {**self._header, 'anchor': found})
 
   def _header_now(self, states: States) -> Fields:
     moving = self._anchor['moving']
@@ -209,15 +208,20 @@ class AuditLog:
     }
 
   def _flush(self, depth: int) -> None:
-    pending, self._pending = self._pending, None
-    self._write(pending, depth)
+    self._write(depth)
 
-  def _write(self, pending: '_Pending | None', depth: int) -> None:
-    """Writes a record, and says what is to be said about it."""
-    if pending is None or self._file is None:
+  def _write(self, depth: int) -> None:
+    """Writes the pending record, and says what is to be said about it."""
+    if self._pending is None or self._file is None:
       return
+    pending, size = self._pending, self._file.size_now()
     record = _record(pending, self._layout, self._file.resumed)
-    self._file.append(_fields(record))
+    self._pending = None
+    try:
+      self._file.append(_fields(record))
+    except BaseException:  # a full disk, or an interrupt, perhaps behind the write
+      self._pending = pending if self._file.size_now() == size else None
+      raise
     self.hash = self._file.hash
     for advice in self._watcher.see(record):
       warnings.warn(f'step {advice.step}: {advice.message}', AuditWarning, stacklevel=depth)

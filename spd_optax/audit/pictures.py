@@ -83,11 +83,12 @@ def _curves(runs: Sequence[Series], values: Sequence[np.ndarray], label: str, lo
   for axes, series, value in zip(column, runs, values, strict=True):
     _layer_curves(axes, series, np.where(np.isfinite(value), value, np.nan), log)
     axes.set(xlabel='step', ylabel=label, title=f'{printable(series.name)}: distance of each layer')
-    if log and (value > 0).any():
-      axes.set_yscale('log')
-      top = np.nanmax(np.where(np.isfinite(value), value, np.nan))
-      axes.set_ylim(max(np.min(value[value > 0]), top * SMALLEST), 2 * top)
     axes.grid(alpha=0.3)
+  every = np.concatenate([np.ravel(value) for value in values])
+  shown = every[np.isfinite(every) & (every > 0)]
+  if log and len(shown):  # the axes are shared
+    column[0].set_yscale('log')
+    column[0].set_ylim(max(shown.min(), shown.max() * SMALLEST), 2 * shown.max())
   return figure
 
 

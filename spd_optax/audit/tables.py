@@ -29,7 +29,7 @@ def facts(run: Run) -> Table:
   resumed = [str(record.step) for record in records if record.resumed]
   rows = [
     ['transform', header['transform']],
-    ['hyperparameters', json.dumps(header['hyperparameters'])[1:-1] or '–'],
+    ['hyperparameters', json.dumps(header['hyperparameters'], ensure_ascii=False)[1:-1] or '–'],
     ['anchor', source + (' (moving)' if anchor['moving'] else '')],
     ['fingerprint', anchor['fingerprint']],
     ['started', header['started']],
