@@ -178,11 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
       finetune_vit.pretrain(Path(checkpoint), args.pretrain_steps, bar)
     courses = compare(args, checkpoint, bar)
   results = {name: summary(course) for name, course in courses.items()}
-  settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-  reporting.show(
-    f'{" → ".join(TASKS)}. Accuracy in % after task 1, 2, 3, ± standard error', results
+  reporting.publish(
+    args, f'{" → ".join(TASKS)}. Accuracy in % after task 1, 2, 3, ± standard error', results
   )
-  reporting.write_json(args.out / 'results.json', settings, results)
   picture(args.out / 'results.png', courses)
   print(f'Results: {args.out}/results.json, {args.out}/results.png')
   comparison.show_audit(args.out / 'audit')

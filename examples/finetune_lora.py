@@ -287,9 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
   args = parse(arguments)
   with training.progress_bar() as bar:
     results = compare(args, pretrain(args.pretrain_steps, bar), bar)
-  settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-  reporting.show(f'New style: {args.style}. Accuracy in %, ± standard error', results)
-  reporting.write_json(args.out / 'results.json', settings, results)
+  reporting.publish(args, f'New style: {args.style}. Accuracy in %, ± standard error', results)
   picture(args.out / 'results.png', results, args.style)
   print(f'Results: {args.out}/results.json, {args.out}/results.png')
   comparison.show_audit(args.out / 'audit' / 'LoRA')

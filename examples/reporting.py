@@ -5,6 +5,7 @@
 puts the tables of the committed results into the documents that name them.
 """
 
+import argparse
 import json
 import math
 import platform
@@ -74,6 +75,13 @@ def write_json(path: Path, settings: Mapping[str, Any], results: Mapping[str, An
   }
   document = {'settings': dict(settings), 'versions': versions, 'results': results}
   path.write_text(json.dumps(document, indent=1) + '\n')
+
+
+def publish(args: argparse.Namespace, title: str, results: Mapping[str, Any]) -> None:
+  """Prints the table, and writes it with the command line's settings to `args.out`."""
+  settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+  show(title, results)
+  write_json(args.out / 'results.json', settings, results)
 
 
 BLOCK = re.compile(r'(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)', re.DOTALL)

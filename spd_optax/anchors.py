@@ -171,7 +171,7 @@ class Anchoring:
     return jax.tree.map(lambda a: a if _is_on_host(a) else _on_host(a), stored)
 
   def following(self, view: View) -> Any:
-    """The anchor tree for the next state: ε of the way to the params, where that is asked for.
+    """The anchor tree for the next state: 1 − β of the way to the params, where asked for.
 
     Raises:
       ValueError: naming every leaf of the anchor that is too coarse to follow.
@@ -184,10 +184,7 @@ class Anchoring:
       view.flat.paths[i]: a + (1 - self.ema) * (p - a)
       for i, p, a in zip(view.at, view.params, view.anchors, strict=True)
     }
-    return jax.tree.unflatten(
-      flat.treedef,
-      [_cast([moved[at]], [a])[0] for at, a in flat.by_path.items()],
-    )
+    return jax.tree.unflatten(flat.treedef, _cast([moved[at] for at in flat.paths], flat.leaves))
 
   def _captured(
     self, stored: Any, params: trees.Flat, kinds: Sequence[Kind], count: jax.Array

@@ -44,6 +44,11 @@ def fingerprint(anchor: Any) -> str:
     >>> spd.fingerprint({'kernel': jnp.ones((2, 3)), 'head': None})
     '8166681abccecf0956171050ebb7c4b0'
   """
+  return as_text(words_of(anchor))
+
+
+def words_of(anchor: Any) -> np.ndarray:
+  """The fingerprint of an anchor as uint32[4]; those of anchors of other leaves may be added."""
   total = np.zeros(WORDS, np.uint32)
   for path, leaf in trees.flatten(anchor, is_dropped).by_path.items():
     if is_dropped(leaf):
@@ -52,7 +57,12 @@ def fingerprint(anchor: Any) -> str:
     _check_concrete(path, leaf)
     if anchors.kind(leaf) is anchors.Kind.STORED and not anchors.never_held(leaf):
       total = total + np.asarray(of_leaf(path, leaf))
-  return total.astype('>u4').tobytes().hex()
+  return total
+
+
+def as_text(words: np.ndarray) -> str:
+  """32 hexadecimal digits."""
+  return words.astype('>u4').tobytes().hex()
 
 
 class DroppedLeaf(NamedTuple):

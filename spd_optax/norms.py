@@ -2,14 +2,13 @@
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from spd_optax import anchors, fingerprints, readout, trees
-from spd_optax.fingerprints import DroppedLeaf
+from spd_optax.fingerprints import is_dropped
 from spd_optax.layers import Group, StackAxis, find_layers
 from spd_optax.step import ProjectionDecayState
 
@@ -29,7 +28,9 @@ def anchor_norms(
     _members(state, layers, stack_axis, group)
     for state, layers in zip(states.values(), readout.shapes(states), strict=True)
   ]
-  squares = [_squares(_on_device(leaf), axis) for found in members for _, leaf, axis in found]
+  squares = [
+    _squares(anchors.on_device(leaf), axis) for found in members for _, leaf, axis in found
+  ]
   sizes = np.cumsum([square.size for square in squares])
   parts = iter(np.split(readout.finish(readout.start(squares))[0][2], sizes[:-1]))
   norms = [np.zeros(0)]
@@ -48,7 +49,7 @@ def _members(
 ) -> list[tuple[str, jax.Array, int | None]]:
   """(layer, array of the anchor, stack axis) for the layers whose arrays are known."""
   flat = readout.anchor_of(state)
-  if any(isinstance(leaf, DroppedLeaf) for leaf in flat.leaves):
+  if any(map(is_dropped, flat.leaves)):
     return []
   if stack_axis is None and group is None:
     return _evident(flat, layers)
@@ -66,20 +67,13 @@ def _evident(flat: trees.Flat, layers: readout.Shapes) -> list[tuple[str, jax.Ar
   if not set(flat.paths) <= set(layers):
     return []  # some leaves are in groups, perhaps in one that has the name of another leaf
   found: list[tuple[str, jax.Array, int | None]] = []
-  for path, leaf in zip(flat.paths, flat.leaves, strict=True):
+  for path, leaf in flat.by_path.items():
     axes = [i for i, length in enumerate(leaf.shape) if (length,) == layers[path]]
     if not layers[path]:
       found.append((path, leaf, None))
     elif len(axes) == 1:
       found.append((path, leaf, axes[0]))
   return found
-
-
-def _on_device(array: Any) -> Any:
-  """The array, out of the host's pinned memory where it lies there."""
-  if isinstance(array, jax.Array) and array.sharding.memory_kind == 'pinned_host':
-    return jax.device_put(array, array.sharding.with_memory_kind('device'))
-  return array
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -92,10 +86,5 @@ def _squares(array: jax.Array, stack_axis: int | None) -> jax.Array:
 
 def fingerprint(states: readout.States) -> str:
   """`spd.fingerprint` of the anchors of all states together; of dropped ones, too."""
-  total = np.zeros(fingerprints.WORDS, np.uint32)
-  for state in states.values():
-    flat = readout.anchor_of(state)
-    for path, leaf in zip(flat.paths, flat.leaves, strict=True):
-      kept = isinstance(leaf, DroppedLeaf)
-      total = total + np.asarray(leaf.fingerprint if kept else fingerprints.of_leaf(path, leaf))
-  return total.astype('>u4').tobytes().hex()
+  words = np.stack([fingerprints.words_of(state.anchor) for state in states.values()])
+  return fingerprints.as_text(np.add.reduce(words))

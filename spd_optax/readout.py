@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from spd_optax import checks, trees
-from spd_optax.fingerprints import DroppedLeaf
+from spd_optax.fingerprints import is_dropped
 from spd_optax.step import PER_LAYER, ProjectionDecayState
 
 States = Mapping[str, ProjectionDecayState]  # by their path in the optimizer state
@@ -155,7 +155,7 @@ def _slots(state: ProjectionDecayState, layers: Shapes) -> Iterator[Slot]:
 
 def anchor_of(state: ProjectionDecayState) -> trees.Flat:
   """The anchor taken apart; a dropped leaf is one leaf."""
-  return trees.flatten(state.anchor, lambda node: isinstance(node, DroppedLeaf))
+  return trees.flatten(state.anchor, is_dropped)
 
 
 def updates(states: States) -> int:

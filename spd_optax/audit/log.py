@@ -134,7 +134,7 @@ class AuditLog:
     self._pending = _Pending(step, round(time.time(), 3), tuple(metrics), now)
     self._last_step = step
     if self._fsync:
-      self._flush(4)
+      self._write(3)
 
   def flush(self) -> None:
     """Writes the last record now.
@@ -142,7 +142,7 @@ class AuditLog:
     Raises:
       OSError: see `record`.
     """
-    self._flush(4)
+    self._write(3)
 
   def close(self) -> None:
     """Writes the last record and closes the file; the next record would open it again.
@@ -150,11 +150,11 @@ class AuditLog:
     Raises:
       OSError: see `record`.
     """
-    self._close(5)
+    self._close(4)
 
   def _close(self, depth: int) -> None:
     try:
-      self._flush(depth)
+      self._write(depth)
     finally:
       atexit.unregister(self.close)
       if self._file is not None:
@@ -170,7 +170,7 @@ class AuditLog:
     error: BaseException | None,
     trace: types.TracebackType | None,
   ) -> None:
-    self._close(5)
+    self._close(4)
 
   def _prepare(self, states: States) -> None:
     """Before a record: the header, or a check that it still holds."""
@@ -206,9 +206,6 @@ class AuditLog:
       'anchor': {'fingerprint': norms.fingerprint(states), **self._anchor, 'norms': known},
       'layers': layers,
     }
-
-  def _flush(self, depth: int) -> None:
-    self._write(depth)
 
   def _write(self, depth: int) -> None:
     """Writes the pending record, and says what is to be said about it."""
