@@ -114,4 +114,5 @@ def held(state: Any, steps: int) -> Columns:
   constrained = jax.tree.leaves(optax.tree.get(state, 'constrained', {}))
   if not constrained:
     return {}
-  return columns({'held': 100 * np.mean(constrained, axis=0) / steps})
+  shares = [np.mean(np.reshape(x, (len(x), -1)), axis=1) for x in constrained]  # over slices
+  return columns({'held': 100 * np.mean(shares, axis=0) / steps})

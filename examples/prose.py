@@ -6,6 +6,7 @@ the standard library: a keyword of the code is masked, and is to be filled in.
 Both come with every Python, and differ a little between its versions.
 """
 
+import ast
 import importlib
 import inspect
 import io
@@ -126,6 +127,18 @@ def masked_keywords(module: str) -> Iterator[tuple[str, str]]:
       before, after = text[max(0, start - BEFORE) : start], text[end : end + AFTER]
       if before.isascii() and after.isascii():  # a byte per character: it fits into LENGTH
         yield f'{before}<extra_id_0>{after}', token.string
+
+
+def bare(source: str) -> str:
+  """Code without the English in it."""
+  tree = ast.parse(source)  # has no comments
+  for node in ast.walk(tree):
+    documented = isinstance(
+      node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    )
+    if documented and ast.get_docstring(node) is not None:
+      node.body[0] = ast.Pass()
+  return ast.unparse(tree)
 
 
 def snippets() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

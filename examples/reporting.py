@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 Values = Sequence[float]
+Results = Mapping[str, Mapping[str, Values | str]]  # cells by method and column
 
 
 def mean_and_error(values: Values) -> tuple[float, float]:
@@ -33,13 +34,15 @@ def mean_and_error(values: Values) -> tuple[float, float]:
   return float(np.mean(values)), float(spread / math.sqrt(len(values)))
 
 
-def cell(values: Values, digits: int = 1) -> str:
-  """'83.2 ± 0.4'; the mean alone for a single value."""
+def cell(values: Values | str, digits: int = 1) -> str:
+  """'83.2 ± 0.4'; the mean alone for a single value; words as they are."""
+  if isinstance(values, str):
+    return values
   mean, error = mean_and_error(values)
   return f'{mean:.{digits}f}' + ('' if math.isnan(error) else f' ± {error:.{digits}f}')
 
 
-def rows(results: Mapping[str, Mapping[str, Values]]) -> list[list[str]]:
+def rows(results: Results) -> list[list[str]]:
   """A header and a row per method; '–' where a method lacks a column."""
   columns = list(dict.fromkeys(column for row in results.values() for column in row))
   lines = [['method', *columns]]
@@ -48,14 +51,14 @@ def rows(results: Mapping[str, Mapping[str, Values]]) -> list[list[str]]:
   return lines
 
 
-def markdown(results: Mapping[str, Mapping[str, Values]]) -> str:
+def markdown(results: Results) -> str:
   """The table for a README."""
   header, *body = rows(results)
   lines = [header, ['---', *['---:'] * (len(header) - 1)], *body]
   return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 
-def show(title: str, results: Mapping[str, Mapping[str, Values]]) -> None:
+def show(title: str, results: Results) -> None:
   """Prints the table."""
   header, *body = rows(results)
   table = Table(title=title, title_justify='left')
@@ -88,11 +91,15 @@ BLOCK = re.compile(r'(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)', r
 
 
 def with_tables(document: str, root: Path) -> str:
-  """The Markdown document with the table of each results file that it names."""
+  """The Markdown document with the table of each results file that it names.
+
+  `FILE#TABLE` is a table of a file that holds several.
+  """
 
   def fill(block: re.Match[str]) -> str:
-    results = json.loads((root / block[2]).read_text())['results']
-    return f'{block[1]}\n{markdown(results)}\n\n{block[3]}'
+    path, _, name = block[2].partition('#')
+    results = json.loads((root / path).read_text())['results']
+    return f'{block[1]}\n{markdown(results[name] if name else results)}\n\n{block[3]}'
 
   return BLOCK.sub(fill, document)
 

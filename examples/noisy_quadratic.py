@@ -1,0 +1,190 @@
+"""When does each form hold a layer, and how near to the anchor does it settle? Theory and check.
+
+    python examples/noisy_quadratic.py
+
+A layer x in n dimensions has the loss h ‖x − x*‖² / 2 and gradients with noise of standard
+deviation σ in each. It is trained by SGD with momentum β; its anchor is 0, at a distance
+D = ‖x*‖ that is large against its own fluctuations. What matters then is the component along
+d = x − θ_0, in which everything is a scalar problem. With h lr ≪ 1 − β:
+
+Form 2, λ = 1. A step is taken back where the gradient has turned, G > 0, but the momentum V
+before it carries on outward: G < W with W = −β V. In units of σ, G is normal, and W is normal
+with the variance s² = β² / (1 − β²) and the mean β κ, where −κ is the mean of V. The outward
+steps taken back, lr σ κ on average, equal the mean step outward, −lr h b / (1 − β), at a mean
+offset b = E[x] − x*. With φ and Φ the normal density and distribution:
+
+    κ = E[max(0, W − G); G > 0]          b = −(σ/h) (1 − β) κ
+    share held with r > 0 = P(0 < G < W)
+
+Without the mean of W these are (1/√(1 − β²) − 1) / √(8π) and arctan(s) / 2π.
+
+Form 1. Its gradient along d is G' = G + λ max(0, G + m ‖g‖); in balance E[G'] = 0. With
+z = h b / σ, ‖g‖ ≈ σ √n and a = z + m √n:
+
+    z + λ (φ(a) + a Φ(a)) = 0
+    share held = Φ(a)
+
+Neither depends on the learning rate. Form 2 is gentle: |b| is about 0.03 σ/h at most, at
+any β. Form 1 does not need momentum: it pulls with the noise itself, and with a margin the
+more the larger the layer is.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from scipy import integrate, optimize, stats
+
+import reporting
+import spd_optax as spd
+
+RATE, DISTANCE = 0.002, 300.0  # h = σ = 1
+MOMENTA = (0.0, 0.5, 0.8, 0.9, 0.95)
+STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)
+SIZES = (1, 10, 100, 1000)  # n, at m = 0.05 and λ = 1
+MARGIN = 0.05
+
+
+def form_2(momentum: float) -> tuple[float, float]:
+  """Share of steps held, and the offset b, at λ = 1; h = σ = 1."""
+  s = momentum / np.sqrt(1 - momentum**2)
+  if not s:
+    return 0.0, 0.0
+
+  def taken_back(g: float, mean: float) -> float:
+    k = (mean - g) / s
+    return stats.norm.pdf(g) * s * (stats.norm.pdf(k) + k * stats.norm.cdf(k))
+
+  def excess(kappa: float) -> float:
+    return integrate.quad(taken_back, 0, np.inf, momentum * kappa)[0] - kappa
+
+  kappa = optimize.brentq(excess, 0, 10)
+  held = lambda g: stats.norm.pdf(g) * stats.norm.cdf((momentum * kappa - g) / s)  # noqa: E731
+  return float(integrate.quad(held, 0, np.inf)[0]), float(-(1 - momentum) * kappa)
+
+
+def form_1(strength: float, margin: float = 0.0, size: int = 1) -> tuple[float, float]:
+  """Share of steps held, and the offset b; h = σ = 1."""
+  shift = margin * np.sqrt(size)
+
+  def force(z: float) -> float:
+    a = z + shift
+    return z + strength * (stats.norm.pdf(a) + a * stats.norm.cdf(a))
+
+  z = optimize.brentq(force, -shift - 10, 0)
+  return float(stats.norm.cdf(z + shift)), float(z)
+
+
+def simulate(
+  optimizer: optax.GradientTransformation, size: int, runs: int, steps: int
+) -> dict[str, list[float]]:
+  """Share held with r > 0 and offset along d, a value for each run, after a third of the steps."""
+  optimum = jnp.zeros(size).at[0].set(DISTANCE)
+
+  def run(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def step(carry: Any, key: jax.Array) -> tuple[Any, Any]:
+      x, state = carry
+      gradient = x - optimum + jax.random.normal(key, (size,))
+      updates, state = optimizer.update(gradient, state, x)
+      x = x + updates
+      inner = optax.tree.get(state, 'ProjectionDecayState')
+      held = inner.condition[''] & (inner.ratio[''] > 0)
+      return (x, state), (x[0] - DISTANCE, held)
+
+    start = optimum, optimizer.init(optimum)
+    _, (offset, held) = jax.lax.scan(step, start, jax.random.split(key, steps))
+    return offset[steps // 3 :].mean(), held[steps // 3 :].mean()
+
+  offsets, held = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), runs))
+  return {'held': np.asarray(held).tolist(), 'offset': np.asarray(offsets).tolist()}
+
+
+Point = tuple[float, tuple[float, float], dict[str, list[float]]]  # x, theory, simulation
+
+
+def panels(runs: int, steps: int) -> dict[str, list[Point]]:
+  """What is varied -> values, what theory says and what simulation finds."""
+
+  def sgd(momentum: float = 0.9) -> optax.GradientTransformation:
+    return optax.sgd(RATE, momentum=momentum)
+
+  def chain(strength: float, margin: float = 0.0) -> optax.GradientTransformation:
+    return optax.chain(spd.projection_decay(0, strength, margin=margin), sgd())
+
+  def check(optimizer: optax.GradientTransformation, size: int = 1) -> dict[str, list[float]]:
+    return simulate(optimizer, size, runs, steps)
+
+  return {
+    'form 2: momentum β': [
+      (b, form_2(b), check(spd.with_projection_decay(sgd(b), 0))) for b in MOMENTA
+    ],
+    'form 1: strength λ': [(x, form_1(x), check(chain(x))) for x in STRENGTHS],
+    f'form 1, λ = 1, m = {MARGIN}: size n': [
+      (n, form_1(1.0, MARGIN, n), check(chain(1.0, MARGIN), n)) for n in SIZES
+    ],
+  }
+
+
+def table(found: dict[str, list[Point]]) -> dict[str, dict[str, Any]]:
+  """A row for each point: share of steps held, and the offset in units of σ/h."""
+  return {
+    f'{title} = {x:g}': {
+      'held, theory (%)': f'{100 * share:.1f}',
+      'held (%)': [100 * value for value in simulated['held']],
+      'offset, theory': f'{offset:.3f}',
+      'offset': f'{np.mean(simulated["offset"]):.3f} ± {stats.sem(simulated["offset"]):.3f}',
+    }
+    for title, points in found.items()
+    for x, (share, offset), simulated in points
+  }
+
+
+def picture(path: Path, found: dict[str, list[Point]]) -> None:
+  """Theory as lines, simulation as points."""
+  figure, grid = plt.subplots(2, len(found), figsize=(11, 6), layout='constrained', sharex='col')
+  for (title, points), column in zip(found.items(), grid.T, strict=True):
+    x = [point[0] for point in points]
+    for axes, i, name in zip(column, (0, 1), ('held', 'offset'), strict=True):
+      axes.plot(x, [point[1][i] for point in points], color='0.4', label='theory')
+      values = [point[2][name] for point in points]
+      mean, error = np.mean(values, axis=1), stats.sem(values, axis=1)
+      axes.errorbar(x, mean, 2 * error, fmt='o', color='tab:red', label='simulation, ± 2 s.e.')
+      axes.grid(alpha=0.3)
+      if 'β' not in title:
+        axes.set_xscale('log')
+    column[1].set_xlabel(title)
+  grid[0, 0].set_ylabel('share of steps held')
+  grid[1, 0].set_ylabel('mean offset from x* along d, in σ/h')
+  grid[0, 0].legend(fontsize=9)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+  """Writes results.json and results.png."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--runs', type=int, default=20, help='default: %(default)s')
+  parser.add_argument('--steps', type=int, default=60_000, help='default: %(default)s')
+  parser.add_argument('--out', type=Path, default=Path('runs/noisy_quadratic'))
+  args = parser.parse_args(arguments)
+  found = panels(args.runs, args.steps)
+  results = table(found)
+  reporting.publish(args, 'A noisy quadratic', results)
+  picture(args.out / 'results.png', found)
+  print(f'Results: {args.out}/results.json, {args.out}/results.png')
+  return results
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,1 @@
+"""The parts of `examples/compare.py`: tasks, methods, jobs, choices, tables and pictures."""

@@ -1,0 +1,185 @@
+"""The methods that are compared, and the settings that each is swept over."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import spd_optax as spd
+
+Setting = Mapping[str, float]
+Scalar = float | jax.Array
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # Adam's learning rates: a factor of 30
+
+
+class Method(NamedTuple):
+  """A way to fine-tune.
+
+  Attributes:
+    optimizer: (learning_rate, blocks, **setting) -> optimizer; `blocks` as in `Task`.
+    settings: hyperparameters to sweep; the first is the default. A `rank` is that of low-rank
+      adapters, which alone are trained.
+    rate: its learning rates are so many times Adam's.
+    ends: methods that go on from its trained weights: `WISE_FT` and `EARLY`.
+  """
+
+  optimizer: Callable[..., optax.GradientTransformation]
+  settings: tuple[Setting, ...] = ({},)
+  rate: float = 1.0
+  ends: tuple[str, ...] = ()
+
+
+def adam(learning_rate: Scalar, blocks: Any = None) -> optax.GradientTransformation:
+  """Adam."""
+  return optax.adam(learning_rate)
+
+
+def adamw(learning_rate: Scalar, blocks: Any, decay: Scalar) -> optax.GradientTransformation:
+  """Adam with decoupled weight decay, toward 0."""
+  return optax.adamw(learning_rate, weight_decay=decay)
+
+
+def cautious(learning_rate: Scalar, blocks: Any, decay: Scalar) -> optax.GradientTransformation:
+  """Cautious Weight Decay: decay where the step goes toward 0, too (arXiv 2510.12402)."""
+
+  def decayed(updates: Any, params: Any) -> Any:
+    return jax.tree.map(lambda u, p: u + decay * p * (u * p > 0), updates, params)
+
+  return optax.chain(
+    optax.scale_by_adam(), optax.stateless(decayed), optax.scale_by_learning_rate(learning_rate)
+  )
+
+
+def l2_sp(learning_rate: Scalar, blocks: Any, strength: Scalar) -> optax.GradientTransformation:
+  """L2-SP as a penalty: its gradient passes through Adam."""
+  return optax.chain(spd.l2_sp(strength=strength), optax.adam(learning_rate))
+
+
+def decoupled_l2_sp(
+  learning_rate: Scalar, blocks: Any, strength: Scalar
+) -> optax.GradientTransformation:
+  """L2-SP beside Adam, as AdamW decays (Kauldron's `decay_to_init`)."""
+  return optax.chain(
+    optax.scale_by_adam(),
+    spd.l2_sp(strength=strength),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+class Thaw(NamedTuple):
+  """State of `thaw`: updates so far, int32[]."""
+
+  count: jax.Array
+
+
+def thaw(blocks: tuple[str, ...], frozen: Scalar, steps: Scalar) -> optax.GradientTransformation:
+  """Behind an optimizer: holds the first share `frozen` of the blocks still for so many steps."""
+
+  def depth(path: Any) -> int:
+    names = [str(getattr(key, 'key', key)) for key in path]
+    whole = '/'.join(names).split('/')
+    return next(i for i, block in enumerate(blocks) if block in whole)
+
+  def update(updates: Any, state: Thaw, params: Any = None) -> tuple[Any, Thaw]:
+    def thawed(path: Any, u: jax.Array) -> jax.Array:
+      is_free = (state.count >= steps) | (depth(path) >= frozen * len(blocks))
+      return jnp.where(is_free, u, 0)
+
+    return jax.tree.map_with_path(thawed, updates), Thaw(optax.safe_increment(state.count))
+
+  return optax.GradientTransformation(lambda params: Thaw(jnp.zeros([], jnp.int32)), update)
+
+
+def freezing(
+  learning_rate: Scalar, blocks: Any, frozen: Scalar, steps: Scalar
+) -> optax.GradientTransformation:
+  """Adam on the last blocks, at first or for good."""
+  return optax.chain(optax.adam(learning_rate), thaw(blocks, frozen, steps))
+
+
+def digrap(learning_rate: Scalar, blocks: Any, strength: Scalar) -> optax.GradientTransformation:
+  """DiGraP: takes a share of the gradient that leads away from the start out of each layer's.
+
+  Huang, Tian, et al., Directional Gradient Projection for Robust Fine-Tuning, 2025.
+  """
+
+  def init(params: Any) -> Any:
+    return jax.tree.map(jnp.copy, params)
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def projected(g: jax.Array, p: jax.Array, start: jax.Array) -> jax.Array:
+      d = p - start
+      outward = jnp.minimum(0, jnp.vdot(g, d)) / jnp.maximum(jnp.vdot(d, d), 1e-30)
+      return g - strength * outward * d
+
+    return jax.tree.map(projected, updates, params, state), state
+
+  return optax.chain(optax.GradientTransformation(init, update), optax.adam(learning_rate))
+
+
+def sgd(learning_rate: Scalar, blocks: Any = None) -> optax.GradientTransformation:
+  """SGD with momentum."""
+  return optax.sgd(learning_rate, momentum=0.9)
+
+
+def lion(learning_rate: Scalar, blocks: Any = None) -> optax.GradientTransformation:
+  """Lion."""
+  return optax.lion(learning_rate, weight_decay=0.0)
+
+
+def exact(inner: Callable[..., optax.GradientTransformation]) -> Callable[..., Any]:
+  """The paper's rule around an optimizer."""
+
+  def optimizer(
+    learning_rate: Scalar, blocks: Any, strength: Scalar, margin: Scalar
+  ) -> optax.GradientTransformation:
+    return spd.with_projection_decay(inner(learning_rate), strength=strength, margin=margin)
+
+  return optimizer
+
+
+def chained(
+  learning_rate: Scalar, blocks: Any, strength: Scalar, margin: Scalar
+) -> optax.GradientTransformation:
+  """Form 1 in front of Adam."""
+  return optax.chain(
+    spd.projection_decay(strength=strength, margin=margin), optax.adam(learning_rate)
+  )
+
+
+def sweep(**values: tuple[float, ...]) -> tuple[Setting, ...]:
+  """One hyperparameter at several values."""
+  ((name, each),) = values.items()
+  return tuple({name: value} for value in each)
+
+
+def dial(*settings: tuple[float, float]) -> tuple[Setting, ...]:
+  """Strengths and margins."""
+  return tuple({'strength': strength, 'margin': margin} for strength, margin in settings)
+
+
+WISE_FT = 'WiSE-FT'  # the weights between the pre-trained ones and Adam's
+ALPHAS = sweep(alpha=(0.5, 0.25, 0.75, 0.9))
+EARLY = 'Early stopping'  # Adam's weights when they did best on the validation data
+HEAD = 0.99  # all blocks but the last are frozen
+FOREVER = 1e9
+
+METHODS: dict[str, Method] = {
+  'Adam': Method(adam, ends=(WISE_FT, EARLY)),
+  'AdamW': Method(adamw, sweep(decay=(0.01, 0.1))),
+  'Cautious WD': Method(cautious, sweep(decay=(0.01, 0.1))),
+  'L2-SP': Method(l2_sp, sweep(strength=(0.01, 0.001, 0.1))),
+  'L2-SP, decoupled': Method(decoupled_l2_sp, sweep(strength=(1.0, 0.1, 10.0))),
+  'Freezing': Method(freezing, tuple({'frozen': share, 'steps': FOREVER} for share in (0.5, HEAD))),
+  'LP-FT': Method(freezing, tuple({'frozen': HEAD, 'steps': steps} for steps in (50, 100))),
+  'LoRA': Method(adam, sweep(rank=(8, 2))),
+  'DiGraP': Method(digrap, sweep(strength=(1.0, 0.3, 0.1))),
+  'SGD': Method(sgd, rate=30),
+  'Lion': Method(lion, rate=0.2),
+  'SPD, exact, Adam': Method(exact(adam), dial((1, 0), (2, 0), (1, 0.05))),
+  'SPD, exact, SGD': Method(exact(sgd), dial((1, 0), (1, 0.05)), rate=30),
+  'SPD, exact, Lion': Method(exact(lion), dial((1, 0), (1, 0.05)), rate=0.2),
+  'SPD, chain': Method(chained, dial((0.3, 0), (1, 0), (3, 0), (1, 0.05), (3, 0.05), (10, 0.1))),
+}

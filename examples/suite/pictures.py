@@ -1,0 +1,96 @@
+"""The suite's pictures: new against old for every configuration, and the methods' ranks."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+import numpy as np
+
+from suite import choice
+from suite.choice import ID, OOD, Record
+
+PEER_COLOR = '0.75'
+COLORS = {
+  'Adam': 'black',
+  'L2-SP': 'tab:blue',
+  'L2-SP, decoupled': 'tab:cyan',
+  'WiSE-FT': 'tab:olive',
+  'SPD, exact, Adam': 'tab:orange',
+  'SPD, chain': 'tab:red',
+}
+
+
+def pareto(
+  path: Path,
+  titles: Mapping[str, str],
+  records: Mapping[str, Sequence[Record]],
+  before: Mapping[str, Record],
+  chosen: Mapping[str, Mapping[str, Record]],
+) -> None:
+  """Every configuration of every task as a point: score in distribution against out of it.
+
+  A large mark is what validation chose. The dotted line is the pre-trained model out of
+  distribution. All other peers are grey.
+  """
+  columns = min(3, len(records))
+  rows = -(-len(records) // columns)
+  figure, grid = plt.subplots(
+    rows, columns, figsize=(4.6 * columns, 3.9 * rows), layout='constrained', squeeze=False
+  )
+  for axes in grid.flat[len(records) :]:
+    axes.axis('off')
+  for axes, (task, found) in zip(grid.flat, records.items(), strict=False):
+    _configurations(axes, found, chosen[task])
+    axes.axhline(choice.mean(before[task], OOD), color='gray', linestyle=':', linewidth=1)
+    axes.set_title(titles[task], fontsize=9)
+    axes.grid(alpha=0.3)
+  for axes in grid[:, 0]:
+    axes.set_ylabel('out of distribution')
+  for axes in grid[-1]:
+    axes.set_xlabel('in distribution')
+  handles, labels = grid.flat[0].get_legend_handles_labels()
+  figure.legend(handles, labels, loc='outside lower center', ncols=4, fontsize=9)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+def _configurations(
+  axes: plt.Axes, records: Sequence[Record], chosen: Mapping[str, Record]
+) -> None:
+  def points(of: Sequence[Record]) -> tuple[list[float], list[float]]:
+    return [choice.mean(r, ID) for r in of], [choice.mean(r, OOD) for r in of]
+
+  others = [record for record in records if record['method'] not in COLORS]
+  axes.scatter(*points(others), s=9, color=PEER_COLOR, label='all other peers')
+  for method, color in COLORS.items():
+    found = choice.of(records, method)
+    if not found:
+      continue
+    axes.scatter(*points(found), s=14, color=color, alpha=0.6, label=method)
+    axes.scatter(*points([chosen[method]]), s=130, marker='*', color=color, edgecolor='white')
+  axes.set_xlim(left=_floor([choice.mean(r, ID) for r in records]))
+  axes.set_ylim(bottom=_floor([choice.mean(r, OOD) for r in records]))
+
+
+def _floor(values: Sequence[float]) -> float:
+  """Leaves out the worst fifth, which would press the rest together."""
+  low, high = np.quantile(values, 0.2), max(values)
+  return float(low - 0.05 * (high - low))
+
+
+def ranks(path: Path, methods: Sequence[str], values: np.ndarray) -> None:
+  """The rank of each method on each task, and its mean: [tasks, methods], the best first."""
+  order = np.argsort(values.mean(0))[::-1]
+  figure, axes = plt.subplots(figsize=(7, 0.32 * len(methods) + 1), layout='constrained')
+  for y, i in enumerate(order):
+    color = 'tab:red' if methods[i].startswith('SPD') else '0.35'
+    axes.scatter(values[:, i], np.full(len(values), y), s=12, color=color, alpha=0.35)
+    axes.scatter(values[:, i].mean(), y, s=60, marker='D', color=color)
+  axes.set_yticks(range(len(methods)), [methods[i] for i in order])
+  axes.set_xlabel('rank by the mean of ID and OOD: each task, and the mean (diamond); 1 is best')
+  axes.grid(axis='x', alpha=0.3)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)

@@ -1,0 +1,85 @@
+"""The suite's tables: one for each task, one over all tasks, one by learning rate."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from suite import choice
+from suite.choice import ID, OOD, Record
+
+Table = dict[str, dict[str, Any]]
+Found = Mapping[str, Mapping[str, Record]]  # task -> method -> its chosen configuration
+
+
+def of_task(records: Sequence[Record], defaults: Mapping[str, Any]) -> Table:
+  """A row for each method: what validation chose, how that did, and the oracle's choice."""
+  best = choice.chosen(records, defaults)
+  oracle = choice.chosen(records, defaults, choice.by_oracle)
+  table: Table = {}
+  for method, record in best.items():
+    table[method] = {
+      'setting': choice.shown(record['setting']) or '–',
+      'rate': f'{record["rate"]:g}',
+      'ID': record[ID],
+      'OOD': record[OOD],
+      'moved': record['moved'],
+    }
+    if 'held' in record:
+      table[method]['held'] = record['held']
+    table[method] |= {'oracle ID': oracle[method][ID], 'oracle OOD': oracle[method][OOD]}
+  return table
+
+
+def overall(found: Found) -> Table:
+  """Each method over all tasks, the best mean of ID and OOD first.
+
+  Ranks are by the mean of ID and OOD; p is of Wilcoxon's signed-rank test over tasks of that
+  mean against Adam's, corrected by Holm. Differences are to Adam, with one value per task.
+  """
+  methods, values = choice.scores(found, choice.both)
+  ranks = choice.ranks(values)
+  p = choice.against(values, methods, choice.PEER)
+  table = {}
+  for i in np.argsort(-values.mean(0)):
+    method = methods[i]
+    table[method] = {
+      'rank': ranks[:, i].tolist(),
+      'ID': f'{_mean(found, method, ID):.1f}',
+      'OOD': f'{_mean(found, method, OOD):.1f}',
+      'ID − Adam': _difference(found, method, ID),
+      'OOD − Adam': _difference(found, method, OOD),
+      'p': f'{p[method]:.3f}' if method in p else '–',
+    }
+  return table
+
+
+def _mean(found: Found, method: str, column: str) -> float:
+  return float(np.mean([choice.mean(best[method], column) for best in found.values()]))
+
+
+def _difference(found: Found, method: str, column: str) -> list[float]:
+  return [
+    choice.mean(best[method], column) - choice.mean(best[choice.PEER], column)
+    for best in found.values()
+  ]
+
+
+def by_rate(records: Mapping[str, Sequence[Record]], methods: Mapping[str, Any]) -> Table:
+  """One setting of each method at every learning rate: means over tasks of ID and OOD.
+
+  Args:
+    records: by task.
+    methods: by name, the setting.
+  """
+  table: Table = {}
+  for method, setting in methods.items():
+    row = table[f'{method} {choice.shown(setting)}'.strip()] = {}
+    for column, title in ((ID, 'ID'), (OOD, 'OOD')):
+      for rate in sorted({record['rate'] for record in next(iter(records.values()))}):
+        values = [
+          choice.mean(choice.of(found, method, setting=setting, rate=rate)[0], column)
+          for found in records.values()
+        ]
+        row[f'{title}, {rate:g}'] = f'{np.mean(values):.1f}'
+  return table

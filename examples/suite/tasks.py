@@ -1,0 +1,70 @@
+"""What a task is: something known, something new with little data, and what must not be lost."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Data = Any  # a tree of arrays [n, …]
+Params = Any
+
+
+class Stage(NamedTuple):
+  """New data that come at a time.
+
+  Attributes:
+    pool: each seed draws its training examples from it; the others are for validation.
+    test: in-distribution test set.
+  """
+
+  pool: Data
+  test: Data
+
+
+class Task(NamedTuple):
+  """A model, what it is pre-trained on, and what it is fine-tuned on.
+
+  Attributes:
+    title: a line for the reader.
+    init: random key -> params.
+    loss: (params, batch) -> scalar, to train with.
+    score: (params, data) -> scalar, higher is better; at most 100.
+    old: data to pre-train on.
+    stages: what is learned, one after the other; mostly one.
+    ood: out-of-distribution test sets by name.
+    blocks: the params' top-level names from input to output, the last one the head.
+    pretrain_steps, pretrain_rate: AdamW's, with batches of 64.
+    steps, batch, shots: of fine-tuning, for each stage.
+    rank: of the low-rank adapters that alone are trained; 0 trains all weights.
+  """
+
+  title: str
+  init: Callable[[jax.Array], Params]
+  loss: Callable[[Params, Data], jax.Array]
+  score: Callable[[Params, Data], jax.Array]
+  old: Data
+  stages: tuple[Stage, ...]
+  ood: dict[str, Data]
+  blocks: tuple[str, ...]
+  pretrain_steps: int = 1000
+  pretrain_rate: float = 3e-3
+  steps: int = 150
+  batch: int = 16
+  shots: int = 200
+  rank: int = 0
+
+
+def size(data: Data) -> int:
+  """The number of examples."""
+  return len(jax.tree.leaves(data)[0])
+
+
+def take(data: Data, at: np.ndarray | slice) -> Data:
+  """Some of the examples."""
+  return jax.tree.map(lambda x: x[at], data)
+
+
+def together(*parts: Data) -> Data:
+  """All examples of all parts."""
+  return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)

@@ -1,0 +1,171 @@
+"""Tasks of language: Python's source and its documentation, both of which come with Python."""
+
+import functools
+import importlib
+import inspect
+import os
+import pkgutil
+from collections.abc import Sequence
+
+os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # its Flax classes announce their end
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn import datasets
+from transformers import ByT5Tokenizer, FlaxT5ForConditionalGeneration, T5Config
+
+import finetune_t5
+import prose
+from suite import models
+from suite.classifiers import initializer, split
+from suite.tasks import Data, Params, Stage, Task
+
+CONTEXT = 32  # bytes that a decoder sees
+PACKAGES = ('asyncio', 'email', 'multiprocessing')  # their code is never trained on
+
+
+def windows(texts: Sequence[str], most: int, seed: int = 0) -> np.ndarray:
+  """Random pieces of a text's ASCII bytes: int32[most, CONTEXT + 1]."""
+  joined = '\n'.join(texts).encode('ascii', 'replace')
+  pieces = np.frombuffer(joined, np.uint8)
+  pieces = pieces[: len(pieces) // (CONTEXT + 1) * (CONTEXT + 1)].reshape(-1, CONTEXT + 1)
+  chosen = np.random.default_rng(seed).permutation(len(pieces))[:most]
+  return pieces[chosen].astype(np.int32)
+
+
+def sources(modules: Sequence[str]) -> list[str]:
+  """The code of the modules, without docstrings and comments."""
+  return [prose.bare(inspect.getsource(importlib.import_module(module))) for module in modules]
+
+
+def docstrings(modules: Sequence[str]) -> list[str]:
+  """What the modules' functions and classes say of themselves."""
+  found = []
+  for name in modules:
+    module = importlib.import_module(name)
+    members = (
+      value for _, value in sorted(vars(module).items()) if inspect.getmodule(value) == module
+    )
+    found += [' '.join(text.split()) for value in members if (text := inspect.getdoc(value))]
+  return found
+
+
+def submodules(package: str) -> list[str]:
+  """The modules of a package that every platform can import."""
+  path = importlib.import_module(package).__path__
+  skip = ('windows', 'win32', '__main__', 'popen', 'unix')
+  names = sorted(info.name for info in pkgutil.iter_modules(path) if not info.ispkg)
+  return [f'{package}.{name}' for name in names if not any(word in name for word in skip)]
+
+
+@functools.cache
+def english() -> tuple[list[str], list[str], list[str]]:
+  """Paragraphs of the language reference: many, a few, and some to test on."""
+  parts = prose.paragraphs()
+  return tuple(
+    [parts[i] for i in at] for at in split(len(parts), len(parts) * 6 // 8, len(parts) // 8)
+  )
+
+
+def english_tests() -> dict[str, np.ndarray]:
+  """English of three kinds; the first is of the kind that is trained on."""
+  described = ' '.join(
+    getattr(datasets, f'load_{name}')().DESCR for name in ('iris', 'wine', 'diabetes', 'linnerud')
+  )
+  return {
+    'reference': windows(english()[2], 200),
+    'docstrings': windows(docstrings(prose.TEST), 200),
+    'data sets': windows([' '.join(described.split())], 200),
+  }
+
+
+def code_tests() -> dict[str, np.ndarray]:
+  """Code of several kinds; the first is of the kind that is trained on."""
+  return {'library': windows(sources(prose.TEST), 200)} | {
+    name: windows(sources(submodules(name)), 200) for name in PACKAGES
+  }
+
+
+def decoder(title: str, old: np.ndarray, stage: Stage, ood: dict[str, np.ndarray]) -> Task:
+  """A decoder reads byte after byte; its score is 100 exp(−nats per byte)."""
+  module = models.Decoder(32, 1)
+
+  def loss(params: Params, batch: Data) -> jax.Array:
+    logits = module.apply({'params': params}, batch[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
+
+  return Task(
+    title=title,
+    init=initializer(module, old[:, :-1]),
+    loss=loss,
+    score=lambda params, data: 100 * jnp.exp(-loss(params, data)),
+    old=old,
+    stages=(stage,),
+    ood=ood,
+    blocks=('embedding', 'position', 'block_0', 'norm', 'head'),
+    batch=8,
+  )
+
+
+def code_to_prose() -> Task:
+  """A decoder that knows code learns English."""
+  return decoder(
+    'text: code → prose (byte-level decoder)',
+    windows(sources(prose.FINETUNE), 20_000),
+    Stage(windows(english()[1], 300), english_tests()['reference']),
+    code_tests(),
+  )
+
+
+def prose_to_code() -> Task:
+  """A decoder that knows English learns code."""
+  return decoder(
+    'text: prose → code (byte-level decoder)',
+    windows(english()[0], 20_000),
+    Stage(windows(sources(prose.FINETUNE), 300), code_tests()['library']),
+    english_tests(),
+  )
+
+
+def keywords() -> Task:
+  """A T5 that knows English, by span corruption, learns to fill in Python's keywords."""
+  tokenizer = ByT5Tokenizer()
+  finetune_t5.mend_transformers()
+  config = T5Config(
+    vocab_size=len(tokenizer),
+    d_model=32,
+    d_kv=8,
+    d_ff=64,
+    num_layers=1,
+    num_heads=4,
+    dropout_rate=0.0,
+    decoder_start_token_id=tokenizer.pad_token_id,
+  )
+  model = FlaxT5ForConditionalGeneration(config, seed=0)
+  loss = finetune_t5.loss_of(model)
+  old, reference = prose.old(tokenizer)
+  pool, test = prose.new(tokenizer, tests=300)
+  return Task(
+    title='text: spans of prose → keywords of code (T5)',
+    init=lambda key: model.init_weights(key, (1, prose.LENGTH)),
+    loss=loss,
+    score=lambda params, data: 100 * jnp.exp(-loss(params, data)),
+    old=old,
+    stages=(Stage(jax.tree.map(lambda x: x[:: len(x) // 300][:300], pool), test),),
+    ood={'reference': jax.tree.map(lambda x: x[:300], reference)} | corrupted(tokenizer),
+    blocks=('shared', 'encoder', 'decoder'),
+    pretrain_steps=800,
+    batch=8,
+  )
+
+
+def corrupted(tokenizer: ByT5Tokenizer) -> dict[str, prose.Examples]:
+  """English of other kinds, by span corruption."""
+  rng = np.random.default_rng(0)
+  found = {}
+  for name in ('docstrings', 'data sets'):
+    tokens = english_tests()[name][:, : prose.LENGTH] + 3  # ByT5's ids of bytes
+    found[name] = prose.pack([prose.corrupt(x, tokenizer, rng) for x in tokens], tokenizer)
+  return found
