@@ -68,7 +68,7 @@ def run_task(name: str, args: argparse.Namespace) -> Result:
     records += cache.records(
       args.out / 'cache' / name / f'{i:02} {title}.json',
       cache.digest(
-        TASKS[name], method.optimizer, sweep=method.settings, rate=method.rate, **settings
+        TASKS[name], method.optimizer, settings=method.settings, rate=method.rate, **settings
       ),
       lambda: jobs.run(task, title, method, args.rates, start_from, args.seeds, task.steps),  # noqa: B023
     )
@@ -81,7 +81,7 @@ def foundation(name: str, task: Task, args: argparse.Namespace) -> Params:
   """The pre-trained models of a task, from the cache if they are there."""
   return cache.params(
     args.out / 'cache' / name / 'foundation',
-    cache.digest(TASKS[name], seeds=args.seeds, pretrain_steps=task.pretrain_steps),
+    cache.digest(TASKS[name], jobs.pretrain, seeds=args.seeds, pretrain_steps=task.pretrain_steps),
     lambda: jobs.pretrain(task, args.seeds, task.pretrain_steps),
   )
 
