@@ -40,9 +40,9 @@ class ProjectionDecayOptimizer(optax.GradientTransformationExtraArgs):  # type: 
 
 def projection_decay(
   anchor: Any = None,
-  strength: NumberOrSchedule = 0.3,
+  strength: NumberOrSchedule = 1.0,
   *,
-  margin: Number = 0.0,
+  margin: Number = 0.05,
   stack_axis: StackAxis = None,
   group: Group = None,
   axis_name: AxisName = None,
@@ -74,10 +74,11 @@ def projection_decay(
       at the first update. `None` as a whole captures all, so that pre-trained weights
       may be put in after `init`. Arrays are copied into the state with the sharding
       of the params.
-    strength: λ, a number ≥ 0 or a schedule of the step. 0 changes no bit, 1 counts
-      the homeward part of a turned gradient twice, 10 holds firmly.
+    strength: λ, a number ≥ 0 or a schedule of the step. 0 changes no bit, 0.3 is gentle, 1
+      counts the homeward part of a turned gradient twice, 10 holds firmly.
     margin: m in [0, 1). 0 asks whether the gradient points back at all; a small
-      margin, 0.05 or 0.1, also holds layers that walk out sideways.
+      margin, 0.05 or 0.1, also holds layers that walk out sideways, the more so the
+      larger they are and the noisier their gradients.
     stack_axis: the axis that stacks layers in a leaf (nn.scan): an int, a prefix
       tree of ints and None, or ``(path, leaf) -> int | None``. Each slice is a
       layer.
