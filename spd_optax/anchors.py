@@ -173,6 +173,8 @@ class Anchoring:
   def following(self, view: View) -> Any:
     """The anchor tree for the next state: 1 − β of the way to the params, where asked for.
 
+    It does not follow a param that is not finite: it would never come back.
+
     Raises:
       ValueError: naming every leaf of the anchor that is too coarse to follow.
     """
@@ -181,7 +183,7 @@ class Anchoring:
     flat = trees.flatten(view.stored)
     checks.can_follow(flat.by_path)
     moved = {
-      view.flat.paths[i]: a + (1 - self.ema) * (p - a)
+      view.flat.paths[i]: jnp.where(jnp.isfinite(p), a + (1 - self.ema) * (p - a), a)
       for i, p, a in zip(view.at, view.params, view.anchors, strict=True)
     }
     return jax.tree.unflatten(flat.treedef, _cast([moved[at] for at in flat.paths], flat.leaves))

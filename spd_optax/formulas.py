@@ -48,6 +48,15 @@ def not_clearly_outward(
   return (-inner < threshold) & jnp.isfinite(inner) & jnp.isfinite(threshold)
 
 
+def measured(gradient_norm: jax.Array, distance: jax.Array) -> jax.Array:
+  """Whether ‖g‖ and ‖d‖ are within the range of their dtype: neither 0 nor infinite.
+
+  A square leaves float32 where its root leaves 1e-19 to 1e19. The cosine is then not known,
+  and a layer is not to be held by it.
+  """
+  return (gradient_norm > 0) & (distance > 0) & jnp.isfinite(gradient_norm + distance)
+
+
 def projection_ratio(distance: jax.Array, distance_after: jax.Array) -> jax.Array:
   """r = max(0, γ_t − γ_{t−1}) / γ_t, eq. 9, in [0, 1], and 0 where γ_t is 0 or not finite."""
   growth = jnp.maximum(distance_after - distance, 0)

@@ -192,7 +192,8 @@ def with_projection_decay(
       `optax.lion`, a chain with clipping, … Extra arguments of `update` reach it.
     anchor: θ_0, a tree like the params or a prefix of it; see `projection_decay`.
     strength: λ, a number ≥ 0 or a schedule of the step. 0 is the inner optimizer,
-      bit for bit.
+      bit for bit. Up to 1 the distance never exceeds that of θ̃; where λ r is above 1 the
+      layer goes past its anchor.
     margin: m in [0, 1): a layer is held where c < m ‖g‖ ‖θ − θ_0‖. 0 is the paper's
       condition.
     stack_axis: the axis that stacks layers in a leaf; see `projection_decay`.

@@ -175,11 +175,16 @@ class Decay:
     return [one(*values) for values in zip(steps, *sums.values(), strict=True)]
 
   def _condition(self, norms: Norms) -> jax.Array:
-    if checks.is_zero(self.margin):
-      return formulas.turned_back(norms['inner'])
-    return formulas.not_clearly_outward(
-      norms['inner'], norms['gradient_norm'], norms['distance'], self.margin
+    inner, distance = norms['inner'], norms['distance']
+    if 'gradient_norm' not in norms:
+      return formulas.turned_back(inner)
+    size = norms['gradient_norm']
+    condition = (
+      formulas.turned_back(inner)
+      if checks.is_zero(self.margin)
+      else formulas.not_clearly_outward(inner, size, distance, self.margin)
     )
+    return condition & formulas.measured(size, distance)
 
   def next_state(
     self,

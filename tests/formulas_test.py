@@ -116,6 +116,15 @@ def test_margin_zero_is_the_papers_condition(layer, scale):
     assert formulas.not_clearly_outward(*scaled, 0.0) == plain == (inner > 0)
 
 
+def test_measured_are_norms_that_are_neither_zero_nor_infinite():
+  """Catches a cosine of norms that have left the range of their dtype."""
+  good, bad = [1e-19, 1.0, 1e19], [0.0, np.inf, NAN]
+  for size in good + bad:
+    for distance in good + bad:
+      expected = size in good and distance in good
+      assert bool(formulas.measured(*arrays(size, distance))) == expected, (size, distance)
+
+
 def test_projection_ratio_by_hand():
   """Catches γ_{t−1} as the denominator (0.25 → 0.333), or growth that is not cut off at 0."""
   found = formulas.projection_ratio(*arrays([3.0, 4.0, 4.0, 0.0], [4.0, 4.0, 3.0, 2.0]))

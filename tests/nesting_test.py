@@ -91,16 +91,6 @@ def test_multi_steps_is_the_mean_gradient(case):
 
 
 @every_public
-def test_apply_if_finite_skips_a_bad_step(case):
-  """Catches an anchor captured, or a step counted, from a step that did not happen."""
-  gradients = noise(0)
-  bad = jax.tree.map(lambda g: jnp.full_like(g[:1], jnp.nan), gradients)
-  mixed = jax.tree.map(lambda b, g: jnp.concatenate([b, g[:3], b, g[3:]]), bad, gradients)
-  tx = optax.apply_if_finite(case.make(), 5)
-  chex.assert_trees_all_close(run(tx, mixed)[-1][0], run(case.make())[-1][0], rtol=1e-6)
-
-
-@every_public
 def test_schedule_free_trains(case):
   """Catches a state that schedule_free cannot carry, or extra arguments that it cannot pass."""
   tx = optax.contrib.schedule_free(case.make(), learning_rate=0.05)

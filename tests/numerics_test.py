@@ -248,29 +248,15 @@ def test_the_reports_of_a_bad_step_are_finite(bad: float, margin: float, form: A
 
 @FORMS
 @MARGINS
-@pytest.mark.parametrize('size', [1e20, 1e30])
-def test_a_gradient_whose_square_overflows_stays_finite(
-  size: float, margin: float, form: Any
-) -> None:
-  """Catches 0 · ∞ where ‖g‖ is infinite in float32 but g and ⟨g, d⟩ are not."""
-  params = {'w': jnp.array([1.0, 2.0])}
-  updates, _ = one_step(form(margin=margin), params, {'w': jnp.array([size, 1.0])})
-  chex.assert_tree_all_finite(updates)
-
-
-@MARGINS
-@pytest.mark.parametrize('power', [-30, 30])
-def test_form_1_is_scale_free_to_the_bit(power: int, margin: float) -> None:
-  """Catches an ε in a denominator, or anything that depends on the size of the loss."""
-  rng = np.random.default_rng(0)
-  params, gradients = (
-    {name: jnp.float32(rng.standard_normal(5)) for name in 'abcd'} for _ in range(2)
-  )
-  updates, state = one_step(form1(margin=margin), params, gradients)
-  scaled = jax.tree.map(lambda g: g * 2.0**power, gradients)
-  found, found_state = one_step(form1(margin=margin), params, scaled)
-  chex.assert_trees_all_equal(found, jax.tree.map(lambda u: u * 2.0**power, updates))
-  chex.assert_trees_all_equal(found_state, state)
+@pytest.mark.parametrize('size', [1e20, 1e30, 1e-25])
+def test_a_gradient_whose_square_leaves_float32(size: float, margin: float, form: Any) -> None:
+  """Catches 0 · ∞, and a layer that counts as held though ‖g‖, and so the cosine, is not known."""
+  params, gradients = {'w': jnp.array([1.0, 2.0])}, {'w': jnp.array([size, size / 2])}
+  updates, state = one_step(form(margin=margin), params, gradients)
+  needed = form is form1 or margin > 0
+  assert bool(state.condition['w']) == (not needed)
+  assert not needed or np.array_equal(updates['w'], gradients['w'])
+  chex.assert_tree_all_finite((updates, state))
 
 
 @FORMS

@@ -35,7 +35,8 @@ class AuditLog:
   A record is written when the next one comes, or at `flush` or `close`, so that nothing waits for
   the step that the device is still computing. Each is one write of a whole line: a killed process
   loses at most the last one; a full disk raises an error, and the file keeps all earlier records.
-  Opening the path of an earlier log continues it, if header and anchor agree. Each line carries
+  Opening the path of an earlier log continues it, if header and anchor agree; `flush` before each
+  checkpoint, so that no record is missing where a run goes on from it. Each line carries
   the hash of the one before it, so that `verify` finds an edited or missing line. Warnings
   say, once each, where SPD never holds a layer, always does, has an anchor that is not where
   training started, grows away from it while constrained, or meets values that are not finite.
