@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import optax
 
 from spd_optax import checks
@@ -67,8 +68,20 @@ def adam_spd(
     >>> optimizer = spd.adam_spd(1e-3)
     >>> state = optimizer.init({'kernel': jnp.ones((2, 3))})
   """
-  checks.learning_rate(learning_rate)
-  adam = optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
+  name = 'adam_spd(learning_rate, anchor): learning_rate'
+  checks.number_or_schedule(name, learning_rate)
+  for key, value in {'b1': b1, 'b2': b2}.items():
+    checks.fraction(key, value)
+  for key, value in {'eps': eps, 'eps_root': eps_root}.items():
+    checks.non_negative(key, value)
+  checks.floating_dtype('mu_dtype', mu_dtype)
+  checks.flag('nesterov', nesterov)
+
+  def schedule(count: jax.Array) -> Any:
+    return checks.at_step(name, learning_rate, count)
+
+  rate = schedule if callable(learning_rate) else learning_rate
+  adam = optax.adam(rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
   return with_projection_decay(
     adam,
     anchor,

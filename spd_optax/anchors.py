@@ -61,7 +61,7 @@ class Anchoring:
 
   def __post_init__(self) -> None:
     checks.anchor(self.anchor)
-    checks.anchor_dtype(self.dtype)
+    checks.floating_dtype('anchor_dtype', self.dtype)
     checks.anchor_memory_kind(self.memory_kind)
     checks.anchor_ema(self.ema)
 
@@ -114,7 +114,7 @@ class Anchoring:
 
   def init(self, params: Any) -> Any:
     """The anchor tree for the state: copies with the shardings of the params."""
-    flat = trees.flatten(params)
+    flat = flat_params(params)
     return jax.tree.unflatten(
       flat.treedef,
       [
@@ -147,7 +147,7 @@ class Anchoring:
       raise ValueError(
         'the params are compared with their anchor: call update(gradients, state, params)'
       )
-    flat = trees.flatten(params)
+    flat = flat_params(params)
     gradient_leaves = trees.match_leaves(gradients, flat).leaves
     kinds = self.kinds(flat)
     stored = self._placed(self._captured(stored, flat, kinds, count))
@@ -218,6 +218,19 @@ class Anchoring:
     return jax.tree.unflatten(flat.treedef, leaves.values())
 
 
+def flat_params(params: Any) -> trees.Flat:
+  """The params, taken apart.
+
+  Raises:
+    TypeError: naming every leaf that is no array.
+  """
+  if params is None:
+    raise TypeError('params: expected a tree of arrays, found None')
+  flat = trees.flatten(params)
+  checks.arrays('params', flat.by_path)
+  return flat
+
+
 def _cast(params: Sequence[Any], like: Sequence[jax.Array]) -> list[jax.Array]:
   cast = [jnp.asarray(p, a.dtype) for p, a in zip(params, like, strict=True)]
   return [_on_host(p) if _is_on_host(a) else p for p, a in zip(cast, like, strict=True)]
@@ -263,9 +276,13 @@ def kind(value: Any) -> Kind:
 def _mismatch(leaf: Any, value: Any, anchor_dtype: Any) -> str | None:
   if kind(value) is not Kind.STORED:
     return None
-  number = isinstance(value, int | float | complex) and not isinstance(value, bool)
-  if not number and not (hasattr(value, 'shape') and hasattr(value, 'dtype')):
+  if isinstance(value, optax.MaskedNode):
+    return (
+      'found MaskedNode, which stands in a state for a zero and for a free leaf; give 0 or None'
+    )
+  if isinstance(value, bool) or not checks.is_array(value):
     return f'found {checks.kind_of(value)}'
+  number = isinstance(value, int | float | complex)
   both = f'anchor {checks.kind_of(value)}, param {checks.kind_of(leaf)}'
   if jnp.shape(value) != jnp.shape(leaf):
     return both

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spd_optax import anchors, checks, trees
+from spd_optax import anchors, checks
 from spd_optax.anchors import Anchoring, Kind
 from spd_optax.checks import NumberOrSchedule
 
@@ -57,7 +57,7 @@ def l2_sp(
     >>> import spd_optax as spd
     >>> optimizer = optax.chain(spd.l2_sp(strength=0.01), optax.adam(1e-3))
   """
-  checks.strength(strength)
+  checks.number_or_schedule('strength', strength)
   anchoring = Anchoring(anchor, anchor_dtype)
 
   def init(params: Any) -> L2SPState:
@@ -72,7 +72,7 @@ def l2_sp(
     next_state = L2SPState(optax.safe_increment(state.count), view.stored)
     if checks.is_zero(strength):
       return updates, next_state
-    strength_now = checks.strength_at(strength, state.count)
+    strength_now = checks.at_step('strength', strength, state.count)
     leaves, treedef = jax.tree.flatten(updates)
     for i, gradient, deviation in zip(
       view.at, view.gradients, view.deviations(view.params), strict=True
@@ -114,7 +114,7 @@ def interpolate(anchor: Any, params: Any, alpha: float | jax.Array) -> Any:
   if anchor is None:
     raise TypeError('interpolate(anchor, params, alpha): the anchor must be given, not None')
   checks.alpha(alpha)
-  flat = trees.flatten(params)
+  flat = anchors.flat_params(params)
 
   def between(kind: Kind, start: Any, leaf: Any) -> Any:
     if kind is Kind.FREE:

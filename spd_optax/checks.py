@@ -1,8 +1,11 @@
 """Checks of arguments, made where a transformation is constructed or traced."""
 
+import inspect
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -14,6 +17,7 @@ Number = float | jax.Array
 NumberOrSchedule = Number | Callable[[Any], Any]
 
 STATIC = "(in optax.inject_hyperparams, name it in static_args=('{name}',))"
+ARRAYS = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 
 
 def kind_of(value: Any) -> str:
@@ -21,36 +25,97 @@ def kind_of(value: Any) -> str:
   if isinstance(value, optax.GradientTransformation):
     return 'an optax transformation'
   if hasattr(value, 'shape') and hasattr(value, 'dtype'):
-    return f'{np.dtype(value.dtype).name}{list(value.shape)}'
-  return f'{type(value).__name__} {value!r}'[:80]
+    kind = type(value)
+    foreign = '' if isinstance(value, ARRAYS) else f'{kind.__module__}.{kind.__name__} '
+    return f'{foreign}{getattr(value.dtype, "name", value.dtype)}{list(value.shape)}'
+  if isinstance(value, str | bytes | int | float | complex | PurePath | None):
+    return f'{type(value).__name__} {value!r}'[:80]
+  return type(value).__name__
+
+
+def is_array(value: Any) -> bool:
+  """Whether JAX takes it for an array: one of JAX or NumPy, its struct, or a number."""
+  if not isinstance(value, ARRAYS | int | float | complex) or isinstance(value, str | bytes):
+    return False
+  try:
+    jnp.result_type(value)
+  except (TypeError, ValueError, OverflowError):
+    return False
+  return True
+
+
+def _without_values(value: Any) -> str | None:
+  """Why a value is no array to compute with."""
+  if not is_array(value):
+    advice = isinstance(value, str | os.PathLike)
+    return kind_of(value) + ('; load_anchor(path, params) reads checkpoints' if advice else '')
+  if isinstance(value, jax.ShapeDtypeStruct):
+    return f'{kind_of(value)}, a shape without values'
+  concrete = isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
+  return f'{kind_of(value)}, deleted (donated to jit?)' if concrete and value.is_deleted() else None
+
+
+def arrays(name: str, leaves: Mapping[str, Any]) -> None:
+  """Every leaf, by path, is an array that can be computed with.
+
+  Raises:
+    TypeError: naming every other.
+  """
+  problems = [
+    f'{path or "(root)"}: {problem}'
+    for path, leaf in leaves.items()
+    if (problem := _without_values(leaf))
+  ]
+  if problems:
+    raise TypeError(
+      f'{name}: expected a tree of arrays, of JAX or NumPy, found\n  ' + '\n  '.join(problems)
+    )
 
 
 def _scalar(name: str, value: Any, expected: str, in_range: Callable[[Any], bool]) -> None:
   message = f'{name}: expected {expected}, found {{}}'
-  if not isinstance(value, int | float | np.number | np.ndarray | jax.Array):
-    raise TypeError(message.format(type(value).__name__))
+  real = is_array(value) and not isinstance(value, jax.ShapeDtypeStruct)
+  dtype = jnp.result_type(value) if real else None
+  if dtype is None or not (jnp.issubdtype(dtype, np.integer) or jnp.issubdtype(dtype, np.floating)):
+    raise TypeError(message.format(kind_of(value)))
   if jnp.ndim(value) or not (isinstance(value, jax.core.Tracer) or in_range(value)):
     raise ValueError(message.format(value))
 
 
-def strength(value: Any) -> None:
+def accepts(name: str, function: Callable[..., Any], *arguments: str) -> None:
+  """A function that can be called with these arguments."""
+  try:
+    inspect.signature(function).bind(*arguments)
+  except ValueError:  # some functions of C do not say what they take
+    return
+  except TypeError as error:
+    raise TypeError(f'{name}: expected a function of ({", ".join(arguments)}): {error}') from None
+
+
+def number_or_schedule(name: str, value: Any) -> None:
   """A finite number ≥ 0, a schedule, or a traced scalar."""
-  if not callable(value):
-    expected = 'a finite number ≥ 0 or a schedule'
-    _scalar('strength', value, expected, lambda v: 0 <= v < math.inf)
+  if callable(value):
+    accepts(name, value, 'step')
+  else:
+    _scalar(name, value, 'a finite number ≥ 0 or a schedule', lambda v: 0 <= v < math.inf)
 
 
-def strength_at(value: NumberOrSchedule, count: jax.Array) -> Any:
-  """The strength at a step, a scalar."""
+def at_step(name: str, value: NumberOrSchedule, count: jax.Array) -> Any:
+  """The number itself, or what the schedule gives at a step: a scalar."""
   if callable(value):
     value = value(count)
-    _scalar('strength', value, 'a schedule that returns a number ≥ 0', lambda v: v >= 0)
+    _scalar(name, value, 'a schedule that returns a number ≥ 0', lambda v: v >= 0)
   return value
 
 
-def margin(value: Any) -> None:
+def fraction(name: str, value: Any, otherwise: str = '') -> None:
   """A number in [0, 1), or a traced scalar."""
-  _scalar('margin', value, 'a number in [0, 1)', lambda v: 0 <= v < 1)
+  _scalar(name, value, f'a number in [0, 1){otherwise}', lambda v: 0 <= v < 1)
+
+
+def non_negative(name: str, value: Any) -> None:
+  """A finite number ≥ 0, or a traced scalar."""
+  _scalar(name, value, 'a finite number ≥ 0', lambda v: 0 <= v < math.inf)
 
 
 def alpha(value: Any) -> None:
@@ -58,22 +123,31 @@ def alpha(value: Any) -> None:
   _scalar('alpha', value, 'a number', lambda v: bool(jnp.isfinite(v)))
 
 
-def learning_rate(value: Any) -> None:
-  """A number, a schedule, or a traced scalar."""
-  scalar = hasattr(value, '__float__') and not jnp.ndim(value)
-  if isinstance(value, str) or not (callable(value) or scalar):
-    raise TypeError(
-      'adam_spd(learning_rate, anchor): learning_rate: expected a number or a schedule first, '
-      f'found {kind_of(value)}'
-    )
+def flag(name: str, value: Any) -> None:
+  """True or False."""
+  if not isinstance(value, bool | np.bool_):
+    raise TypeError(f'{name}: expected True or False, found {kind_of(value)}')
+
+
+def text(name: str, value: Any) -> None:
+  """A string."""
+  if not isinstance(value, str):
+    raise TypeError(f'{name}: expected a string, found {kind_of(value)}')
+
+
+def path(name: str, value: Any) -> None:
+  """A string that is not empty, or another path."""
+  if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+    raise TypeError(f'{name}: expected the path of a file or directory, found {kind_of(value)}')
 
 
 def optimizer(value: Any) -> None:
   """Something with the init and update of an optax optimizer."""
-  if not (hasattr(value, 'init') and hasattr(value, 'update')):
+  if not all(callable(getattr(value, name, None)) for name in ('init', 'update')):
+    advice = '; call it: optax.adam(1e-3), say' if callable(value) else ''
     raise TypeError(
       'with_projection_decay(optimizer, anchor): expected an optax optimizer first, '
-      f'found {type(value).__name__}'
+      f'found {kind_of(value)}{advice}'
     )
 
 
@@ -87,7 +161,7 @@ def anchor(value: Any) -> None:
     )
 
 
-def anchor_dtype(value: Any) -> None:
+def floating_dtype(name: str, value: Any) -> None:
   """A floating dtype, or None."""
   try:
     is_array = isinstance(value, jax.Array | np.ndarray)
@@ -96,15 +170,15 @@ def anchor_dtype(value: Any) -> None:
     floating = False
   if not floating:
     raise TypeError(
-      f'anchor_dtype: expected a floating dtype such as jnp.bfloat16, found {value!r} '
-      + STATIC.format(name='anchor_dtype')
+      f'{name}: expected a floating dtype such as jnp.bfloat16, found {value!r:.60} '
+      + STATIC.format(name=name)
     )
 
 
 def anchor_memory_kind(value: Any) -> None:
   """'pinned_host', or None for the params' own memory."""
-  if value not in (None, 'pinned_host'):
-    raise ValueError(f"anchor_memory_kind: expected 'pinned_host' or None, found {value!r}")
+  if value is not None and not (isinstance(value, str) and value == 'pinned_host'):
+    raise ValueError(f"anchor_memory_kind: expected 'pinned_host' or None, found {value!r:.60}")
   if value and not hasattr(jax, 'memory'):
     raise ValueError(f'anchor_memory_kind: jax {jax.__version__} lacks jax.memory; use a newer jax')
 
@@ -112,7 +186,7 @@ def anchor_memory_kind(value: Any) -> None:
 def anchor_ema(value: Any) -> None:
   """A number in [0, 1), a traced scalar, or None."""
   if value is not None:
-    _scalar('anchor_ema', value, 'a number in [0, 1), or None', lambda v: 0 <= v < 1)
+    fraction('anchor_ema', value, ', or None')
 
 
 def can_follow(anchor: Mapping[str, Any]) -> None:
@@ -168,14 +242,45 @@ def group(value: Any) -> None:
       'group: expected a function path -> key or None, '
       f'found {type(value).__name__} {value!r:.60} ' + STATIC.format(name='group')
     )
+  if value is not None:
+    accepts('group', value, 'path')
 
 
-def state(value: Any, expected: type) -> None:
+def bound(names: tuple[str, ...]) -> None:
+  """Names of axes that are mapped over where the update runs."""
+  for name in names:
+    try:
+      jax.lax.axis_size(name)
+    except NameError:
+      raise ValueError(
+        f'axis_name: no mapped axis is called {name!r} here. It is for shard_map and pmap alone, '
+        'around the update; under jit leave it out: sums over sharded arrays are global'
+      ) from None
+
+
+def state(value: Any, expected: Any) -> None:
   """The state that init returned."""
   if not isinstance(value, expected):
     raise TypeError(
       f'expected the {expected.__name__} that init returns, found {type(value).__name__}; '
       'restore checkpoints into the structure of init(params)'
+    )
+  if 'count' in expected._fields:
+    count: Any = value.count
+    if _without_values(count) or jnp.ndim(count):
+      raise TypeError(
+        f'expected the {expected.__name__} that init returns, found one whose count is '
+        f'{_without_values(count) or kind_of(count)}; a state of several runs needs vmap or pmap'
+      )
+
+
+def inner_state(value: Any, expected: Any) -> None:
+  """After the inner optimizer failed: whether its state was made by another."""
+  found, wanted = str(jax.tree.structure(value)), str(jax.tree.structure(expected))
+  if found != wanted:
+    raise TypeError(
+      'the inner_state is not of this inner optimizer; restore checkpoints into the structure of '
+      f'init(params):\n  found {found[:300]}\n  expected {wanted[:300]}'
     )
 
 

@@ -79,6 +79,7 @@ def put_anchor(opt_state: State, anchor: Any) -> State:
   problems: list[str] = []
   if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((opt_state, anchor))):
     raise TypeError('put_anchor(opt_state, anchor): call it outside jit and vmap')
+  checks.arrays('put_anchor(opt_state, anchor): anchor', leaves)
 
   def put(path: str, leaf: Any) -> Any:
     if not is_dropped(leaf):
@@ -88,6 +89,10 @@ def put_anchor(opt_state: State, anchor: Any) -> State:
       )
     if path not in leaves:
       problems.append(f'{path or "(root)"}: missing in the anchor')
+      return leaf
+    checks.arrays('put_anchor(opt_state, anchor): fingerprints', {path: leaf.fingerprint})
+    if _other_kind(leaves[path], leaf.zero):
+      problems.append(f'{path or "(root)"}: {checks.kind_of(leaves[path])}')
       return leaf
     value = anchors.copy(leaves[path], leaves[path], leaf.zero.dtype)
     if not np.array_equal(fingerprints.of_leaf(path, value), leaf.fingerprint):
@@ -133,7 +138,7 @@ def reanchor(opt_state: State, params: Any) -> State:
     >>> optax.tree.get(state, 'anchor')
     {'kernel': Array([1., 1., 1.], dtype=float32)}
   """
-  leaves = trees.flatten(params).by_path
+  leaves = anchors.flat_params(params).by_path
   problems: list[str] = []
   stored = 0
 
@@ -143,7 +148,7 @@ def reanchor(opt_state: State, params: Any) -> State:
     dropped = is_dropped(leaf)
     new = leaves.get(path)
     old = leaf.zero if dropped else leaf
-    if new is None or not (dropped or jnp.shape(new) == leaf.shape) or _narrows(new, old):
+    if new is None or not (dropped or jnp.shape(new) == leaf.shape) or _other_kind(new, old):
       there = 'nothing' if new is None else checks.kind_of(new)
       was = f'{old.dtype}, dropped' if dropped else checks.kind_of(leaf)
       problems.append(f'{path or "(root)"}: {there}, in the state {was}')
@@ -159,8 +164,11 @@ def reanchor(opt_state: State, params: Any) -> State:
   return found
 
 
-def _narrows(new: Any, old: Any) -> bool:
-  return bool(jnp.iscomplexobj(new) and not jnp.iscomplexobj(old))
+def _other_kind(new: Any, old: Any) -> bool:
+  """Whether an anchor of this kind of numbers cannot take the place of the old one."""
+  if jnp.issubdtype(jnp.result_type(new), jnp.inexact):
+    return bool(jnp.iscomplexobj(new) and not jnp.iscomplexobj(old))
+  return True  # whole numbers are no weights
 
 
 def _with_anchors(name: str, opt_state: State, change: Callable[[str, Any], Any]) -> State:

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spd_optax import anchors, trees
+from spd_optax import anchors, checks, trees
+from spd_optax.baselines import L2SPState
+from spd_optax.step import ProjectionDecayState
 
 WORDS = 4  # of 32 bits
 
@@ -44,17 +46,35 @@ def fingerprint(anchor: Any) -> str:
     >>> spd.fingerprint({'kernel': jnp.ones((2, 3)), 'head': None})
     '8166681abccecf0956171050ebb7c4b0'
   """
+  if anchor is None or _holds_state(anchor):
+    raise TypeError(
+      'fingerprint(anchor): expected a tree of arrays, found '
+      + ('None' if anchor is None else "an optimizer state; optax.tree.get(state, 'anchor') has it")
+    )
   return as_text(words_of(anchor))
+
+
+def _holds_state(tree: Any) -> bool:
+  def is_state(node: Any) -> bool:
+    return isinstance(node, ProjectionDecayState | L2SPState)
+
+  return any(map(is_state, jax.tree.leaves(tree, is_leaf=is_state)))
 
 
 def words_of(anchor: Any) -> np.ndarray:
   """The fingerprint of an anchor as uint32[4]; those of anchors of other leaves may be added."""
   total = np.zeros(WORDS, np.uint32)
-  for path, leaf in trees.flatten(anchor, is_dropped).by_path.items():
+  leaves = trees.flatten(anchor, is_dropped).by_path
+  if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(anchor)):
+    raise TypeError('fingerprint(anchor): call it outside jit; it returns a string')
+  checks.arrays(
+    'fingerprint(anchor)',
+    {path: x.fingerprint if is_dropped(x) else x for path, x in leaves.items()},
+  )
+  for path, leaf in leaves.items():
     if is_dropped(leaf):
       total = total + np.asarray(leaf.fingerprint)
       continue
-    _check_concrete(path, leaf)
     if anchors.kind(leaf) is anchors.Kind.STORED and not anchors.never_held(leaf):
       total = total + np.asarray(of_leaf(path, leaf))
   return total
@@ -80,13 +100,6 @@ class DroppedLeaf(NamedTuple):
 def is_dropped(node: Any) -> bool:
   """Whether this node of an anchor in a state was dropped."""
   return isinstance(node, DroppedLeaf)
-
-
-def _check_concrete(path: str, leaf: Any) -> None:
-  if isinstance(leaf, jax.core.Tracer):
-    raise TypeError('fingerprint(anchor): call it outside jit; it returns a string')
-  if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
-    raise TypeError(f'fingerprint(anchor): {path or "(root)"}: expected an array, found {leaf!r}')
 
 
 def of_leaf(path: str, array: Any) -> jax.Array:

@@ -1,11 +1,17 @@
 """Checkpoint files as named arrays: what is inside, and reading a part of it.
 
-Nothing is unpickled. Each library is imported only where its format is met.
+Nothing is unpickled, and nothing is read that was not asked for: a file may claim any size, so
+memory is taken only for its names and for arrays whose shapes the params have. Each library
+is imported only where its format is met.
 """
 
 import importlib
+import io
 import re
+import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -16,6 +22,8 @@ from spd_optax import trees
 Struct = jax.ShapeDtypeStruct
 T = TypeVar('T')
 
+
+NPY_HEADER = 12_000  # bytes; NumPy refuses a longer one, too
 
 # The format's names of dtypes that NumPy can hold; others are reported where they are wanted.
 SAFETENSORS = {
@@ -54,6 +62,7 @@ def open_checkpoint(path: Any) -> Checkpoint:
   """
   if not path.exists():
     raise FileNotFoundError(f'{path}: no such file or directory')
+  _check_regular(path)
   if path.is_dir():
     shards = sorted(path.glob('*.safetensors'))
     if shards:
@@ -150,6 +159,14 @@ def _orbax_tree(path: Any) -> tuple[Any, str | None]:
   )
 
 
+def _check_regular(path: Any) -> None:
+  """Raises for pipes, devices and broken links, here or in the directory: a read may never end."""
+  inside = path.rglob('*') if path.is_dir() and isinstance(path, Path) else ()
+  odd = [str(at) for at in (path, *inside) if not (at.is_file() or at.is_dir())]
+  if odd:
+    raise ValueError(f'{path}: neither a file nor a directory: {", ".join(odd[:5])}')
+
+
 def _check_shards(path: Any, shards: Sequence[Any]) -> None:
   """Raises where shards of a set are missing: half an anchor leaves half the model unheld."""
   numbers = [re.search(r'-(\d+)-of-(\d+)$', shard.stem) for shard in shards]
@@ -181,30 +198,70 @@ def _safetensors(paths: Sequence[Any]) -> Checkpoint:
 
 def _msgpack(path: Any) -> Checkpoint:
   serialization = library('flax.serialization', 'flax', 'a flax msgpack file')
-  tree = serialization.msgpack_restore(path.read_bytes())
+  content = path.read_bytes()
+  _check_msgpack(content)
+  tree = serialization.msgpack_restore(content)
   if not isinstance(tree, dict):
     raise ValueError(f'expected a dict of arrays, found {type(tree).__name__}')
-  return _in_memory(trees.flatten(tree).by_path)
-
-
-def _npz(path: Any) -> Checkpoint:
-  with np.load(path, allow_pickle=False) as file:
-    return _in_memory({name: _known(file[name]) for name in file.files})
-
-
-def _known(array: np.ndarray) -> np.ndarray:
-  """NumPy saves bfloat16 as two bytes without a meaning."""
-  return array.view(jax.numpy.bfloat16) if array.dtype == np.dtype('V2') else array
-
-
-def _in_memory(leaves: Mapping[str, Any]) -> Checkpoint:
   arrays = {
-    at: np.asarray(leaf) for at, leaf in leaves.items() if isinstance(leaf, np.ndarray | np.generic)
+    at: np.asarray(leaf)
+    for at, leaf in trees.flatten(tree).by_path.items()
+    if isinstance(leaf, np.ndarray | np.generic)
   }
   return Checkpoint(
     {at: Struct(array.shape, array.dtype) for at, array in arrays.items()},
     lambda wanted: {at: _place(arrays[at], struct) for at, struct in wanted.items()},
   )
+
+
+def _check_msgpack(content: bytes) -> None:
+  """Raises where lists claim more than follows; an unpacker makes room for the claim at once."""
+  msgpack = library('msgpack', 'flax', 'a flax msgpack file')
+
+  def whole(code: int, packed: bytes) -> None:
+    """An extension is an array (its shape, dtype and bytes) or a number, packed once more."""
+    del code
+    unpacker = msgpack.Unpacker(io.BytesIO(packed), max_buffer_size=len(packed) + 1)
+    unpacker.skip()
+
+  whole(0, content)
+  msgpack.unpackb(content, ext_hook=whole)
+
+
+def _npz(path: Any) -> Checkpoint:
+  with zipfile.ZipFile(path) as file:
+    members = file.namelist()
+    twice = Counter(members)
+    odd = [name for name in members if not name.endswith('.npy') or twice[name] > 1]
+    if odd:
+      raise ValueError(f'not an array, or twice in the file: {odd[0]!r:.200}')
+    entries = {name.removesuffix('.npy'): _npy_header(file, name) for name in members}
+
+  def read(wanted: Mapping[str, Struct]) -> dict[str, jax.Array]:
+    with np.load(path, allow_pickle=False) as file:
+      return {
+        name: _place(file[name].view(entries[name].dtype), struct)
+        for name, struct in wanted.items()
+      }
+
+  return Checkpoint(entries, read)
+
+
+def _npy_header(file: zipfile.ZipFile, name: str) -> Struct:
+  with file.open(name) as member:
+    start = io.BytesIO(member.read(NPY_HEADER))
+  version = np.lib.format.read_magic(start)
+  reader = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+  }.get(version)
+  if reader is None:
+    raise ValueError(f'{name} has version {version} of the npy format')
+  shape, _, dtype = reader(start)
+  if dtype.hasobject:
+    raise ValueError(f'{name} holds pickled objects, which are never read')
+  # NumPy saves bfloat16 as two bytes without a meaning.
+  return Struct(shape, np.dtype(jax.numpy.bfloat16) if dtype == np.dtype('V2') else dtype)
 
 
 def _place(source: Any, struct: Struct) -> jax.Array:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spd_optax import trees
+from spd_optax import checks, trees
 
 StackAxis = int | None | Any  # an int, a prefix tree of them, or (path, leaf) -> int | None
 AxisName = str | tuple[str, ...] | None | Any  # names, a prefix tree, or (path, leaf) -> names
@@ -49,6 +49,7 @@ class Layers:
       per_leaf = [_sums(x, axis) for *x, axis in zip(*arrays, self.stack_axes, strict=True)]
       partial |= {key: [sums[at] for sums in per_leaf] for at, key in enumerate(keys)}
     for axes in sorted(set(self.axis_names) - {()}):
+      checks.bound(axes)
       here = [i for i, names in enumerate(self.axis_names) if names == axes]
       reduced = jax.lax.psum({key: [sums[i] for i in here] for key, sums in partial.items()}, axes)
       for key, sums in reduced.items():
@@ -195,12 +196,29 @@ def _axis_names(value: Any) -> tuple[str, ...]:
 
 def _layer_names(group: Group, paths: Sequence[str]) -> list[str]:
   """For each leaf the name of its layer: the key of its group, else its own path."""
+  checks.group(group)
   keys = [None if group is None else group(path) for path in paths]
+  trees.raise_all(
+    [
+      f'{path or "(root)"}: {checks.kind_of(key)}'
+      for path, key in zip(paths, keys, strict=True)
+      if not isinstance(key, str | int | None) or isinstance(key, bool)
+    ],
+    'group: a key must be a string or an int, or None for a leaf that is a layer by itself; found',
+  )
   alone = {path for path, key in zip(paths, keys, strict=True) if key is None}
   taken = sorted(alone & {str(key) for key in keys if key is not None})
   trees.raise_all(
     [f'{key}: a leaf, and a key of `group`' for key in taken],
     'a group needs a key that is no ungrouped leaf; return that key for the leaf, too, to join it:',
+  )
+  numbers = {str(key) for key in keys if isinstance(key, int)}
+  trees.raise_all(
+    [
+      f'{key} and {key!r}'
+      for key in sorted(numbers & {key for key in keys if isinstance(key, str)})
+    ],
+    'group: keys that differ would be one layer; return strings alone, or ints alone:',
   )
   return [path if key is None else str(key) for path, key in zip(paths, keys, strict=True)]
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spd_optax import anchors, formats, trees
+from spd_optax import anchors, checks, formats, trees
 from spd_optax.formats import Checkpoint, Struct
 
 
@@ -53,6 +53,9 @@ def load_anchor(
     ...   anchor = spd.load_anchor(f'{folder}/vit.npz', params, key='params')
     >>> optimizer = spd.adam_spd(1e-3, anchor)
   """
+  checks.path('load_anchor(path, like): path', path)
+  checks.text('key', key)
+  checks.flag('strict', strict)
   where = _located(path)
   flat = trees.flatten(like)
   wanted = _wanted(flat)
@@ -77,7 +80,11 @@ def _located(path: Any) -> Any:
   """The path; of a bucket (gs://…), which Orbax reads too, as `etils.epath` has it."""
   if '://' not in os.fspath(path):
     return Path(path).absolute()
-  return formats.library('etils.epath', 'etils[epath]', 'a path with ://').Path(path)
+  epath = formats.library('etils.epath', 'etils[epath]', 'a path with ://')
+  try:
+    return epath.Path(path)
+  except KeyError as error:
+    raise ValueError(f'{path}: no kind of path that can be read: {error}') from None
 
 
 def _canonical(name: str) -> str:
@@ -90,6 +97,8 @@ def _wanted(flat: trees.Flat) -> dict[str, Struct]:
     raise TypeError('load_anchor(path, like): call it outside jit; it reads files')
   if not flat.leaves:
     raise ValueError('like: expected the params, found a tree without leaves')
+  values = {at: x for at, x in flat.by_path.items() if not isinstance(x, Struct)}
+  checks.arrays('load_anchor(path, like): like', values)
   return {
     _canonical(path): Struct(jnp.shape(leaf), jnp.result_type(leaf), sharding=_sharding_of(leaf))
     for path, leaf in flat.by_path.items()
@@ -117,7 +126,7 @@ def _names(
   Raises:
     ValueError: naming those that cannot be told apart.
   """
-  prefix = _canonical(key or '').strip('/') + '/' if key else '/'
+  prefix = _canonical(key).strip('/') + '/'
   found: dict[str, list[str]] = {}
   for name in checkpoint.entries:
     at = ('' if key else '/') + _canonical(name)
@@ -134,13 +143,10 @@ def _names(
 
 def _nothing(path: Path, key: str, wanted: Mapping[str, Struct], names: Sequence[str]) -> str:
   """The message where no leaf was found, with the keys that would find some."""
-  keys = {
-    name[:i]: None
-    for name in names
-    for i, letter in enumerate(name)
-    if letter == '/' and name[i + 1 :] in wanted
-  }
-  hint = f'; some are under key={" or ".join(map(repr, keys))}' if keys else ''
+  depths = {at.count('/') + 1 for at in wanted}
+  split = [name.rsplit('/', depth) for name in names for depth in sorted(depths)]
+  keys = {key: None for key, *rest in split if '/'.join(rest) in wanted}
+  hint = f'; some are under key={" or ".join(f"{key!r:.200}" for key in keys)}' if keys else ''
   return (
     f'{path}: none of the params is in this checkpoint{f" under {key!r}" if key else ""}{hint}.\n'
     f'  params: {_some(list(wanted))}\n  checkpoint: {_some(names)}'
@@ -149,7 +155,7 @@ def _nothing(path: Path, key: str, wanted: Mapping[str, Struct], names: Sequence
 
 def _some(names: Sequence[str]) -> str:
   more = f', … ({len(names)} in all)' if len(names) > 5 else ''
-  return ', '.join(names[:5]) + more if names else 'no arrays'
+  return ', '.join(name[:200] for name in names[:5]) + more if names else 'no arrays'
 
 
 def _check_origin(path: Path, missing: Sequence[str], extra: Sequence[str]) -> None:

@@ -137,7 +137,7 @@ def projection_decay(
   ) -> tuple[Any, ProjectionDecayState]:
     del extra_args
     view, layers = decay.view(updates, state, params)
-    strength_now = checks.strength_at(strength, state.count)
+    strength_now = checks.at_step('strength', strength, state.count)
 
     def rule(condition: jax.Array, norms: Norms) -> tuple[jax.Array, jax.Array]:
       inner, size, distance = norms['inner'], norms['gradient_norm'], norms['distance']
@@ -247,10 +247,14 @@ def with_projection_decay(
     checks.state(state, WithProjectionDecayState)
     own = state.projection_decay
     view, layers = decay.view(gradients, own, params)
-    updates, inner_state = inner.update(gradients, state.inner_state, params, **extra_args)
+    try:
+      updates, inner_state = inner.update(gradients, state.inner_state, params, **extra_args)
+    except Exception:
+      checks.inner_state(state.inner_state, jax.eval_shape(inner.init, params))
+      raise
     steps = jax.tree.leaves(updates)
     moved = [p + wide(steps[i]) for i, p in zip(view.at, view.params, strict=True)]  # θ̃
-    strength_now = checks.strength_at(strength, own.count)
+    strength_now = checks.at_step('strength', strength, own.count)
 
     def rule(condition: jax.Array, norms: Norms) -> tuple[jax.Array, jax.Array]:
       del condition

@@ -87,8 +87,8 @@ class Decay:
   axis_name: AxisName
 
   def __post_init__(self) -> None:
-    checks.strength(self.strength)
-    checks.margin(self.margin)
+    checks.number_or_schedule('strength', self.strength)
+    checks.fraction('margin', self.margin)
     checks.group(self.group)
 
   def init(self, params: Any) -> ProjectionDecayState:

@@ -11,8 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+from spd_optax import checks
 
 Keys = tuple[str, ...]
 
@@ -129,16 +132,15 @@ def prefix_values(
 ) -> list[Any]:
   """One value per leaf of `params` from a tree that is a prefix of the params.
 
-  None and `optax.MaskedNode` count as the value None; nodes for which `is_value`
-  holds are values, too. Entries for parts that `params` leaves out (holes made by
-  `optax.masked`, …) are passed over.
+  None and `optax.MaskedNode` are values, and so are nodes for which `is_value` holds.
+  Entries for parts that `params` leaves out (holes made by `optax.masked`, …) are passed over.
 
   Raises:
     ValueError: naming every leaf of the params without a value, and every
       entry of `prefix` without params.
   """
   found = _entries(prefix, lambda node: _is_hole(node) or is_value(node))
-  entries = {keys: None if _is_hole(value) else value for keys, value in found}
+  entries = dict(found)
   used = {keys: _covering(entries, keys) for keys in params.keys}
   problems = [
     f'{shown(keys)}: in the params, missing in {name}' for keys, at in used.items() if at is None
@@ -163,30 +165,48 @@ def _covering(entries: Any, keys: Keys) -> Keys | None:
 def rule_values(rule: Any, params: Flat, name: str, is_value: Callable[[Any], bool]) -> list[Any]:
   """One value per leaf from a value for all, a prefix tree, or `(path, leaf) -> value`."""
   if callable(rule):
+    checks.accepts(name, rule, 'path', 'leaf')
     return [rule(path, leaf) for path, leaf in zip(params.paths, params.leaves, strict=True)]
   if rule is None or is_value(rule):
     return [rule] * len(params.leaves)
   return prefix_values(rule, params, name, is_value)
 
 
+def _is_gradient_of(gradient: Any, param: Any) -> bool:
+  """Whether the shapes agree, and for a floating param the kinds of numbers; not the widths."""
+  found, wanted = jnp.result_type(gradient), jnp.result_type(param)
+  if jnp.shape(gradient) != jnp.shape(param):
+    return False
+  if not jnp.issubdtype(wanted, jnp.inexact):
+    return True  # of an integer jax.grad gives float0, other tools zeros
+  return bool(
+    jnp.issubdtype(found, jnp.floating)
+    or (jnp.issubdtype(found, jnp.inexact) and jnp.issubdtype(wanted, jnp.complexfloating))
+  )
+
+
 def match_leaves(updates: Any, params: Flat) -> Flat:
   """Takes the gradients apart and checks them against the params.
 
   Raises:
-    ValueError: naming every leaf that only one of them has, and every shape mismatch.
+    TypeError: naming every leaf that is no array.
+    ValueError: naming every leaf that only one of them has, every shape that differs, and every
+      integer or complex gradient of a floating param.
   """
   flat = flatten(updates)
+  checks.arrays('gradients', flat.by_path)
   ours, theirs = set(params.keys), set(flat.keys)
   problems = [f'{shown(k)}: in the params, missing in the gradients' for k in sorted(ours - theirs)]
   problems += [
     f'{shown(k)}: in the gradients, missing in the params' for k in sorted(theirs - ours)
   ]
-  shapes = dict(zip(params.keys, map(jax.numpy.shape, params.leaves), strict=True))
-  for keys, leaf in zip(flat.keys, flat.leaves, strict=True):
-    shape = jax.numpy.shape(leaf)
-    if keys in ours and shapes[keys] != shape:
-      problems.append(f'{shown(keys)}: param {shapes[keys]}, gradient {shape}')
+  param_at = dict(zip(params.keys, params.leaves, strict=True))
+  problems += [
+    f'{shown(keys)}: param {checks.kind_of(param_at[keys])}, gradient {checks.kind_of(leaf)}'
+    for keys, leaf in zip(flat.keys, flat.leaves, strict=True)
+    if keys in ours and not _is_gradient_of(leaf, param_at[keys])
+  ]
   if not problems and flat.keys != params.keys:
     problems = ['the leaves come in another order']
-  raise_all(problems, 'the gradients must have the structure and shapes of the params:')
+  raise_all(problems, 'the gradients must have the structure, shapes and kinds of the params:')
   return flat

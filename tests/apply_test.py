@@ -71,9 +71,3 @@ def test_extra_arguments_reach_the_inner_optimizer():
   tx = spd.with_projection_decay(inner)
   params, _ = tx.apply(normal(1), tx.init(normal(0)), normal(0), factor=2.0)
   chex.assert_trees_all_close(params, jax.tree.map(lambda p, g: p + 2 * g, normal(0), normal(1)))
-
-
-def test_it_needs_params():
-  tx = around()
-  with pytest.raises(ValueError, match='the params are compared with their anchor'):
-    tx.apply(normal(1), tx.init(normal(0)), None)

@@ -70,9 +70,3 @@ def test_a_backend_without_it_is_named(make, monkeypatch):
   with pytest.warns(UserWarning, match="'pinned_host': cpu device .* has no such memory"):
     state = tx.init(normal(0))
   assert kinds(state) == {'device'}
-
-
-@every_form
-def test_other_kinds_are_an_error(make):
-  with pytest.raises(ValueError, match="anchor_memory_kind: expected 'pinned_host' or None"):
-    make(anchor_memory_kind='disk')

@@ -1,0 +1,324 @@
+"""Wrong calls with params, gradients, states and files; see `wrong_calls`."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from wrong_calls import ADAM, ALL, LEAVES, MAKERS, PARAMS, WRAPS, Row, Tensor, as_type, every, tree
+
+import spd_optax as spd
+
+Table = list[tuple[str, Callable[[], Any], type[Exception], str]]
+
+NO_ARRAYS = 'expected a tree of arrays, of JAX or NumPy, found'
+STRUCTS = jax.eval_shape(lambda: PARAMS)
+TWICE = jax.tree.map(lambda p: jnp.stack([p, p]), PARAMS)
+WRAPPED = spd.adam_spd(1e-3)
+FRESH = WRAPPED.init(PARAMS)
+TRACED = jnp.zeros(3)
+STATE = WRAPPED.update(PARAMS, FRESH, PARAMS)[1]
+DROPPED = spd.drop_anchor(STATE)
+FOLDER = Path(tempfile.mkdtemp())
+NPZ = FOLDER / 'a.npz'
+np.savez(NPZ, **{'enc/k': np.ones((2, 3)), 'enc/b': np.ones(3), 'head': np.ones(())})
+
+
+def deleted() -> Any:
+  array = jnp.ones(3)
+  array.delete()
+  return tree(b=array)
+
+
+INITS: dict[str, tuple[Any, str]] = {
+  'nothing': (None, 'params: expected a tree of arrays, found None'),
+  'strings': (every('x'), f"params: {NO_ARRAYS} & {ALL} & str 'x'"),
+  'a path': ('model.npz', rf"{NO_ARRAYS} & \(root\): str 'model.npz'; load_anchor"),
+  'tensors': (tree(b=Tensor()), rf'{NO_ARRAYS} & enc/b: .*Tensor torch.float32\[3\]'),
+  'objects': (tree(b=np.array([None])), rf'{NO_ARRAYS} & enc/b: object\[1\]'),
+  'a function': (tree(head=max), f'{NO_ARRAYS} & head: builtin_function'),
+  'an optimizer': (ADAM, f'{NO_ARRAYS} & init: function & update: function'),
+  'structs': (STRUCTS, rf'{ALL} & enc/k: float32\[2, 3\], a shape without values'),
+  'deleted': (deleted(), r'enc/b: float32\[3\], deleted \(donated to jit\?\)'),
+}
+
+GRADIENTS: dict[str, tuple[Any, Any, str]] = {
+  'no params': (PARAMS, None, r'update\(gradients, state, params\)'),
+  'too few': ({'enc': {}, 'head': 1.0}, PARAMS, 'enc/k: .*missing & enc/b: .*missing'),
+  'too many': (tree(x=1.0, y=1.0), PARAMS, 'x: .*in the gradients & y: .*gradients'),
+  'none': (None, PARAMS, f'{ALL} & missing in the gradients'),
+  'with aux': ((PARAMS, 1.0), PARAMS, f'{ALL} & 0/enc/k: .*missing in the params & 1: '),
+  'one array': (jnp.ones(3), PARAMS, f'{ALL} & missing in the gradients'),
+  'shapes': (
+    tree(jnp.ones((3, 2)), jnp.ones(1)),
+    PARAMS,
+    r'enc/k: .*2, 3.*3, 2 & enc/b: .*3.*1 & gradient',
+  ),
+  'of other params': ({'w': jnp.ones(3)}, {'w': jnp.ones(4)}, r'w: .*\[4\].*\[3\]'),
+  'integers': (as_type(int), PARAMS, rf'{ALL} & enc/b: param float32\[3\], gradient int'),
+  'flags': (as_type(bool), PARAMS, rf'{ALL} & enc/b: param float32\[3\], gradient bool'),
+  'complex': (as_type(complex), PARAMS, rf'{ALL} & enc/b: param float32\[3\], gradient complex64'),
+}
+NO_GRADIENTS: dict[str, tuple[Any, str]] = {
+  'a function': (jax.grad(jnp.sum), rf'gradients: {NO_ARRAYS} & \(root\): function'),
+  'strings': (every('x'), f"gradients: {NO_ARRAYS} & {ALL} & str 'x'"),
+  'tensors': (tree(b=Tensor()), f'gradients: {NO_ARRAYS} & enc/b: .*torch.float32'),
+  'structs': (STRUCTS, f'gradients: {NO_ARRAYS} & {ALL} & a shape without values'),
+}
+
+
+def own(tx: Any) -> Any:
+  """The state, and inside of which the part of SPD."""
+  state = tx.init(PARAMS)
+  return getattr(state, 'projection_decay', state)
+
+
+def with_own(tx: Any, **fields: Any) -> Any:
+  state, part = tx.init(PARAMS), own(tx)._replace(**fields)
+  return state._replace(projection_decay=part) if hasattr(state, 'inner_state') else part
+
+
+def restacked(tx: Any) -> Any:
+  """The state of the transformation with the layers of another `stack_axis`."""
+  slices = spd.projection_decay(stack_axis={'enc': 0, 'head': None}).init(PARAMS)
+  return with_own(tx, constrained=slices.constrained)
+
+
+STATES: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
+  'of Adam': (lambda tx: ADAM.init(PARAMS), TypeError, 'found tuple & init'),
+  'empty': (lambda tx: optax.EmptyState(), TypeError, 'found EmptyState & init'),
+  'none': (lambda tx: None, TypeError, 'found NoneType & init'),
+  'plain dict': (lambda tx: tx.init(PARAMS)._asdict(), TypeError, 'found dict & init'),
+  'the params, swapped': (lambda tx: PARAMS, TypeError, 'found dict & init'),
+  'of a chain': (lambda tx: optax.chain(tx, ADAM).init(PARAMS), TypeError, 'found tuple & init'),
+  'other leaves': (lambda tx: tx.init({'w': jnp.ones(3)}), ValueError, f'{ALL} & state'),
+  'other shapes': (lambda tx: tx.init(TWICE), ValueError, rf'{ALL} & enc/k: .*2, 2, 3 & state'),
+  'no anchor': (lambda tx: with_own(tx, anchor=None), ValueError, f'{ALL} & anchor & state'),
+  'dropped anchor': (
+    lambda tx: spd.drop_anchor(tx.init(PARAMS)),
+    ValueError,
+    f'{ALL} & dropped',
+  ),
+  'no count': (lambda tx: with_own(tx, count=None), TypeError, 'whose count is NoneType'),
+  'of two runs': (
+    lambda tx: with_own(tx, count=jnp.zeros(2, int)),
+    TypeError,
+    r'count is int32\[2\] & vmap',
+  ),
+  'other slices': (restacked, ValueError, 'enc/k & enc/b & state'),
+}
+
+OWN = spd.projection_decay().init(PARAMS)
+OTHER = optax.sgd(1.0, 0.9).init(PARAMS)
+SIBLINGS: list[tuple[str, Any, Any, type[Exception], str]] = [
+  ('adam_spd', WRAPPED, OWN, TypeError, 'WithProjectionDecayState & found ProjectionDecayState'),
+  ('projection_decay', spd.projection_decay(), FRESH, TypeError, 'found WithProjectionDecayState'),
+  ('projection_decay', spd.projection_decay(), spd.l2_sp().init(PARAMS), TypeError, 'found L2SPS'),
+  ('l2_sp', spd.l2_sp(), OWN, TypeError, 'L2SPState & found ProjectionDecayState'),
+  (
+    'adam_spd',
+    WRAPPED,
+    spd.WithProjectionDecayState(OWN._asdict(), FRESH.inner_state),
+    TypeError,
+    'ProjectionDecayState & found dict & init',
+  ),
+  (
+    'with_projection_decay',
+    WRAPPED,
+    FRESH._replace(inner_state=OTHER),
+    TypeError,
+    'inner_state is not of this inner optimizer & found .*TraceState & expected .*ScaleByAdamState',
+  ),
+  (
+    'projection_decay',
+    spd.projection_decay(group=lambda path: 'all'),
+    OWN,
+    ValueError,
+    'enc/k & enc/b & head',
+  ),
+]
+
+AXIS = "axis_name: no mapped axis is called 'd' here & shard_map & jit"
+
+
+def stepping(tx: Any, gradients: Any = PARAMS, state: Any = None, params: Any = PARAMS) -> Any:
+  return tx.update(gradients, tx.init(PARAMS) if state is None else state, params)
+
+
+def steps() -> Iterator[Row]:
+  """Of `init`, `update` and `apply`."""
+  for name, make in MAKERS.items():
+    tx = make()
+    for mistake, (params, text) in INITS.items():
+      yield Row(f'{name}.init', 'params', mistake, partial(tx.init, params), TypeError, text)
+    for mistake, (gradients, params, text) in GRADIENTS.items():
+      state = tx.init(PARAMS if params is None else params)
+      argument = 'params' if params is None else 'updates'
+      for wrap, wrapped in WRAPS.items():
+        call = partial(wrapped(tx.update), gradients, state, params)
+        yield Row(f'{name}.update', argument, f'{mistake}, {wrap}', call, ValueError, text)
+      if hasattr(tx, 'apply'):
+        argument = argument.replace('updates', 'gradients')
+        call = partial(tx.apply, gradients, state, params)
+        yield Row(f'{name}.apply', argument, mistake, call, ValueError, text)
+    for mistake, (gradients, text) in NO_GRADIENTS.items():
+      call = partial(stepping, tx, gradients)
+      yield Row(f'{name}.update', 'updates', mistake, call, TypeError, text)
+    for mistake, (change, error, text) in STATES.items():
+      if mistake == 'other slices' and name == 'l2_sp':
+        continue
+      for wrap, wrapped in WRAPS.items():
+        call = partial(
+          lambda *a: a[0](a[1].update)(PARAMS, a[2](a[1]), PARAMS), wrapped, tx, change
+        )
+        yield Row(f'{name}.update', 'state', f'{mistake}, {wrap}', call, error, text)
+      if hasattr(tx, 'apply'):
+        call = partial(lambda *a: a[0].apply(PARAMS, a[1](a[0]), PARAMS), tx, change)
+        yield Row(f'{name}.apply', 'state', mistake, call, error, text)
+    if name != 'l2_sp':
+      for wrap, wrapped in WRAPS.items():
+        call = partial(wrapped(partial(stepping, make(axis_name='d'))), PARAMS)
+        yield Row(name, 'axis_name', f'not mapped, {wrap}', call, ValueError, AXIS)
+    for option in ('strength', 'margin')[: 1 if name == 'l2_sp' else 2]:
+      call = partial(
+        jax.jit(lambda value, o=option, make=make: stepping(make(**{o: value}))), TRACED
+      )
+      yield Row(name, option, 'a traced vector', call, ValueError, f'{option}: expected .* number')
+    for mistake in ('too few', 'too many', 'both', 'tuple'):
+      anchor, text = LEAVES[mistake]
+      call = partial(jax.jit(make(anchor).update), PARAMS, tx.init(PARAMS), PARAMS)
+      yield Row(name, 'anchor', f'{mistake}, at an update', call, ValueError, text)
+    for value in (jnp.ones(3), -1.0, 'x'):
+      call = partial(stepping, make(strength=lambda count, value=value: value))
+      error = TypeError if value == 'x' else ValueError
+      text = 'strength: expected a schedule that returns a number ≥ 0'
+      yield Row(name, 'strength', f'schedule of {value!r}', call, error, text)
+  for name, tx, state, error, text in SIBLINGS:
+    call = partial(jax.jit(tx.update), PARAMS, state, PARAMS)
+    yield Row(f'{name}.update', 'state', type(state).__name__, call, error, text)
+  call = partial(stepping, spd.adam_spd(lambda count: jnp.ones(3)))
+  text = 'learning_rate: expected a schedule that returns a number ≥ 0'
+  yield Row('adam_spd', 'learning_rate', 'schedule of a vector', call, ValueError, text)
+  same = {'a': {'b/c': jnp.ones(2)}, 'a/b': {'c': jnp.ones(2)}}
+  call = partial(spd.projection_decay().init, same)
+  yield Row('projection_decay.init', 'params', 'one path', call, ValueError, 'a/b/c & rename')
+
+
+NO_STATE = 'expected the state of an optimizer with projection_decay & found'
+PUT, RE = r'put_anchor\(opt_state, anchor\)', r'reanchor\(opt_state, params\)'
+FROM_FILE = r'load_anchor\(path, like\)'
+EXCHANGE: Table = [
+  ('drop_anchor.opt_state', lambda: spd.drop_anchor(PARAMS), TypeError, f'{NO_STATE} dict'),
+  ('drop_anchor.opt_state', lambda: spd.drop_anchor(None), TypeError, f'{NO_STATE} NoneType'),
+  ('drop_anchor.opt_state', lambda: spd.drop_anchor(WRAPPED), TypeError, f'{NO_STATE} an optax'),
+  ('drop_anchor.opt_state', lambda: spd.drop_anchor(DROPPED), ValueError, 'dropped already'),
+  ('put_anchor.opt_state', lambda: spd.put_anchor(PARAMS, DROPPED), TypeError, f'{NO_STATE} dict'),
+  ('put_anchor.opt_state', lambda: spd.put_anchor(STATE, PARAMS), ValueError, f'{PUT}: .*reanchor'),
+  (
+    'put_anchor.opt_state',
+    lambda: spd.put_anchor(jax.eval_shape(spd.drop_anchor, STATE), PARAMS),
+    TypeError,
+    'shape without values',
+  ),
+  ('put_anchor.anchor', lambda: spd.put_anchor(DROPPED, None), ValueError, f'{ALL} & missing'),
+  ('put_anchor.anchor', lambda: spd.put_anchor(DROPPED, 'a.npz'), TypeError, f'{PUT} & str'),
+  ('put_anchor.anchor', lambda: spd.put_anchor(DROPPED, TWICE), ValueError, f'{ALL} & other val'),
+  ('put_anchor.anchor', lambda: spd.put_anchor(DROPPED, every('x')), TypeError, f'{ALL} & str'),
+  ('put_anchor.anchor', lambda: spd.put_anchor(DROPPED, STRUCTS), TypeError, f'{ALL} & without'),
+  ('put_anchor.anchor', lambda: spd.put_anchor(DROPPED, as_type(complex)), ValueError, ALL),
+  ('put_anchor.anchor', lambda: spd.put_anchor(DROPPED, as_type(int)), ValueError, f'{ALL} & int'),
+  ('put_anchor.anchor', lambda: jax.jit(spd.put_anchor)(DROPPED, PARAMS), TypeError, 'outside jit'),
+  ('reanchor.opt_state', lambda: spd.reanchor(PARAMS, STATE), TypeError, f'{NO_STATE} dict'),
+  (
+    'reanchor.opt_state',
+    lambda: spd.reanchor(spd.l2_sp(0).init(PARAMS), PARAMS),
+    ValueError,
+    f'{RE}: the state stores no anchor',
+  ),
+  ('reanchor.params', lambda: spd.reanchor(STATE, None), TypeError, 'params: .*found None'),
+  ('reanchor.params', lambda: spd.reanchor(STATE, TWICE), ValueError, f'{RE} & {ALL}'),
+  ('reanchor.params', lambda: spd.reanchor(STATE, {'enc': {}}), ValueError, f'{ALL} & nothing'),
+  ('reanchor.params', lambda: spd.reanchor(STATE, as_type(int)), ValueError, f'{ALL} & int32'),
+  ('reanchor.params', lambda: spd.reanchor(STATE, as_type(complex)), ValueError, ALL),
+  ('reanchor.params', lambda: spd.reanchor(STATE, every('x')), TypeError, f'{NO_ARRAYS} & {ALL}'),
+  ('reanchor.params', lambda: spd.reanchor(STATE, STRUCTS), TypeError, f'{ALL} & without values'),
+  ('fingerprint.anchor', lambda: spd.fingerprint(None), TypeError, 'arrays, found None'),
+  ('fingerprint.anchor', lambda: spd.fingerprint(STATE), TypeError, 'state; optax.tree.get'),
+  ('fingerprint.anchor', lambda: spd.fingerprint({'a': 'x'}), TypeError, "a: str 'x'"),
+  ('fingerprint.anchor', lambda: spd.fingerprint({'a': Tensor()}), TypeError, 'a: .*Tensor'),
+  ('fingerprint.anchor', lambda: spd.fingerprint(STRUCTS), TypeError, f'{ALL} & without values'),
+  ('fingerprint.anchor', lambda: jax.jit(spd.fingerprint)(PARAMS), TypeError, 'outside jit'),
+  ('interpolate.anchor', lambda: spd.interpolate(None, PARAMS, 0.5), TypeError, 'given, not None'),
+  ('interpolate.anchor', lambda: spd.interpolate(ADAM, PARAMS, 0.5), TypeError, 'anchor & optax'),
+  ('interpolate.anchor', lambda: spd.interpolate(STRUCTS, PARAMS, 0.5), TypeError, 'no values'),
+  (
+    'interpolate.anchor',
+    lambda: spd.interpolate(FRESH, PARAMS, 0.5),
+    ValueError,
+    f'{ALL} & anchor',
+  ),
+  ('interpolate.params', lambda: spd.interpolate(PARAMS, None, 0.5), TypeError, 'params & None'),
+  ('interpolate.params', lambda: spd.interpolate(0, every('x'), 0.5), TypeError, f'{ALL} & str'),
+  ('interpolate.alpha', lambda: spd.interpolate(PARAMS, PARAMS, PARAMS), TypeError, 'alpha & dict'),
+  ('interpolate.alpha', lambda: spd.interpolate(PARAMS, PARAMS, 'x'), TypeError, 'alpha & str'),
+  ('interpolate.alpha', lambda: spd.interpolate(PARAMS, PARAMS, None), TypeError, 'alpha & None'),
+  ('interpolate.alpha', lambda: spd.interpolate(PARAMS, PARAMS, True), TypeError, 'alpha & bool'),
+  ('interpolate.alpha', lambda: spd.interpolate(PARAMS, PARAMS, np.nan), ValueError, 'alpha & nan'),
+  ('interpolate.alpha', lambda: spd.interpolate(PARAMS, PARAMS, np.ones(3)), ValueError, 'alpha'),
+]
+LOADING: Table = [
+  (
+    'load_anchor.path',
+    lambda: spd.load_anchor(None, PARAMS),
+    TypeError,
+    f'{FROM_FILE}: path & None',
+  ),
+  ('load_anchor.path', lambda: spd.load_anchor(PARAMS, NPZ), TypeError, 'path & found dict'),
+  ('load_anchor.path', lambda: spd.load_anchor('', PARAMS), TypeError, "path & found str ''"),
+  (
+    'load_anchor.path',
+    lambda: spd.load_anchor(bytes(NPZ), PARAMS),
+    TypeError,
+    'path & found bytes',
+  ),
+  ('load_anchor.path', lambda: spd.load_anchor('no.npz', PARAMS), FileNotFoundError, 'no.npz: no'),
+  ('load_anchor.path', lambda: spd.load_anchor('a\0.npz', PARAMS), FileNotFoundError, 'no such'),
+  ('load_anchor.path', lambda: spd.load_anchor(FOLDER, PARAMS), ValueError, 'no Orbax checkpoint'),
+  ('load_anchor.path', lambda: spd.load_anchor('ftp://a/b', PARAMS), ValueError, 'ftp://a/b: no k'),
+  (
+    'load_anchor.path',
+    lambda: spd.load_anchor(__file__, PARAMS),
+    ValueError,
+    "unknown .*'.py' & Orb",
+  ),
+  ('load_anchor.like', lambda: spd.load_anchor(NPZ, None), ValueError, 'like & without leaves'),
+  ('load_anchor.like', lambda: spd.load_anchor(NPZ, every('x')), TypeError, f'like & {ALL} & str'),
+  ('load_anchor.like', lambda: spd.load_anchor(NPZ, ADAM), TypeError, 'like & init: function'),
+  ('load_anchor.like', lambda: spd.load_anchor(NPZ, TWICE), ValueError, f'{ALL} & does not fit'),
+  ('load_anchor.like', lambda: spd.load_anchor(NPZ, {'w': 1.0}), ValueError, 'none of the params'),
+  (
+    'load_anchor.like',
+    lambda: jax.jit(partial(spd.load_anchor, NPZ))(PARAMS),
+    TypeError,
+    'outside jit',
+  ),
+  (
+    'load_anchor.key',
+    lambda: spd.load_anchor(NPZ, PARAMS, key='a'),
+    ValueError,
+    "none .*under 'a'",
+  ),
+  ('load_anchor.key', lambda: spd.load_anchor(NPZ, PARAMS, key=3), TypeError, 'key & found int 3'),
+  ('load_anchor.key', lambda: spd.load_anchor(NPZ, PARAMS, key=None), TypeError, 'key & None'),
+  (
+    'load_anchor.strict',
+    lambda: spd.load_anchor(NPZ, PARAMS, strict='no'),
+    TypeError,
+    "strict: expected True or False, found str 'no'",
+  ),
+]
