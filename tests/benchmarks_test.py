@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import smoke
 
 import spd_optax as spd
 from benchmarks import compiled, methods, shapes, step_time, training_step
@@ -162,7 +163,9 @@ def test_compiled_has_a_row_for_each_method_and_adam_moves_what_it_must(tmp_path
   assert json.loads((tmp_path / 'tiny_cpu.json').read_text())['results'] == found
 
 
-def test_training_step_has_a_row_for_each_method(tmp_path):
-  found = training_step.main(['--rounds', '1', '--batch', '2', '--out', str(tmp_path)])
+def test_training_step_has_a_row_for_each_method(tmp_path, monkeypatch):
+  monkeypatch.setattr(training_step.finetune_vit, 'small_vit', smoke.tiny_vit)
+  with smoke.quick_compiles():
+    found = training_step.main(['--rounds', '1', '--batch', '2', '--out', str(tmp_path)])
   assert found.keys() == methods.OPTIMIZERS.keys()
   assert json.loads((tmp_path / 'results.json').read_text())['results'] == found

@@ -4,10 +4,17 @@ import json
 
 import numpy as np
 import pytest
+import smoke
 
 import continual
 
 TINY = ['--pretrain-steps', '3', '--steps', '4', '--seeds', '2', '--batch', '4', '--lr', '0.01']
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick_compiles():
+  with smoke.quick_compiles():
+    yield
 
 
 @pytest.fixture(scope='module')
@@ -15,6 +22,7 @@ def run(tmp_path_factory):
   out = tmp_path_factory.mktemp('continual')
   every = continual.methods
   with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(continual.finetune_vit, 'small_vit', smoke.tiny_vit)
     patch.setattr(continual, 'methods', lambda *args: dict(list(every(*args).items())[:4]))
     return out, continual.main([*TINY, '--anchor-ema', '0.5', '--out', str(out)])
 

@@ -10,6 +10,7 @@ import jax.flatten_util
 import numpy as np
 import optax
 import pytest
+import smoke
 from safetensors.numpy import save_file
 
 import choose_defaults
@@ -19,12 +20,21 @@ import spd_optax as spd
 import training
 
 TINY = ['--pretrain-steps', '3', '--steps', '4', '--seeds', '2', '--batch', '4', '--shots', '8']
+TINY += ['--lr', '0.01']  # AdamW shows beside Adam
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick_compiles():
+  with smoke.quick_compiles():
+    yield
 
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
   out = tmp_path_factory.mktemp('finetune_vit')
-  return out, finetune_vit.main([*TINY, '--out', str(out)])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(finetune_vit, 'small_vit', smoke.tiny_vit)
+    return out, finetune_vit.main([*TINY, '--out', str(out)])
 
 
 def test_vit_example_writes_its_results(run):

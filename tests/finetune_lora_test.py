@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import smoke
 from flax import nnx
 
 import digits
@@ -23,8 +24,8 @@ WHOLE = ('SPD, exact, frozen embedding',)
 
 @pytest.fixture(scope='module', autouse=True)
 def small():
-  """A model of one block."""
-  with pytest.MonkeyPatch.context() as patch:
+  """A model of one block, compiled quickly."""
+  with pytest.MonkeyPatch.context() as patch, smoke.quick_compiles():
     patch.setattr(finetune_lora, 'BLOCKS', 1)
     yield
 

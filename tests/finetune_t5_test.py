@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import smoke
 from safetensors.numpy import save_file
 from transformers import ByT5Tokenizer, FlaxT5ForConditionalGeneration
 from transformers.models.t5 import modeling_flax_t5
@@ -26,6 +27,12 @@ def tiny_t5(tokenizer, small=finetune_t5.small_t5):
   config = small(tokenizer).config
   config.num_layers = config.num_decoder_layers = 1
   return FlaxT5ForConditionalGeneration(config, seed=0)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick_compiles():
+  with smoke.quick_compiles():
+    yield
 
 
 @pytest.fixture(scope='module')

@@ -3,6 +3,7 @@
 A run in a wrapper must be the run without it, where the wrapper changes nothing.
 """
 
+import functools
 from typing import Any
 
 import chex
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract_test import ADAM, PUBLIC, STEPS, Case, loop, make_step, noise, normal
+from contract_test import ADAM, PUBLIC, STEPS, loop, make_step, noise, normal
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import spd_optax as spd
@@ -37,8 +38,14 @@ def run(tx: Any, gradients: Any = None) -> list[Any]:
   return loop(jax.jit(make_step(tx)), normal(0), tx.init(normal(0)), gradients)
 
 
-def made(case: Case, explicit: bool) -> Any:
-  return case.make(jax.tree.map(lambda x: np.asarray(x) + 0.1, normal(0)) if explicit else None)
+def made(make: Any, explicit: bool) -> Any:
+  return make(jax.tree.map(lambda x: np.asarray(x) + 0.1, normal(0)) if explicit else None)
+
+
+@functools.cache
+def alone(make: Any, explicit: bool = False) -> list[Any]:
+  """The run without a wrapper, which many tests compare with."""
+  return run(made(make, explicit))
 
 
 @every_anchor
@@ -46,9 +53,9 @@ def made(case: Case, explicit: bool) -> Any:
 @every_public
 def test_neutral_wrappers_change_nothing(case, wrap, explicit):
   """Catches a state that a wrapper takes apart, and arguments that it does not hand on."""
-  tx = made(case, explicit)
+  tx = made(case.make, explicit)
   wrapped = wrap(tx)
-  found, expected = run(wrapped), run(tx)
+  found, expected = run(wrapped), alone(case.make, explicit)
   chex.assert_trees_all_close(found[-1][0], expected[-1][0], rtol=1e-6)
   chex.assert_trees_all_equal_shapes_and_dtypes(found[0][1], found[-1][1])
   for field in ('anchor', *case.per_layer):
@@ -62,9 +69,9 @@ def test_neutral_wrappers_change_nothing(case, wrap, explicit):
 @every_public
 def test_masked_leaves_are_left_alone(case, explicit):
   """Catches an explicit anchor, given for all leaves, that does not fit the masked params."""
-  tx = optax.masked(made(case, explicit), {'body': True, 'head': False})
+  tx = optax.masked(made(case.make, explicit), {'body': True, 'head': False})
   trail = run(tx)
-  expected = run(made(case, explicit))
+  expected = alone(case.make, explicit)
   chex.assert_trees_all_close(trail[-1][0]['body'], expected[-1][0]['body'], rtol=1e-6)
   sums = jax.tree.map(lambda p, g: p + g.sum(0), normal(0), noise(0))  # masked: plain gradients
   chex.assert_trees_all_close(trail[-1][0]['head'], sums['head'], rtol=1e-5)
@@ -75,9 +82,9 @@ def test_masked_leaves_are_left_alone(case, explicit):
 @every_public
 def test_partition_gives_each_part_its_own_transform(case, explicit):
   """Catches layers of one part that are looked up in another."""
-  parts = {'held': made(case, explicit), 'free': case.plain}
+  parts = {'held': made(case.make, explicit), 'free': case.plain}
   trail = run(optax.partition(parts, {'body': 'held', 'head': 'free'}))
-  held, free = run(made(case, explicit))[-1][0], run(case.plain)[-1][0]
+  held, free = alone(case.make, explicit)[-1][0], run(case.plain)[-1][0]
   expected = {'body': held['body'], 'head': free['head']}
   chex.assert_trees_all_close(trail[-1][0], expected, rtol=1e-6)
 
@@ -87,7 +94,7 @@ def test_multi_steps_is_the_mean_gradient(case):
   """Catches a capture or a count at every micro-step."""
   doubled = jax.tree.map(lambda g: jnp.repeat(g, 2, axis=0), noise(0))
   tx = optax.MultiSteps(case.make(), 2).gradient_transformation()
-  chex.assert_trees_all_close(run(tx, doubled)[-1][0], run(case.make())[-1][0], rtol=1e-5)
+  chex.assert_trees_all_close(run(tx, doubled)[-1][0], alone(case.make)[-1][0], rtol=1e-5)
 
 
 @every_public
@@ -127,7 +134,7 @@ def test_hyperparameters_are_injected(case):
 @every_public
 def test_map_params_finds_the_anchor_and_nothing_else(case, explicit):
   """Catches per-layer scalars that get a param's sharding, which has too many axes for them."""
-  tx, params = made(case, explicit), normal(0)
+  tx, params = made(case.make, explicit), normal(0)
   mesh = Mesh(np.array(jax.devices()[:2]), ('x',))
   specs = {'body': {'kernel': PartitionSpec(None, 'x')}, 'head': PartitionSpec('x')}
   shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)

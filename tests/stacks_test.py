@@ -1,5 +1,6 @@
 """Real training stacks: linen TrainState, nnx, Orbax, late-loaded weights, meshes, shard_map."""
 
+import functools
 from typing import Any
 
 import chex
@@ -28,13 +29,19 @@ def run(tx: Any, params: Any = None) -> list[Any]:
   return loop(jax.jit(make_step(tx)), params, tx.init(params), noise(0))
 
 
+@functools.cache
+def alone(make: Any, anchor: Any = None) -> list[Any]:
+  """The run on one device, without a stack around it."""
+  return run(make(anchor))
+
+
 @every_form
 def test_train_state(make):
   """Catches an update that needs more than gradients, state and params."""
   state = TrainState.create(apply_fn=None, params=normal(0), tx=make())
   for i in range(12):
     state = state.apply_gradients(grads=jax.tree.map(lambda g, i=i: g[i], noise(0)))
-  chex.assert_trees_all_close(state.params, run(make())[-1][0], rtol=1e-5, atol=1e-6)
+  chex.assert_trees_all_close(state.params, alone(make)[-1][0], rtol=1e-5, atol=1e-6)
 
 
 class Net(nnx.Module):
@@ -127,7 +134,7 @@ def test_weights_loaded_after_init_are_the_anchor(make, wrap):
   trail = loop(jax.jit(make_step(tx)), pretrained, tx.init(random), noise(0))
   for _, state in trail[1:]:
     chex.assert_trees_all_equal(optax.tree.get(state, 'anchor'), pretrained)
-  chex.assert_trees_all_close(trail[-1][0], run(make())[-1][0], rtol=1e-6)
+  chex.assert_trees_all_close(trail[-1][0], alone(make)[-1][0], rtol=1e-6)
 
 
 MESH_SPECS = {'body': {'kernel': PartitionSpec('x', 'y')}, 'head': PartitionSpec('y')}
@@ -152,9 +159,9 @@ def test_a_mesh_of_devices_is_one_device(make, jit, explicit):
       jax.tree.leaves(optax.tree.get(state, 'anchor')), jax.tree.leaves(shardings), strict=True
     ):
       assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
-  alone = run(make())[-1]
-  chex.assert_trees_all_close(trail[-1][0], alone[0], rtol=1e-5, atol=1e-6)
-  held = optax.tree.get(alone[1], 'constrained')
+  params, state = alone(make)[-1]
+  chex.assert_trees_all_close(trail[-1][0], params, rtol=1e-5, atol=1e-6)
+  held = optax.tree.get(state, 'constrained')
   chex.assert_trees_all_equal(optax.tree.get(trail[-1][1], 'constrained'), held)
   assert any(0 < steps < 12 for steps in held.values())
 
@@ -186,7 +193,7 @@ def test_inside_shard_map(make):
   names = {'body': ('x', 'y'), 'head': 'y'}
   specs = (PartitionSpec('x', 'y'), PartitionSpec('y'))
   found = map_over_shards(make(0, axis_name=names), specs, check_vma=False)
-  params, state = run(make(0))[-1]
+  params, state = alone(make, 0)[-1]
   chex.assert_trees_all_close(found[0], params, rtol=1e-5, atol=1e-6)
   chex.assert_trees_all_equal(found[1], optax.tree.get(state, 'constrained'))
 
@@ -227,4 +234,4 @@ def test_inside_pmap(make):
   split = jax.tree.map(lambda x: jnp.stack(jnp.split(x, 2, axis=-1)), (normal(0), noise(0)))
   found = jax.pmap(body, 'shard', devices=jax.devices()[:2])(*split)
   joined = jax.tree.map(lambda x: jnp.concatenate(list(x), axis=-1), found)
-  chex.assert_trees_all_close(joined, run(make(0))[-1][0], rtol=1e-5, atol=1e-6)
+  chex.assert_trees_all_close(joined, alone(make, 0)[-1][0], rtol=1e-5, atol=1e-6)

@@ -32,8 +32,8 @@ def t5_large() -> Shapes:
 
 
 def tiny() -> Shapes:
-  """A ViT of 2 blocks, for tests and a first look."""
-  return _vit(width=32, hidden=64, depth=2, patch=4, tokens=17, classes=10)
+  """A ViT of one block, for tests and a first look."""
+  return _vit(width=32, hidden=64, depth=1, patch=4, tokens=17, classes=10)
 
 
 MODELS: dict[str, Callable[[], Shapes]] = {
