@@ -15,6 +15,7 @@ the tables; `pareto.png` and `ranks.png`.
 """
 
 import argparse
+import inspect
 import json
 import multiprocessing
 import os
@@ -27,7 +28,8 @@ from typing import Any
 import numpy as np
 
 import reporting
-from suite import cache, choice, classifiers, jobs, pictures, tables, text
+import spd_optax as spd
+from suite import cache, choice, classifiers, defaults, jobs, pictures, tables, text
 from suite.methods import METHODS, RATES
 from suite.tasks import Params, Task
 
@@ -46,7 +48,16 @@ TASKS: dict[str, Callable[[], Task]] = {
 }
 QUICK = ('digits_mlp', 'code_to_prose', 'tumours')
 BEFORE = 'pre-trained'
-DEFAULTS = {name: dict(METHODS[name].settings[0]) for name in METHODS if name.startswith('SPD')}
+CHAIN, EXACT = 'SPD, chain', 'SPD, exact, Adam'
+
+
+def default_of(transform: Callable[..., Any]) -> dict[str, float]:
+  """The library's default strength and margin."""
+  options = inspect.signature(transform).parameters
+  return {name: options[name].default for name in ('strength', 'margin')}
+
+
+DEFAULTS = {CHAIN: default_of(spd.projection_decay), EXACT: default_of(spd.adam_spd)}
 
 Result = dict[str, Any]  # title, before, records of a task
 
@@ -116,6 +127,7 @@ def publish(args: argparse.Namespace, results: dict[str, Result], seconds: float
     found[name] = {BEFORE: before} | found[name]
   found['overall'] = tables.overall(best)
   found['rates'] = tables.by_rate(records, {'Adam': {}, **DEFAULTS})
+  found['settings'] = defaults.table(records, (CHAIN, EXACT))
   titles = {name: result['title'] for name, result in results.items()}
   for name, table in found.items():
     reporting.show(titles.get(name, name), table)

@@ -1,19 +1,15 @@
 """The examples run, at tiny sizes, and their data are what they say."""
 
-import argparse
 import json
 
 import chex
 import flax
-import jax
-import jax.flatten_util
 import numpy as np
 import optax
 import pytest
 import smoke
 from safetensors.numpy import save_file
 
-import choose_defaults
 import digits
 import finetune_vit
 import spd_optax as spd
@@ -141,56 +137,3 @@ def test_the_splits_are_disjoint_and_the_styles_differ():
     assert images.min() >= 0
     assert images.max() <= 1
     assert style == 'plain' or np.abs(images - styled['plain']).mean() > 0.02, style
-
-
-def test_sweep_trains_each_setting_with_its_own_hyperparameters(run, monkeypatch):
-  # Would catch: settings mixed up with one another in the shared program.
-  family = 'max(0, cos + m)'
-  pull, _ = choose_defaults.FAMILIES[family]
-  settings = ((0, 0), (10, 0.1))
-  monkeypatch.setattr(choose_defaults, 'FAMILIES', {family: (pull, settings)})
-  monkeypatch.setattr(choose_defaults, 'RATES', (1e-3, 1e-2))
-  model, _ = finetune_vit.load(str(run[0] / 'foundation'))
-  trained = {}
-
-  def keep(model, params, tests):
-    trained['params'] = params
-    return {name: np.zeros(4) for name in tests}
-
-  monkeypatch.setattr(finetune_vit, 'accuracies', keep)
-  args = argparse.Namespace(seeds=1, steps=3)
-  with training.progress_bar() as bar:
-    choose_defaults.sweep(args, model, 'thick', family, bar)
-
-  _, pool, _ = digits.load()
-  data = finetune_vit.pixels(digits.in_style(pool, 'thick'), model.config)
-  order = training.batch_order(1, 3, 32, len(data.labels), 200)
-  decay = spd.projection_decay(strength=10.0, margin=0.1)
-  expected = {  # by the setting's place in the sweep
-    0: optax.adam(1e-3),
-    3: optax.chain(decay, optax.adam(1e-2)),
-  }
-  flat = jax.vmap(lambda p: jax.flatten_util.ravel_pytree(p)[0])
-  swept = flat(trained['params'])
-  for i, optimizer in expected.items():
-    alone, _ = training.train(finetune_vit.loss_of(model), optimizer, model.params, data, order)
-    apart = np.linalg.norm(swept - flat(alone), axis=1)
-    others = np.delete(apart, i)
-    assert apart[i] < 0.05 * others.min()
-
-
-def test_the_rule_of_choice():
-  # Would catch: a setting chosen although it costs more than the paper's rule, or by its new
-  # accuracy, or one that is the paper's rule.
-  def row(new, old):
-    return {'new, lr 1': new[:2], 'new, lr 2': new[2:], 'old, lr 1': [old], 'old, lr 2': [old]}
-
-  table = {
-    'Adam': row([90.0, 90.0, 80.0, 80.0], 50.0),
-    '1 · exact SPD, m = 0': row([88.0, 90.0, 80.0, 79.0], 60.0),
-    '1 · exact SPD, m = 0.05': row([99.0, 99.0, 99.0, 99.0], 99.0),
-    'gentle': row([99.0, 99.0, 99.0, 99.0], 60.0),
-    'noisy': row([80.0, 96.0, 84.0, 76.0], 70.0),
-    'firm': row([85.0, 87.0, 77.0, 76.1], 90.0),
-  }
-  assert choose_defaults.choose(table) == 'noisy'

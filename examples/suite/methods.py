@@ -19,8 +19,8 @@ class Method(NamedTuple):
 
   Attributes:
     optimizer: (learning_rate, blocks, **setting) -> optimizer; `blocks` as in `Task`.
-    settings: hyperparameters to sweep; the first is the default. A `rank` is that of low-rank
-      adapters, which alone are trained.
+    settings: hyperparameters to sweep. A `rank` is that of low-rank adapters, which alone
+      are trained.
     rate: its learning rates are so many times Adam's.
     ends: methods that go on from its trained weights: `WISE_FT` and `EARLY`.
   """
