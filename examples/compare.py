@@ -112,7 +112,7 @@ def each_task(
     return {name: future.result() for name, future in running.items()}
 
 
-def publish(args: argparse.Namespace, results: dict[str, Result], seconds: float) -> None:
+def publish(args: argparse.Namespace, results: dict[str, Result]) -> None:
   """Writes and prints everything."""
   records = {name: result['records'] for name, result in results.items()}
   best = {name: choice.chosen(found, DEFAULTS) for name, found in records.items()}
@@ -135,7 +135,6 @@ def publish(args: argparse.Namespace, results: dict[str, Result], seconds: float
     'tasks': titles,
     'seeds': args.seeds,
     'rates': args.rates,
-    'minutes': round(seconds / 60),
     'friedman': choice.friedman(choice.scores(best, choice.both)[1]),
   }
   reporting.write_json(args.out / 'results.json', settings, found)
@@ -167,9 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
   args.tasks = args.tasks or list(QUICK if args.quick else TASKS)
   args.seeds = args.seeds or (2 if args.quick else 5)
   args.rates = RATES[1:3] if args.quick else RATES
-  start = time.perf_counter()
   results = each_task(run_task, args)
-  publish(args, results, time.perf_counter() - start)
+  publish(args, results)
   print(f'Results: {args.out}/results.json, records.jsonl, pareto.png, ranks.png')
   return results
 

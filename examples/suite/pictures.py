@@ -90,7 +90,7 @@ def ranks(path: Path, methods: Sequence[str], values: np.ndarray) -> None:
     axes.scatter(values[:, i], np.full(len(values), y), s=12, color=color, alpha=0.35)
     axes.scatter(values[:, i].mean(), y, s=60, marker='D', color=color)
   axes.set_yticks(range(len(methods)), [methods[i] for i in order])
-  axes.set_xlabel('rank by the mean of ID and OOD: each task, and the mean (diamond); 1 is best')
+  axes.set_xlabel('rank of (ID + OOD) / 2, 1 is best: each task, and the mean')
   axes.grid(axis='x', alpha=0.3)
   figure.savefig(path, dpi=110)
   plt.close(figure)
