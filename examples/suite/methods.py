@@ -75,7 +75,11 @@ class Thaw(NamedTuple):
 
 
 def thaw(blocks: tuple[str, ...], frozen: Scalar, steps: Scalar) -> optax.GradientTransformation:
-  """Behind an optimizer: holds the first share `frozen` of the blocks still for so many steps."""
+  """Behind an optimizer: holds the first share `frozen` of the blocks still for so many steps.
+
+  The last block, the head, is always free.
+  """
+  held = jnp.minimum(frozen * len(blocks), len(blocks) - 1)
 
   def depth(path: Any) -> int:
     names = [str(getattr(key, 'key', key)) for key in path]
@@ -84,7 +88,7 @@ def thaw(blocks: tuple[str, ...], frozen: Scalar, steps: Scalar) -> optax.Gradie
 
   def update(updates: Any, state: Thaw, params: Any = None) -> tuple[Any, Thaw]:
     def thawed(path: Any, u: jax.Array) -> jax.Array:
-      is_free = (state.count >= steps) | (depth(path) >= frozen * len(blocks))
+      is_free = (state.count >= steps) | (depth(path) >= held)
       return jnp.where(is_free, u, 0)
 
     return jax.tree.map_with_path(thawed, updates), Thaw(optax.safe_increment(state.count))
@@ -163,7 +167,7 @@ def dial(*settings: tuple[float, float]) -> tuple[Setting, ...]:
 WISE_FT = 'WiSE-FT'  # the weights between the pre-trained ones and Adam's
 ALPHAS = sweep(alpha=(0.5, 0.25, 0.75, 0.9))
 EARLY = 'Early stopping'  # Adam's weights when they did best on the validation data
-HEAD = 0.99  # all blocks but the last are frozen
+HEAD = 1.0  # all blocks but the last are frozen
 FOREVER = 1e9
 
 METHODS: dict[str, Method] = {
