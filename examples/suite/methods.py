@@ -11,7 +11,7 @@ import spd_optax as spd
 
 Setting = Mapping[str, float]
 Scalar = float | jax.Array
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # Adam's learning rates: a factor of 30
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # Adam's learning rates
 
 
 class Method(NamedTuple):
@@ -42,10 +42,10 @@ def adamw(learning_rate: Scalar, blocks: Any, decay: Scalar) -> optax.GradientTr
 
 
 def cautious(learning_rate: Scalar, blocks: Any, decay: Scalar) -> optax.GradientTransformation:
-  """Cautious Weight Decay: decay where the step goes toward 0, too (arXiv 2510.12402)."""
+  """Cautious Weight Decay: decay but where the step leads away from 0 (arXiv 2510.12402)."""
 
   def decayed(updates: Any, params: Any) -> Any:
-    return jax.tree.map(lambda u, p: u + decay * p * (u * p > 0), updates, params)
+    return jax.tree.map(lambda u, p: u + decay * p * (u * p >= 0), updates, params)
 
   return optax.chain(
     optax.scale_by_adam(), optax.stateless(decayed), optax.scale_by_learning_rate(learning_rate)
@@ -106,7 +106,10 @@ def freezing(
 def digrap(learning_rate: Scalar, blocks: Any, strength: Scalar) -> optax.GradientTransformation:
   """DiGraP: takes a share of the gradient that leads away from the start out of each layer's.
 
-  Huang, Tian, et al., Directional Gradient Projection for Robust Fine-Tuning, 2025.
+  The share is fixed, and swept; the paper learns one for each layer as it trains.
+
+  Huang, Tian, et al., Directional Gradient Projection for Robust Fine-Tuning of Foundation
+  Models, 2025, https://arxiv.org/abs/2502.15895.
   """
 
   def init(params: Any) -> Any:
