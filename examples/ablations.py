@@ -23,7 +23,7 @@ import compare
 import reporting
 import spd_optax as spd
 from spd_optax import formulas
-from suite import jobs
+from suite import choice, jobs
 from suite.methods import Method
 
 RATES = (1e-3, 3e-3)
@@ -43,7 +43,7 @@ def with_formulas(optimizer: Optimizer, **replaced: Callable[..., Any]) -> Optim
 
 
 def from_momentum(decay: Optimizer) -> Optimizer:
-  """Form 1's pull, decided by the mean of the gradients (0.9) and not by the last one."""
+  """Form 1's pull, computed from the mean of the gradients (0.9) and not from the last one."""
 
   def init(params: Any) -> Any:
     return optax.tree.zeros_like(params), decay.init(params)
@@ -160,9 +160,8 @@ def run_task(name: str, args: argparse.Namespace) -> dict[str, list[Any]]:
   found = {}
   for title, variant in variants().items():
     varied = task._replace(batch=variant.batch or task.batch)
-    found[title] = jobs.run(
-      varied, title, method_of(variant), RATES, foundation, args.seeds, task.steps
-    )
+    records = jobs.run(varied, title, method_of(variant), RATES, foundation, args.seeds, task.steps)
+    found[title] = [choice.without_diverged(record) for record in records]
     print(f'{name}: {title}', flush=True)
   return found
 

@@ -14,7 +14,24 @@ Table = dict[str, dict[str, list[float]]]
 
 SPD = 'SPD, chain'
 PEER = 'Adam'
-ID, OOD = 'id', 'ood'
+VALIDATION, ID, OOD = 'validation', 'id', 'ood'
+
+
+def without_diverged(record: Record) -> Record:
+  """The record with scores of 0, and no distance, for each seed whose run diverged.
+
+  Such a run has a score or a distance that is not finite. A classifier with NaN for logits
+  still names class 0, which may be right; only the distance gives it away.
+  """
+  columns = [values for values in record.values() if isinstance(values, list)]
+  finite = np.isfinite(columns).all(0)
+
+  def kept(values: Sequence[float], other: float | None) -> list[float | None]:
+    return [value if good else other for value, good in zip(values, finite, strict=True)]
+
+  scores = {column: kept(record[column], 0.0) for column in (VALIDATION, ID, OOD)}
+  sets = {name: kept(values, 0.0) for name, values in record['sets'].items()}
+  return record | scores | {'sets': sets, 'moved': kept(record['moved'], None)}
 
 
 def mean(record: Record, column: str) -> float:
@@ -27,7 +44,7 @@ def by_validation(records: Iterable[Record]) -> Record:
 
   That is how the paper chooses; no out-of-distribution data are seen. Of equals the first.
   """
-  return max(records, key=lambda record: mean(record, 'validation'))
+  return max(records, key=lambda record: mean(record, VALIDATION))
 
 
 def by_oracle(records: Iterable[Record]) -> Record:

@@ -11,7 +11,7 @@ import spd_optax as spd
 
 Setting = Mapping[str, float]
 Scalar = float | jax.Array
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # Adam's learning rates: a factor of 30
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # Adam's learning rates
 
 
 class Method(NamedTuple):
@@ -42,10 +42,10 @@ def adamw(learning_rate: Scalar, blocks: Any, decay: Scalar) -> optax.GradientTr
 
 
 def cautious(learning_rate: Scalar, blocks: Any, decay: Scalar) -> optax.GradientTransformation:
-  """Cautious Weight Decay: decay where the step goes toward 0, too (arXiv 2510.12402)."""
+  """Cautious Weight Decay: decay but where the step leads away from 0 (arXiv 2510.12402)."""
 
   def decayed(updates: Any, params: Any) -> Any:
-    return jax.tree.map(lambda u, p: u + decay * p * (u * p > 0), updates, params)
+    return jax.tree.map(lambda u, p: u + decay * p * (u * p >= 0), updates, params)
 
   return optax.chain(
     optax.scale_by_adam(), optax.stateless(decayed), optax.scale_by_learning_rate(learning_rate)
@@ -75,7 +75,11 @@ class Thaw(NamedTuple):
 
 
 def thaw(blocks: tuple[str, ...], frozen: Scalar, steps: Scalar) -> optax.GradientTransformation:
-  """Behind an optimizer: holds the first share `frozen` of the blocks still for so many steps."""
+  """Behind an optimizer: holds the first share `frozen` of the blocks still for so many steps.
+
+  The last block, the head, is always free.
+  """
+  held = jnp.minimum(frozen * len(blocks), len(blocks) - 1)
 
   def depth(path: Any) -> int:
     names = [str(getattr(key, 'key', key)) for key in path]
@@ -84,7 +88,7 @@ def thaw(blocks: tuple[str, ...], frozen: Scalar, steps: Scalar) -> optax.Gradie
 
   def update(updates: Any, state: Thaw, params: Any = None) -> tuple[Any, Thaw]:
     def thawed(path: Any, u: jax.Array) -> jax.Array:
-      is_free = (state.count >= steps) | (depth(path) >= frozen * len(blocks))
+      is_free = (state.count >= steps) | (depth(path) >= held)
       return jnp.where(is_free, u, 0)
 
     return jax.tree.map_with_path(thawed, updates), Thaw(optax.safe_increment(state.count))
@@ -102,7 +106,10 @@ def freezing(
 def digrap(learning_rate: Scalar, blocks: Any, strength: Scalar) -> optax.GradientTransformation:
   """DiGraP: takes a share of the gradient that leads away from the start out of each layer's.
 
-  Huang, Tian, et al., Directional Gradient Projection for Robust Fine-Tuning, 2025.
+  The share is fixed, and swept; the paper learns one for each layer as it trains.
+
+  Huang, Tian, et al., Directional Gradient Projection for Robust Fine-Tuning of Foundation
+  Models, 2025, https://arxiv.org/abs/2502.15895.
   """
 
   def init(params: Any) -> Any:
@@ -163,7 +170,7 @@ def dial(*settings: tuple[float, float]) -> tuple[Setting, ...]:
 WISE_FT = 'WiSE-FT'  # the weights between the pre-trained ones and Adam's
 ALPHAS = sweep(alpha=(0.5, 0.25, 0.75, 0.9))
 EARLY = 'Early stopping'  # Adam's weights when they did best on the validation data
-HEAD = 0.99  # all blocks but the last are frozen
+HEAD = 1.0  # all blocks but the last are frozen
 FOREVER = 1e9
 
 METHODS: dict[str, Method] = {

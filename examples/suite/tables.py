@@ -23,7 +23,7 @@ def of_task(records: Sequence[Record], defaults: Mapping[str, Any]) -> Table:
       'rate': f'{record["rate"]:g}',
       'ID': record[ID],
       'OOD': record[OOD],
-      'moved': record['moved'],
+      'moved': [value for value in record['moved'] if value is not None] or '–',
     }
     if 'held' in record:
       table[method]['held'] = record['held']
