@@ -10,8 +10,8 @@ with its own pre-trained model, training examples and batch order). What a metho
 in the tables is chosen on in-distribution validation data alone; *oracle* columns
 show the configuration with the best mean of both test scores, which no one can choose.
 
-Writes to `--out`: `records.jsonl`, a line for each configuration of each task; `results.json`,
-the tables; `pareto.png` and `ranks.png`.
+Writes to `--out`: `records.jsonl`, a line for each configuration of each task; `results.json`
+and `README.md`, the tables; `pareto.png` and `ranks.png`.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import numpy as np
 
 import reporting
 import spd_optax as spd
-from suite import cache, choice, classifiers, defaults, jobs, pictures, tables, text
+from suite import cache, choice, classifiers, jobs, pictures, tables, text
 from suite.methods import METHODS, RATES
 from suite.tasks import Params, Task
 
@@ -47,8 +47,6 @@ TASKS: dict[str, Callable[[], Task]] = {
   'tumours': classifiers.tumours,
 }
 QUICK = ('digits_mlp', 'code_to_prose', 'tumours')
-BEFORE = 'pre-trained'
-CHAIN, EXACT = 'SPD, chain', 'SPD, exact, Adam'
 
 
 def default_of(transform: Callable[..., Any]) -> dict[str, float]:
@@ -57,7 +55,10 @@ def default_of(transform: Callable[..., Any]) -> dict[str, float]:
   return {name: options[name].default for name in ('strength', 'margin')}
 
 
-DEFAULTS = {CHAIN: default_of(spd.projection_decay), EXACT: default_of(spd.adam_spd)}
+DEFAULTS = {
+  'SPD, chain': default_of(spd.projection_decay),
+  'SPD, exact, Adam': default_of(spd.adam_spd),
+}
 
 Result = dict[str, Any]  # title, before, records of a task
 
@@ -115,42 +116,27 @@ def each_task(
 
 def publish(args: argparse.Namespace, results: dict[str, Result]) -> None:
   """Writes and prints everything."""
+  titles = {name: result['title'] for name, result in results.items()}
+  before = {name: result['before'] for name, result in results.items()}
   records = {name: result['records'] for name, result in results.items()}
   best = {name: choice.chosen(found, DEFAULTS) for name, found in records.items()}
-  found = {name: tables.of_task(records[name], DEFAULTS) for name in results}
-  for name, result in results.items():
-    before = {
-      'setting': '–',
-      'rate': '–',
-      'ID': result['before']['id'],
-      'OOD': result['before']['ood'],
-    }
-    found[name] = {BEFORE: before} | found[name]
-  found['overall'] = tables.overall(best)
-  found['rates'] = tables.by_rate(records, {'Adam': {}, **DEFAULTS})
-  found['settings'] = defaults.table(records, (CHAIN, EXACT))
-  titles = {name: result['title'] for name, result in results.items()}
+  found = tables.all_of(records, before, best, DEFAULTS)
   for name, table in found.items():
     reporting.show(titles.get(name, name), table)
+  methods, values = choice.scores(best, choice.both)
   settings = {
     'tasks': titles,
     'seeds': args.seeds,
     'rates': args.rates,
-    'friedman': choice.friedman(choice.scores(best, choice.both)[1]),
+    'friedman': choice.friedman(values),
   }
   reporting.write_json(args.out / 'results.json', settings, found)
+  (args.out / 'README.md').write_text(tables.page(titles, found))
   with (args.out / 'records.jsonl').open('w') as file:
     for name, each in records.items():
       lines = (json.dumps({'task': name} | record, allow_nan=False) for record in each)
       file.writelines(line + '\n' for line in lines)
-  pictures.pareto(
-    args.out / 'pareto.png',
-    titles,
-    records,
-    {name: result['before'] for name, result in results.items()},
-    best,
-  )
-  methods, values = choice.scores(best, choice.both)
+  pictures.pareto(args.out / 'pareto.png', titles, records, before, best)
   pictures.ranks(args.out / 'ranks.png', methods, choice.ranks(values))
 
 
@@ -170,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
   args.rates = RATES[1:3] if args.quick else RATES
   results = each_task(run_task, args)
   publish(args, results)
-  print(f'Results: {args.out}/results.json, records.jsonl, pareto.png, ranks.png')
+  print(f'Results: {args.out}/README.md, results.json, records.jsonl, pareto.png, ranks.png')
   return results
 
 

@@ -82,9 +82,11 @@ def chosen(
 
 
 def shown(setting: dict[str, float]) -> str:
-  """'λ = 1, m = 0.05'."""
+  """'λ = 1, m = 0.05'; a number of steps that never comes is left out."""
   short = {'strength': 'λ', 'margin': 'm', 'alpha': 'α', 'decay': 'λ'}
-  return ', '.join(f'{short.get(name, name)} = {value:g}' for name, value in setting.items())
+  return ', '.join(
+    f'{short.get(name, name)} = {value:g}' for name, value in setting.items() if value < 1e9
+  )
 
 
 Score = Callable[[Record], float]

@@ -5,11 +5,38 @@ from typing import Any
 
 import numpy as np
 
-from suite import choice
+import reporting
+from suite import choice, defaults
 from suite.choice import ID, OOD, Record
 
 Table = dict[str, dict[str, Any]]
 Found = Mapping[str, Mapping[str, Record]]  # task -> method -> its chosen configuration
+
+
+def all_of(
+  records: Mapping[str, Sequence[Record]],
+  before: Mapping[str, Mapping[str, Any]],
+  best: Found,
+  default: Mapping[str, Any],
+) -> dict[str, Table]:
+  """Every table by name: of each task, 'overall', 'rates' and 'settings'."""
+  found = {}
+  for task, each in records.items():
+    known = {'setting': '–', 'rate': '–', 'ID': before[task][ID], 'OOD': before[task][OOD]}
+    found[task] = {'pre-trained': known} | of_task(each, default)
+  return found | {
+    'overall': overall(best),
+    'rates': by_rate(records, {choice.PEER: {}, **default}),
+    'settings': defaults.table(records, list(default)),
+  }
+
+
+def page(titles: Mapping[str, str], found: Mapping[str, Table]) -> str:
+  """All tables as Markdown."""
+  parts = [f'## {titles.get(name, name)}\n\n{reporting.markdown(found[name])}\n' for name in found]
+  return '\n'.join(
+    ['# Ten tasks\n\nMade by `examples/compare.py`, which says what is what.\n', *parts]
+  )
 
 
 def of_task(records: Sequence[Record], defaults: Mapping[str, Any]) -> Table:
