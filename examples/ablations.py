@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -71,6 +72,14 @@ def replaced(make: Make, **formulas: Callable[..., Any]) -> Make:
   return lambda rate: with_formulas(make(rate), **formulas)
 
 
+def when(condition: Callable[[jax.Array], jax.Array]) -> dict[str, Callable[..., Any]]:
+  """Another condition on ⟨g, d⟩, with a margin or without."""
+  return {
+    'turned_back': condition,
+    'not_clearly_outward': lambda inner, *others: condition(inner),
+  }
+
+
 def module(path: str) -> str:
   """Kernel and bias are one layer."""
   return path.rpartition('/')[0]
@@ -109,34 +118,30 @@ def variants() -> dict[str, Variant]:
   def change(base: str, name: str, make: Make) -> None:
     found[f'{base}: {name}'] = Variant(make, base)
 
-  always = {'turned_back': jnp.isfinite}
-  inverted = {'turned_back': lambda inner: inner < 0}
+  always, inverted = when(jnp.isfinite), when(lambda inner: inner < 0)
   change(EXACT, 'always held', replaced(exact(), **always))
   change(EXACT, 'condition inverted', replaced(exact(), **inverted))
-  change(CHAIN, 'always held, φ = |cos|', replaced(chain(), **always, pull=lambda c, m: jnp.abs(c)))
-  change(
-    CHAIN,
-    'condition inverted, φ = |cos|',
-    replaced(chain(), **inverted, pull=lambda c, m: jnp.abs(c)),
-  )
+  absolute = {'pull': lambda cos, margin: jnp.abs(cos)}
+  change(CHAIN, 'always held, φ = abs cos', replaced(chain(), **always, **absolute))
+  change(CHAIN, 'condition inverted, φ = abs cos', replaced(chain(), **inverted, **absolute))
   change(CHAIN, 'from momentum', chain(from_momentum(spd.projection_decay())))
-  for base, make in ((EXACT, exact), (CHAIN, chain)):
+  for base, make, margins in ((EXACT, exact, (0.05, 0.1)), (CHAIN, chain, (0.0, 0.1))):
     change(base, 'a layer is a module', make(group=module))
     change(base, 'a layer is an output unit', make(stack_axis=lambda path, leaf: leaf.ndim - 1))
     change(base, 'a layer is the model', make(group=model))
     change(base, 'anchor in bfloat16', make(anchor_dtype=jnp.bfloat16))
-    for margin in (0.05, 0.1):
-      change(base, f'm = {margin}', make(margin=margin))
+    for margin in margins:
+      change(base, f'm = {margin:g}', make(margin=margin))
   for strength in (0.5, 1.5, 2.0, 3.0):
     change(EXACT, f'λ = {strength:g}', exact(strength=strength))
   for share in (0.01, 0.1):
     constant = lambda before, after, share=share: jnp.full_like(after, share)  # noqa: E731
     change(EXACT, f'r = {share:g} when held', replaced(exact(), projection_ratio=constant))
-  for strength in (0.1, 1.0, 3.0, 10.0):
+  for strength in (0.1, 0.3, 3.0, 10.0):
     change(CHAIN, f'λ = {strength:g}', chain(strength=strength))
-  root = replaced(chain(), pull=lambda c, m: jnp.sqrt(jnp.maximum(c, 0)))
-  change(CHAIN, 'φ = √cos', root)
-  change(CHAIN, 'φ = 1', replaced(chain(), pull=lambda c, m: jnp.ones_like(c)))
+  root = replaced(chain(), pull=lambda cos, margin: jnp.sqrt(jnp.maximum(cos + margin, 0)))
+  change(CHAIN, 'φ = √(cos + m)', root)
+  change(CHAIN, 'φ = 1', replaced(chain(), pull=lambda cos, margin: jnp.ones_like(cos)))
   for batch in (4, 64):
     for name in (ADAM, CHAIN, EXACT):
       title = f'batch of {batch}: {name}'

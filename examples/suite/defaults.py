@@ -1,4 +1,4 @@
-"""Which setting of a method should be its default: one for all tasks, by a rule fixed beforehand.
+"""Which setting of a method should be its default: one for all tasks, by one rule.
 
 The learning rate of each setting is chosen on validation data, task by task. Among the settings
 whose mean score in distribution, over tasks, is not below that of swept Adam, the default
