@@ -317,3 +317,5 @@ def test_a_bucket_goes_to_epath(monkeypatch):
   with pytest.raises(FileNotFoundError, match='gs://bucket/model'):
     spd.load_anchor('gs://bucket/model', {'kernel': jnp.zeros(2)})
   assert seen == ['gs://bucket/model']
+  with pytest.raises(ValueError, match='ftp://a/b: no kind of path that can be read'):
+    spd.load_anchor('ftp://a/b', {'kernel': jnp.zeros(2)})

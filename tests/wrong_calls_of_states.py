@@ -289,7 +289,6 @@ LOADING: Table = [
   ('load_anchor.path', lambda: spd.load_anchor('no.npz', PARAMS), FileNotFoundError, 'no.npz: no'),
   ('load_anchor.path', lambda: spd.load_anchor('a\0.npz', PARAMS), FileNotFoundError, 'no such'),
   ('load_anchor.path', lambda: spd.load_anchor(FOLDER, PARAMS), ValueError, 'no Orbax checkpoint'),
-  ('load_anchor.path', lambda: spd.load_anchor('ftp://a/b', PARAMS), ValueError, 'ftp://a/b: no k'),
   (
     'load_anchor.path',
     lambda: spd.load_anchor(__file__, PARAMS),
