@@ -42,7 +42,7 @@ def test_report_prints_every_layer_of_a_small_model_and_writes_the_pictures(logs
   for picture in ('held', 'distance', 'relative_distance', 'metrics'):
     pixels = matplotlib.image.imread(tmp_path / f'{picture}.png')
     assert pixels.shape[0] > 300
-    assert len(np.unique(pixels[..., :3].reshape(-1, 3), axis=0)) > 20
+    assert len(np.unique(pixels[::7, ::7, :3].reshape(-1, 3), axis=0)) > 20
 
 
 def test_report_of_a_large_model_shows_blocks_and_with_all_every_layer(logs, tmp_path, capsys):
