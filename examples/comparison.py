@@ -15,6 +15,18 @@ import training
 
 Columns = dict[str, list[float]]  # one value per seed
 
+EXACT = {'strength': 1.0}
+GENTLE = {'strength': 0.3}
+FIRM = {'strength': 10.0, 'margin': 0.1}
+SETTINGS = {  # by how the name of a method begins
+  'SPD, exact': EXACT,
+  'SPD, in the chain': GENTLE,
+  'SPD, in the chain, λ = 10, m = 0.1': FIRM,
+  'SPD, chain': GENTLE,
+  'SPD, chain, firm': FIRM,
+  'SPD, firm': FIRM,
+}
+
 
 def methods(lr: Any, anchor: Any) -> dict[str, optax.GradientTransformation]:
   """The optimizers to compare; each differs from the first in one line."""
@@ -22,12 +34,18 @@ def methods(lr: Any, anchor: Any) -> dict[str, optax.GradientTransformation]:
     'Adam': optax.adam(lr),
     'AdamW, 0.01': optax.adamw(lr, weight_decay=0.01),
     'L2-SP, λ = 0.01': optax.chain(spd.l2_sp(anchor, 0.01), optax.adam(lr)),
-    'SPD, in the chain': optax.chain(spd.projection_decay(anchor), optax.adam(lr)),
+    'SPD, in the chain': optax.chain(spd.projection_decay(anchor, **GENTLE), optax.adam(lr)),
     'SPD, in the chain, λ = 10, m = 0.1': optax.chain(
-      spd.projection_decay(anchor, 10.0, margin=0.1), optax.adam(lr)
+      spd.projection_decay(anchor, **FIRM), optax.adam(lr)
     ),
-    'SPD, exact (Adam-SPD)': spd.adam_spd(lr, anchor),
+    'SPD, exact (Adam-SPD)': spd.adam_spd(lr, anchor, **EXACT),
   }
+
+
+def settings(name: str, lr: float) -> dict[str, Any]:
+  """The hyperparameters of a method, for its audit log; empty where it has no SPD."""
+  beginnings = [start for start in SETTINGS if name.startswith(start)]
+  return {'learning_rate': lr, **SETTINGS[max(beginnings, key=len)]} if beginnings else {}
 
 
 def run(
@@ -40,6 +58,8 @@ def run(
   evaluate: Callable[[Any], Columns],
   bar: Any,
   audit: Path,
+  lr: float,
+  captured: bool | None = False,
 ) -> dict[str, Columns]:
   """Fine-tunes the same params with every optimizer; returns the columns of each.
 
@@ -53,12 +73,14 @@ def run(
     evaluate: params with a leading seed axis -> columns.
     bar: a `training.progress_bar`.
     audit: directory for the audit logs, one for each optimizer with SPD.
+    lr: the learning rate, for the logs, and
+    captured: likewise, see `AuditLog`.
   """
   steps = order.shape[1]
   results = {'pre-trained': evaluate(jax.tree.map(lambda x: x[None], params))}
   for i, (name, optimizer) in enumerate(optimizers.items()):
     task = bar.add_task(name, total=steps)
-    with audit_log(audit, name) as record:
+    with audit_log(audit, name, settings(name, lr), captured=captured) as record:
       trained, state = training.train(
         loss,
         optimizer,
@@ -76,12 +98,15 @@ def run(
 
 
 @contextmanager
-def audit_log(directory: Path, name: str, **options: Any) -> Iterator[Callable[[int, Any], None]]:
+def audit_log(
+  directory: Path, name: str, hyperparameters: Mapping[str, Any], **options: Any
+) -> Iterator[Callable[[int, Any], None]]:
   """A new log of a method, by (step, state); it stays unwritten where the state has no SPD."""
   directory.mkdir(parents=True, exist_ok=True)
   path = directory / (re.sub(r'\W+', '_', name).strip('_') + '.jsonl')
   path.unlink(missing_ok=True)
-  with spd.AuditLog(path, transform=name, source='what it was fine-tuned from', **options) as log:
+  facts = {'transform': name, 'hyperparameters': hyperparameters, **options}
+  with spd.AuditLog(path, source='what it was fine-tuned from', **facts) as log:
 
     def record(step: int, state: Any) -> None:
       if jax.tree.leaves(optax.tree.get(state, 'constrained', {})):

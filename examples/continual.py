@@ -41,7 +41,7 @@ def methods(lr: float, anchor: Any, ema: float) -> dict[str, Method]:
   """Adam, and each form of SPD with each kind of anchor; firm is form 1."""
 
   def firm(**options: Any) -> optax.GradientTransformation:
-    return optax.chain(spd.projection_decay(anchor, 10.0, margin=0.1, **options), optax.adam(lr))
+    return optax.chain(spd.projection_decay(anchor, **comparison.FIRM, **options), optax.adam(lr))
 
   return {
     'Adam': Method(optax.adam(lr)),
@@ -117,7 +117,11 @@ def compare(args: argparse.Namespace, checkpoint: str, bar: Any) -> dict[str, An
   for name, method in methods(args.lr, anchor, args.anchor_ema).items():
     progress = bar.add_task(name, total=len(TASKS) * args.steps)
     moving = method.reanchored or method.follows
-    with comparison.audit_log(args.out / 'audit', name, moving_anchor=moving) as record:
+    settings = comparison.settings(name, args.lr)
+    settings |= {'anchor_ema': args.anchor_ema} if method.follows else {}
+    with comparison.audit_log(
+      args.out / 'audit', name, settings, captured=False, moving_anchor=moving
+    ) as record:
       courses[name] = learn(
         model, method, tasks, tests, lambda n, p=progress: bar.advance(p, n), record
       )

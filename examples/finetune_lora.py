@@ -173,9 +173,11 @@ def lora_methods(lr: float, adapters: Any) -> dict[str, optax.GradientTransforma
   adam = optax.adam(lr)
   methods = {'Adam': adam}
   for name, anchor in {'0': 0, 'A₀, B₀': None, '0 for B': zero_for_b(adapters)}.items():
-    firm = spd.projection_decay(anchor, 10.0, margin=0.1)
-    methods[f'SPD, exact, anchor {name}'] = spd.adam_spd(lr, anchor)
-    methods[f'SPD, chain, anchor {name}'] = optax.chain(spd.projection_decay(anchor), adam)
+    gentle, firm = (
+      spd.projection_decay(anchor, **own) for own in (comparison.GENTLE, comparison.FIRM)
+    )
+    methods[f'SPD, exact, anchor {name}'] = spd.adam_spd(lr, anchor, **comparison.EXACT)
+    methods[f'SPD, chain, anchor {name}'] = optax.chain(gentle, adam)
     methods[f'SPD, chain, firm, anchor {name}'] = optax.chain(firm, adam)
   return methods
 
@@ -193,8 +195,10 @@ def all_methods(lr: float) -> dict[str, optax.GradientTransformation]:
   return {
     'Adam': adam,
     'Adam, frozen embedding': frozen(adam),
-    'SPD, exact, frozen embedding': frozen(spd.adam_spd(lr)),
-    'SPD, chain, frozen embedding': frozen(optax.chain(spd.projection_decay(), adam)),
+    'SPD, exact, frozen embedding': frozen(spd.adam_spd(lr, **comparison.EXACT)),
+    'SPD, chain, frozen embedding': frozen(
+      optax.chain(spd.projection_decay(**comparison.GENTLE), adam)
+    ),
   }
 
 
@@ -236,14 +240,26 @@ def compare(args: argparse.Namespace, model: ViT, bar: Any) -> dict[str, compari
   adapters = trained(with_adapters(model, args.rank), nnx.LoRAParam)
   # WiSE-FT is then halfway from W to W + A B: B halved, A kept.
   parts = (
-    (adapters, lora_methods(args.lr, adapters.start), zero_for_b(adapters.start)),
-    (weights, all_methods(args.lr), weights.start),
+    (adapters, lora_methods(args.lr, adapters.start), zero_for_b(adapters.start), None),
+    (weights, all_methods(args.lr), weights.start, True),
   )
   results = {}
-  for prefix, (part, methods, anchor) in zip(PARTS, parts, strict=True):
+  for prefix, (part, methods, anchor, captured) in zip(PARTS, parts, strict=True):
     score = functools.partial(evaluate, part, optax.tree.norm(weights.start), tests)
     audit = args.out / 'audit' / prefix.rstrip(': ').replace(' ', '_')
-    rows = comparison.run(methods, part.loss, part.start, anchor, data, order, score, bar, audit)
+    rows = comparison.run(
+      methods,
+      part.loss,
+      part.start,
+      anchor,
+      data,
+      order,
+      score,
+      bar,
+      audit,
+      args.lr,
+      captured,
+    )
     for name, row in rows.items():
       stored = anchor_bytes(methods[name], part.start) if name in methods else {}
       results[name if name == 'pre-trained' else prefix + name] = row | stored

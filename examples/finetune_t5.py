@@ -245,6 +245,7 @@ def compare(args: argparse.Namespace, checkpoint: str) -> dict[str, Any]:
       evaluate_and_keep,
       bar,
       args.out / 'audit',
+      args.lr,
     )
   kept = dict(zip(results, rows, strict=True))  # a row is evaluated once, in this order
   show_generated(model, tokenizer, {name: kept[name] for name in SHOWN}, [new, old])

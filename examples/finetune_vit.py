@@ -145,6 +145,7 @@ def compare(args: argparse.Namespace, checkpoint: str, bar: Any) -> dict[str, An
     lambda params: evaluate(model, params, tests, args.style),
     bar,
     args.out / 'audit',
+    args.lr,
   )
 
 

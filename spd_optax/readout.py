@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from spd_optax import checks, trees
+from spd_optax import trees
 from spd_optax.fingerprints import is_dropped
 from spd_optax.step import PER_LAYER, ProjectionDecayState
 
@@ -68,8 +68,9 @@ def states_in(opt_state: Any, name: str) -> States:
   found = {'': states[0]} if len(states) == 1 else _by_path(opt_state)
   if not found:
     raise TypeError(
-      f'{name}: expected the state of an optimizer with projection_decay, '
-      f'with_projection_decay or adam_spd in it, found {checks.kind_of(opt_state)}'
+      f'{name}: expected the state of an optimizer with projection_decay, with_projection_decay '
+      f'or adam_spd in it, found {type(opt_state).__name__} without one (of an nnx.Optimizer pass '
+      'optimizer.opt_state)'
     )
   for path, state in found.items():
     _check(name, f'opt_state{path}', state)
@@ -158,6 +159,11 @@ def anchor_of(state: ProjectionDecayState) -> trees.Flat:
   return trees.flatten(state.anchor, is_dropped)
 
 
+def sizes(found: Layout) -> list[int]:
+  """How many values each state has."""
+  return [sum(math.prod(shape) for _, shape in layers) for layers in found]
+
+
 def updates(states: States) -> int:
   """Updates so far; of several states, of the one with the most."""
   return max(int(_unboxed(state.count)) for state in states.values())
@@ -197,26 +203,30 @@ def begin(states: States, extra: Sequence[Any] = ()) -> Reading:
 def values_of(found: Layout, reading: Reading) -> Values:
   """What `begin` began to read of states of this layout."""
   (held, whole, real), extra = finish(reading)
-  sizes, order = _order(found)
+  order = _order(found)
   updates, steps = np.split(whole, [len(found)])
   ratio, distance = np.split(real, 2)
   return Values(
-    np.repeat(updates, sizes), held[order], ratio[order], distance[order], steps[order], extra
+    np.repeat(updates, sizes(found)),
+    held[order],
+    ratio[order],
+    distance[order],
+    steps[order],
+    extra,
   )
 
 
 @functools.lru_cache(maxsize=64)
-def _order(found: Layout) -> tuple[list[int], np.ndarray]:
-  """How many values each state has, and where those of each slot stand among the sorted."""
-  sizes, order, begin = [], [np.zeros(0, int)], 0
+def _order(found: Layout) -> np.ndarray:
+  """Where the values of each slot stand among the sorted."""
+  order, begin = [np.zeros(0, int)], 0
   for layers in found:
     at = {}
     for name, shape in layers:
       at[name] = np.arange(begin, begin + math.prod(shape))
       begin += math.prod(shape)
     order += [at[name] for name in _natural(tuple(at))]
-    sizes.append(sum(map(len, at.values())))
-  return sizes, np.concatenate(order)
+  return np.concatenate(order)
 
 
 def start(arrays: Sequence[Any], extra: Sequence[Any] = ()) -> Reading:

@@ -1,6 +1,5 @@
 """What SPD has done to each layer, as records and as scalars for a tracker."""
 
-import math
 import re
 from typing import Any, NamedTuple
 
@@ -24,7 +23,8 @@ class LayerRecord(NamedTuple):
       `ratio` > 0, too.
     ratio: as in `ProjectionDecayState`.
     distance: ‖θ − θ_0‖ before the last update.
-    relative_distance: distance / ‖θ_0‖; None where ‖θ_0‖ is 0 or not known.
+    relative_distance: distance / ‖θ_0‖, NaN where the distance is; None where there is nothing to
+      be relative to: ‖θ_0‖ is 0, NaN or not known.
     steps_held: updates so far with a true condition.
     share_held: `steps_held` per update; 0 before the first.
   """
@@ -86,7 +86,7 @@ def layer_report(
       condition=bool(values.condition[i]),
       ratio=float(values.ratio[i]),
       distance=float(values.distance[i]),
-      relative_distance=None if math.isnan(far[i]) else far[i],
+      relative_distance=far[i] if norms[i] > 0 else None,
       steps_held=int(values.constrained[i]),
       share_held=float(share),
     )
@@ -106,7 +106,7 @@ def scalars(
   - ``held``: the share of the layers with a true condition at the last update; ``held_share``:
     of layers and updates so far.
   - ``distance``: ‖θ − θ_0‖ over all layers; ``relative_distance``: over those whose ‖θ_0‖
-    is known, divided by it.
+    is known, divided by it, if it is not 0.
   - ``NAME/held``, ``NAME/ratio``, ``NAME/distance``, ``NAME/relative_distance``,
     ``NAME/held_share``: those of each layer; without the relative distance where it is None.
     'layers/kernel[3]' is spelled 'layers/kernel/3', as TensorBoard takes no brackets.
@@ -139,8 +139,9 @@ def scalars(
     'held': _mean(values.condition),
     'held_share': _mean(shares(values)),
     'distance': float(np.linalg.norm(values.distance)),
-    'relative_distance': float(overall(values.distance, norms)),
   }
+  if np.any(norms > 0):
+    whole['relative_distance'] = float(overall(values.distance, norms))
   columns = {
     'held': values.condition,
     'held_share': shares(values),
@@ -150,14 +151,11 @@ def scalars(
   }
   lists = {key: column.astype(float).tolist() for key, column in columns.items()}
   for i, slot in enumerate(readout.slots(states)):
-    name = re.sub(r"[\[\]'()]+", '/', slot.name).strip('/')
-    whole |= {f'{name}/{key}': column[i] for key, column in lists.items()}
+    name = re.sub(r"[][/'()]+[.]?", '/', slot.name).strip('/')
+    keys = [key for key in lists if key != 'relative_distance' or norms[i] > 0]
+    whole |= {f'{name}/{key}': lists[key][i] for key in keys}
   start = f'{prefix}/' if prefix else ''
-  return {
-    start + key: value
-    for key, value in whole.items()
-    if not (key.endswith('relative_distance') and math.isnan(value))
-  }
+  return {start + key: value for key, value in whole.items()}
 
 
 def _mean(values: np.ndarray) -> float:

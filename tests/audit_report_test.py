@@ -1,48 +1,19 @@
-"""python -m spd_optax.audit: tables, pictures and a page, and a clear refusal of anything else."""
+"""Reports of audit logs: tables and pictures that say what the logs say."""
 
-import html.parser
 import itertools
 import json
 import re
-import shutil
-import subprocess
-import sys
 import time
 
 import matplotlib.image
 import numpy as np
 import pytest
+from audited import made_up, names, run
 
 import spd_optax as spd
 from spd_optax import audit
-from spd_optax.audit import __main__ as command
 from spd_optax.audit import pictures, reading, series, tables
 from spd_optax.step import ProjectionDecayState
-
-
-def names(count):
-  """Layers as a transformer has them."""
-  parts = ('attention/query/kernel', 'attention/query/bias', 'mlp/kernel', 'mlp/bias')
-  found = [f'encoder/layer/{i}/{part}' for i in range(count // 4) for part in parts]
-  return [*found, *(f'head/{i}' for i in range(count - len(found)))]
-
-
-def write(path, layers, steps=30, seed=0, **facts):
-  """A log of states that were made up: layer i is held with a probability that grows with i."""
-  rng = np.random.default_rng(seed)
-  anchor = {name: np.full(4, i % 3, np.float32) for i, name in enumerate(layers)}
-  constrained = np.zeros(len(layers), np.int32)
-  facts = {'transform': 'adam_spd', 'hyperparameters': {'lr': 1e-3}, 'source': 'x', **facts}
-  with spd.AuditLog(path, **facts) as log:
-    for step in range(1, steps + 1):
-      held = rng.random(len(layers)) < np.linspace(0, 0.9, len(layers)) * (step > 1)
-      constrained = constrained + held
-      far = np.linspace(0.5, 2, len(layers), dtype=np.float32) * np.sqrt(np.float32(step - 1))
-      columns = held, rng.random(len(layers), np.float32), far, constrained.astype(np.int32)
-      named = [dict(zip(layers, column, strict=True)) for column in columns]
-      metrics = {'loss': 1 / step} | ({'OOD accuracy': 0.9 - step / 100} if step % 5 == 0 else {})
-      log.record(step, ProjectionDecayState(np.int32(step), anchor, *named), metrics)
-  return path
 
 
 @pytest.fixture(scope='module')
@@ -50,7 +21,7 @@ def logs(tmp_path_factory):
   """Two runs of 12 layers, and two of 400."""
   folder = tmp_path_factory.mktemp('logs')
   return {
-    f'{run}{count}': write(folder / f'{run}{count}.jsonl', names(count), seed=seed)
+    f'{run}{count}': made_up(folder / f'{run}{count}.jsonl', names(count), seed=seed)
     for count in (12, 400)
     for seed, run in enumerate('ab')
   }
@@ -59,11 +30,6 @@ def logs(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch):
   monkeypatch.setenv('COLUMNS', '200')
-
-
-def run(*arguments):
-  """Runs the command in this process."""
-  return command.main([str(argument) for argument in arguments])
 
 
 def test_report_prints_every_layer_of_a_small_model_and_writes_the_pictures(logs, tmp_path, capsys):
@@ -76,7 +42,7 @@ def test_report_prints_every_layer_of_a_small_model_and_writes_the_pictures(logs
   for picture in ('held', 'distance', 'relative_distance', 'metrics'):
     pixels = matplotlib.image.imread(tmp_path / f'{picture}.png')
     assert pixels.shape[0] > 300
-    assert len(np.unique(pixels[..., :3].reshape(-1, 3), axis=0)) > 20
+    assert len(np.unique(pixels[::7, ::7, :3].reshape(-1, 3), axis=0)) > 20
 
 
 def test_report_of_a_large_model_shows_blocks_and_with_all_every_layer(logs, tmp_path, capsys):
@@ -158,61 +124,6 @@ def test_a_layer_whose_distance_is_nan_or_zero_does_not_stop_the_report(tmp_path
   assert 'not finite: layers a' in page
 
 
-class Page(html.parser.HTMLParser):
-  """Collects what a page refers to, and its text."""
-
-  def __init__(self, text):
-    super().__init__()
-    self.references, self.text, self.tags, self.images = [], '', [], []
-    self.feed(text)
-
-  def handle_starttag(self, tag, attrs):
-    self.tags.append(tag)
-    for name, value in attrs:
-      if name in ('src', 'href', 'srcset', 'data', 'action'):
-        self.references.append(value)
-
-  def handle_data(self, data):
-    self.text += data
-
-
-def test_the_page_needs_nothing_but_itself(logs, tmp_path):
-  # Would catch: a style sheet, script or picture from elsewhere.
-  page = tmp_path / 'page.html'
-  assert run('report', logs['a400'], '--out', tmp_path, '--html', page) == 0
-  parsed = Page(page.read_text())
-  assert len(parsed.references) == 4
-  assert all(x.startswith('data:image/png;base64,') for x in parsed.references)
-  assert not {'script', 'link', 'iframe'} & {*parsed.tags}
-  assert not re.search(r'https?://|url\(|@import', re.sub(r'base64,[^"]*', '', page.read_text()))
-  assert all(name in parsed.text for name in names(400))
-
-
-def test_what_a_log_says_cannot_steer_page_or_terminal(tmp_path, capsys):
-  # Would catch: markup or escape sequences in names that come from a file.
-  evil = '<script>alert(1)</script>\x1b[31m[bold]'
-  path = write(tmp_path / 'run.jsonl', [evil, 'b'], transform=evil, source=evil)
-  assert run('report', path, '--html', tmp_path / 'page.html') == 0
-  printed = capsys.readouterr().out
-  assert '\x1b' not in printed
-  assert '[bold]' in printed
-  parsed = Page((tmp_path / 'page.html').read_text())
-  assert 'script' not in parsed.tags
-  assert '<script>alert(1)</script>' in parsed.text
-
-
-@pytest.mark.skipif(
-  not any(map(shutil.which, ('chromium', 'google-chrome'))), reason='needs a browser'
-)
-def test_a_browser_shows_the_page(logs, tmp_path):
-  page = tmp_path / 'page.html'
-  assert run('report', logs['a12'], '--out', tmp_path, '--html', page) == 0
-  browser = next(filter(None, map(shutil.which, ('chromium', 'google-chrome'))))
-  options = ['--headless', '--no-sandbox', '--dump-dom', page.as_uri()]
-  found = subprocess.run([browser, *options], capture_output=True, text=True, timeout=120)
-  assert names(12)[0] in found.stdout
-
-
 @pytest.mark.parametrize('count', [12, 400])
 def test_compare_puts_two_runs_side_by_side(logs, count, tmp_path, capsys):
   a, b = logs[f'a{count}'], logs[f'b{count}']
@@ -231,7 +142,7 @@ def test_compare_puts_two_runs_side_by_side(logs, count, tmp_path, capsys):
 
 
 def test_compare_of_other_layers_leaves_gaps(logs, tmp_path):
-  other = write(tmp_path / 'other.jsonl', ['head/0', 'new'])
+  other = made_up(tmp_path / 'other.jsonl', ['head/0', 'new'])
   table = tables.compared(*(series.of_run(audit.read(path)) for path in (logs['a400'], other)))
   rows = {row[0]: row[1:] for row in table.rows}
   assert rows['new'][0] == '–'
@@ -239,98 +150,9 @@ def test_compare_of_other_layers_leaves_gaps(logs, tmp_path):
   assert run('compare', logs['a12'], other, '--out', tmp_path) == 0
 
 
-def test_verify_says_that_all_is_well_and_where_it_is_not(logs, capsys, tmp_path):
-  assert run('verify', logs['a12'], '--hash', audit.read(logs['a12']).hash) == 0
-  assert '30 records as they were written' in capsys.readouterr().out
-  assert run('verify', logs['a12'], '--hash', 64 * '0') == 1
-  assert 'the end was cut off' in capsys.readouterr().err
-  lines = logs['a12'].read_text().splitlines(keepends=True)
-  (tmp_path / 'edited.jsonl').write_text(''.join([*lines[:5], *lines[6:]]))
-  assert run('verify', tmp_path / 'edited.jsonl') == 1
-  assert 'line 6: does not continue the line before' in capsys.readouterr().err
-
-
-def test_a_torn_log_is_reported_with_a_status_of_its_own(logs, tmp_path, capsys):
-  # Would catch: a killed run that cannot be looked at, or that looks like a whole one.
-  torn = tmp_path / 'torn.jsonl'
-  torn.write_bytes(logs['a12'].read_bytes()[:-30])
-  before = torn.read_bytes()
-  for arguments in (['report', torn, '--out', tmp_path], ['verify', torn]):
-    assert run(*arguments) == command.TORN
-    captured = capsys.readouterr()
-    assert 'the last line is torn' in captured.err
-    assert '29' in captured.out
-  assert torn.read_bytes() == before
-
-
-NEWER = reading.seal({'format': reading.FORMAT, 'schema': 99}, '')[0]
-
-
-@pytest.mark.parametrize(
-  ('content', 'message'),
-  [
-    (b'', 'no audit log'),
-    (b'{"loss": 1}\n{"loss": 2}\n', 'no audit log'),
-    (b'\0' * 100, 'no audit log'),
-    (NEWER, 'has schema 99'),
-    (None, 'no such file'),
-    ('directory', 'a directory'),
-    ('header', 'no records yet'),
-    ('edited', 'line 2: its hash does not fit'),
-    ('middle', 'line 3'),
-  ],
-)
-@pytest.mark.parametrize('name', ['report', 'verify', 'compare'])
-def test_bad_input_is_a_message_and_a_status(logs, name, content, message, tmp_path, capsys):
-  # Would catch: a traceback, a report of half a run, or a status that scripts take for success.
-  path = tmp_path / 'bad.jsonl'
-  whole = logs['a12'].read_bytes()
-  match content:
-    case bytes():
-      path.write_bytes(content)
-    case 'directory':
-      path.mkdir()
-    case 'header':
-      path.write_bytes(whole.splitlines(keepends=True)[0])
-      if name == 'verify':
-        pytest.skip('a header alone is as it was written')
-    case 'edited':
-      path.write_bytes(whole.replace(b'"step":1,', b'"step":0,', 1))
-    case 'middle':
-      path.write_bytes(whole[:2000] + whole[3000:])
-      message = 'not as it was written'
-  arguments = [name, path, path] if name == 'compare' else [name, path]
-  assert run(*arguments) == 1
-  captured = capsys.readouterr()
-  assert message.lower() in captured.err.lower()
-  assert 'Traceback' not in captured.err
-  assert [entry.name for entry in tmp_path.iterdir()] in ([], ['bad.jsonl'])
-
-
-def test_an_output_that_cannot_be_written_is_a_message(logs, tmp_path, capsys):
-  (tmp_path / 'file').write_text('')
-  assert run('report', logs['a12'], '--out', tmp_path / 'file') == 1
-  assert 'error:' in capsys.readouterr().err
-  assert run('report', logs['a12'], '--out', tmp_path, '--html', tmp_path) == 1
-
-
-def test_the_module_runs_as_a_command_and_names_the_extra_it_needs(logs, tmp_path):
-  code = (
-    'import sys; sys.modules["matplotlib.figure"] = None; sys.argv[0] = "audit"; '
-    'from spd_optax.audit.__main__ import main; sys.exit(main())'
-  )
-  found = subprocess.run(
-    [sys.executable, '-c', code, 'report', str(logs['a12'])], capture_output=True, text=True
-  )
-  assert found.returncode == 1
-  assert "pip install 'spd_optax[audit]'" in found.stderr
-  module = [sys.executable, '-m', 'spd_optax.audit', 'verify', str(logs['a12'])]
-  assert subprocess.run(module, capture_output=True).returncode == 0
-
-
 def test_reading_does_not_slow_down_with_the_length_of_a_log(tmp_path):
   # Would catch: a reader whose time grows with the square of the records.
-  path = write(tmp_path / 'long.jsonl', names(200), steps=500)
+  path = made_up(tmp_path / 'long.jsonl', names(200), steps=500)
   begin = time.perf_counter()
   assert len(audit.read(path).records) == 500
   assert time.perf_counter() - begin < 5

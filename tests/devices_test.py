@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from stacks_test import FORMS, every_form
 
 import spd_optax as spd
+from spd_optax import audit
 
 # Blocks and experts are stacked layers: each block is split over devices, whole experts
 # are dealt out to them. The head is one layer of three leaves, each split in its own way.
@@ -203,7 +204,10 @@ def test_one_all_reduce_is_all_communication(make, mapped):
 
 
 def test_two_processes(tmp_path):
-  """Catches whatever needs all shards at hand, such as a copy by way of the host."""
+  """Catches whatever needs all shards at hand, such as a copy by way of the host.
+
+  And an audit log that is touched off process 0, or that falls out of step where it fails there.
+  """
   with socket.create_server(('127.0.0.1', 0)) as free:
     port = str(free.getsockname()[1])
   script = Path(__file__).with_name('two_processes.py')
@@ -230,3 +234,7 @@ def test_two_processes(tmp_path):
   found = dict(np.load(result))
   assert found.pop('fingerprint') == spd.fingerprint(ANCHOR)
   assert_close(list(found.values()), expected)
+  run = audit.verify(tmp_path / 'audit' / 'run.jsonl')
+  assert [record.step for record in run.records] == [1, 2]
+  assert run.header['anchor']['fingerprint'] == spd.fingerprint(ANCHOR)
+  np.testing.assert_allclose(run.norms, np.linalg.norm(ANCHOR), rtol=1e-6)

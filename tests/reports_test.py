@@ -1,5 +1,6 @@
 """layer_report and scalars: what they find in any optimizer state, and how little it costs."""
 
+import re
 import subprocess
 import sys
 from unittest import mock
@@ -11,7 +12,7 @@ import optax
 import pytest
 
 import spd_optax as spd
-from spd_optax import readout
+from spd_optax import norms, readout
 
 PARAMS = {
   'body': {'kernel': jnp.full((3, 2, 5), 2.0), 'bias': jnp.zeros((3, 5))},
@@ -128,7 +129,9 @@ def test_two_states_over_the_same_layers_have_names_of_their_own():
   tx = optax.chain(spd.projection_decay(), sgd())
   records = spd.layer_report(train(tx))
   assert len({record.name for record in records}) == len(records) == 6
-  assert len(spd.scalars(train(tx))) > 6 * 4
+  found = spd.scalars(train(tx))
+  assert len(found) > 6 * 4
+  assert not [key for key in found if re.search(r"//|[][()']", key)]  # catches 'state/0//kernel'
 
 
 def test_the_boxes_of_nnx_are_opened():
@@ -137,6 +140,9 @@ def test_the_boxes_of_nnx_are_opened():
   optimizer = nnx.Optimizer(model, sgd(), wrt=nnx.Param)
   optimizer.update(model, nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 4)))))(model))
   assert [record.name for record in spd.layer_report(optimizer.opt_state)] == ['bias', 'kernel']
+  with pytest.raises(TypeError, match=r'found State without one \(of an nnx.Optimizer') as error:
+    spd.layer_report(nnx.state(optimizer))  # catches a dump of the state in the message
+  assert len(str(error.value)) < 250
 
 
 def test_names_come_in_natural_order_whatever_the_order_in_the_state():
@@ -173,6 +179,44 @@ def test_a_dropped_or_zero_anchor_leaves_the_relative_distance_out():
     assert {record.relative_distance for record in records} == {None}
     assert {record.path for record in records} == {'body/bias', 'body/kernel', 'head/kernel'}
     assert not any(key.endswith('relative_distance') for key in spd.scalars(state))
+
+
+def test_a_distance_that_is_not_a_number_is_none_only_where_nothing_is_relative_to_it():
+  # Would catch: None, as for a zero anchor, where the run has diverged.
+  own = train(sgd(), turns=(1.0,)).projection_decay
+  own = own._replace(distance={name: jnp.float32(np.nan) for name in own.distance})
+  far = {record.name: record.relative_distance for record in spd.layer_report(own)}
+  assert far.pop('body/bias') is None  # its anchor is 0
+  assert np.isnan(list(far.values())).all()
+  found = spd.scalars(own)
+  assert np.isnan(found['spd/relative_distance'])
+  assert np.isnan(found['spd/head/kernel/relative_distance'])
+  assert 'spd/body/bias/relative_distance' not in found
+
+
+def test_an_anchor_of_zero_counts_like_zeros_that_are_stored():
+  # Would catch: a relative distance over all layers that leaves out those whose anchor is `0`.
+  zeros = {'body': PARAMS['body'], 'head': {'kernel': 0}}
+  stored = {'body': PARAMS['body'], 'head': {'kernel': jnp.zeros((5, 4))}}
+  first, second = (spd.scalars(train(sgd(anchor=anchor))) for anchor in (zeros, stored))
+  assert first == second
+
+
+def test_the_norms_of_an_anchor_are_taken_once():
+  # Would catch: a copy of the model read in every call, and norms of an array that is gone.
+  own = train(sgd(), turns=(1.0,)).projection_decay
+  first = spd.layer_report(own)
+  with mock.patch.object(norms, '_sum_of_squares') as read:
+    assert spd.layer_report(own) == first
+    spd.scalars(own)
+  assert not read.called
+  known = len(norms._KNOWN)
+  twice = own._replace(anchor=jax.tree.map(lambda x: 2 * x, own.anchor))
+  for one, other in zip(first, spd.layer_report(twice), strict=True):
+    assert (one.relative_distance or 0) == pytest.approx(2 * (other.relative_distance or 0))
+  assert len(norms._KNOWN) == known + 3
+  del twice
+  assert len(norms._KNOWN) == known
 
 
 def test_scalars_are_floats_and_add_up():

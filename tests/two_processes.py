@@ -1,6 +1,8 @@
 """One of the two processes of devices_test: two_processes.py PORT RESULT ID."""
 
 import sys
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,8 +34,10 @@ def resumed(result: str) -> str:
   params = jax.make_array_from_callback(ANCHOR.shape, sharding, lambda at: ANCHOR[at])
   tx = spd.adam_spd(1e-3)
   state = jax.jit(tx.init)(params)
-  for _ in range(3):
-    _, state = jax.jit(tx.update)(params, state, params)
+  with audit_log(Path(result)) as log:
+    for step in range(3):
+      _, state = jax.jit(tx.update)(params, state, params)
+      logged(log, step, state)
   ocp.save(f'{result}.run', spd.drop_anchor(state))
 
   slim = jax.jit(lambda params: spd.drop_anchor(tx.init(params)))
@@ -47,6 +51,28 @@ def resumed(result: str) -> str:
   _, state = jax.jit(tx.update)(params, state, params)
   assert int(state.projection_decay.count) == 4
   return spd.fingerprint(state.projection_decay.anchor)
+
+
+def audit_log(result: Path) -> Any:
+  """A log that only process 0 can write: elsewhere its path does not exist."""
+  import spd_optax as spd
+
+  folder = result.with_name('audit')
+  if jax.process_index() == 0:
+    folder.mkdir()
+    log = spd.AuditLog(folder / 'run.jsonl', transform='adam_spd', captured=True)
+    folder.rmdir()  # so that the first record fails on process 0
+    return log
+  return spd.AuditLog(folder / 'nowhere' / 'run.jsonl', transform='adam_spd', captured=True)
+
+
+def logged(log: Any, step: int, state: Any) -> None:
+  """Records a step; where that fails on process 0 it goes on, in step with the other."""
+  try:
+    log.record(step, state)
+  except FileNotFoundError:
+    assert (jax.process_index(), step) == (0, 0)
+    log.path.parent.mkdir()
 
 
 if __name__ == '__main__':

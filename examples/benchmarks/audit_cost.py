@@ -26,7 +26,7 @@ import reporting
 import spd_optax as spd
 import training
 from benchmarks import methods, step_time, training_step
-from spd_optax.audit import reading
+from spd_optax.audit import lines, reading
 
 PLAIN, LOGGED = 'form 2', 'form 2, every step logged'
 
@@ -77,16 +77,23 @@ def long_log(path: Path, records: int, layers: int) -> None:
   """Writes a log of states that were made up."""
   rng = np.random.default_rng(0)
   header = {
-    'format': reading.FORMAT,
-    'schema': reading.SCHEMA,
+    'format': lines.FORMAT,
+    'schema': lines.SCHEMA,
     **dict.fromkeys(('started', 'transform'), ''),
     'versions': {},
     'hyperparameters': {},
-    'anchor': {'fingerprint': '', 'source': 'made up', 'moving': False, 'norms': [1.0] * layers},
+    'anchor': {
+      'fingerprint': '',
+      'source': 'made up',
+      'captured': False,
+      'moving': False,
+      'norms': [1.0] * layers,
+    },
+    'states': [layers],
     'layers': [f'encoder/layer/{i // 16}/leaf_{i % 16}/kernel' for i in range(layers)],
   }
   constrained, distance = np.zeros(layers, int), np.zeros(layers)
-  line, digest = reading.seal(header, '')
+  line, digest = lines.seal(header, '')
   with path.open('wb') as file:
     file.write(line)
     for step in range(1, records + 1):
@@ -95,14 +102,14 @@ def long_log(path: Path, records: int, layers: int) -> None:
       fields = {
         'step': step,
         'time': float(step),
-        'updates': step,
+        'updates': [step],
         'held': held.astype(int).tolist(),
-        'ratio': reading.numbers(rng.random(layers)),
-        'distance': reading.numbers(distance),
+        'ratio': lines.numbers(rng.random(layers)),
+        'distance': lines.numbers(distance),
         'steps': constrained.tolist(),
         'metrics': {'loss': 1 / step, 'accuracy': 1 - 1 / step},
       }
-      line, digest = reading.seal(fields, digest)
+      line, digest = lines.seal(fields, digest)
       file.write(line)
 
 

@@ -7,8 +7,9 @@ that command.
 """
 
 from spd_optax.audit.advice import Advice, AuditWarning, advise
+from spd_optax.audit.lines import AuditFileError
 from spd_optax.audit.log import AuditLog
-from spd_optax.audit.reading import AuditFileError, Record, Run, read, verify
+from spd_optax.audit.reading import Record, Run, read, verify
 
 __all__ = [
   'Advice',

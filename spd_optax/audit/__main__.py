@@ -18,7 +18,8 @@ from typing import Any
 
 from spd_optax.audit import reading, series, tables
 from spd_optax.audit.advice import PATIENCE, advise
-from spd_optax.audit.reading import AuditFileError, Run
+from spd_optax.audit.lines import AuditFileError
+from spd_optax.audit.reading import Run
 from spd_optax.audit.tables import Table
 
 TORN = 3

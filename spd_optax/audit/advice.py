@@ -1,14 +1,19 @@
 """Warnings that a person can act on, found in the records of a run."""
 
+import inspect
+import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
+from spd_optax.audit import reading
+from spd_optax.audit.lines import Fields
 from spd_optax.audit.reading import Record, Run
 
 PATIENCE = 100  # updates
+KEPT = 16  # records within so many updates
 ALWAYS = 0.99  # the share of layers and updates that counts as all
 GROWTH = 1.1  # by how much a distance grows that should not
 ROUNDED = 0.01  # how far, relative to the anchor, a narrower anchor_dtype rounds at most
@@ -18,6 +23,14 @@ FIRST = 10  # updates
 
 class AuditWarning(UserWarning):
   """A warning of `AuditLog` about the run that it logs."""
+
+
+def warn(message: str) -> None:
+  """An `AuditWarning` for the first line up the stack that is not the library's."""
+  depth, frame = 1, inspect.currentframe()
+  while frame is not None and frame.f_globals.get('__name__', '').startswith('spd_optax.'):
+    depth, frame = depth + 1, frame.f_back
+  warnings.warn(message, AuditWarning, stacklevel=depth)
 
 
 class Advice(NamedTuple):
@@ -38,27 +51,29 @@ class Watcher:
   """Looks at record after record, and gives each advice once.
 
   Args:
-    layers: their names.
-    norms: ‖θ_0‖ for each layer, NaN where not known.
-    captured: whether the anchor is said to be where training started.
+    header: of the log: the layers, and what is known of their anchor.
     patience: updates after which to say that something never, or always, happens.
   """
 
-  def __init__(
-    self, layers: Sequence[str], norms: np.ndarray, captured: bool, patience: int = PATIENCE
-  ):
-    self.layers, self.norms, self.captured, self.patience = layers, norms, captured, patience
-    self.recent: deque[Record] = deque()
+  def __init__(self, header: Fields, patience: int = PATIENCE):
+    self.layers: list[str] = header['layers']
+    self.norms = reading.norms_of(header)
+    source, captured = header['anchor']['source'], header['anchor']['captured']
+    self.expects_start = source is None if captured is None else captured
+    self.patience = patience
+    self.kept: deque[Record] = deque()  # some 16, however large `patience` is
     self.given: set[str] = set()
     self.first = True
 
   def see(self, record: Record) -> list[Advice]:
     """What is to be said for the first time after this record."""
-    while self.recent and self.recent[-1].updates >= record.updates:
-      self.recent.pop()  # a resumed run went back
-    self.recent.append(record)
-    while len(self.recent) > 2 and self.recent[1].updates <= record.updates - self.patience:
-      self.recent.popleft()
+    now = age(record)
+    while self.kept and age(self.kept[-1]) > now:
+      self.kept.pop()  # a resumed run went back
+    if not self.kept or now - age(self.kept[-1]) >= max(self.patience // KEPT, 1):
+      self.kept.append(record)
+    while len(self.kept) > 1 and age(self.kept[1]) <= now - self.patience:
+      self.kept.popleft()
     found = [
       Advice(code, record.step, message)
       for code, check in CHECKS.items()
@@ -68,10 +83,13 @@ class Watcher:
     self.first = False
     return found
 
-  def base(self, record: Record) -> Record | None:
-    """The last record that is at least `patience` updates old."""
-    first = self.recent[0]
-    return first if first.updates <= record.updates - self.patience else None
+  def held_since(self, record: Record) -> tuple[Record, np.ndarray] | None:
+    """A record at least `patience` updates old, and the share of the updates held since then."""
+    base = self.kept[0]
+    if age(base) > age(record) - self.patience:
+      return None
+    updates = record.updates - base.updates
+    return base, (record.steps - base.steps) / np.maximum(updates, 1)
 
   def named(self, which: np.ndarray) -> str:
     """'block/kernel, block/bias and 7 more'."""
@@ -80,12 +98,17 @@ class Watcher:
     return ', '.join(names[:4]) + more
 
 
+def age(record: Record) -> int:
+  """Updates so far; of several states, of the one with the fewest."""
+  return int(record.updates.min()) if len(record.updates) else 0
+
+
 def never_held(watcher: Watcher, record: Record) -> str | None:
   """No condition was ever true."""
-  if record.updates < watcher.patience or record.steps.any():
+  if age(record) < watcher.patience or record.steps.any():
     return None
   return (
-    f'SPD has not constrained any layer in {record.updates} updates; until it does this run equals '
+    f'SPD has not constrained any layer in {age(record)} updates; until it does this run equals '
     'its inner optimizer. That is right while every gradient keeps pointing away from the anchor. '
     'Look at the learning rate (too small to overshoot, or 0 in a warm-up), the momentum (none) '
     'and the noise of the gradients (full batches have none); a margin holds layers earlier.'
@@ -94,16 +117,16 @@ def never_held(watcher: Watcher, record: Record) -> str | None:
 
 def always_held(watcher: Watcher, record: Record) -> str | None:
   """Every condition was true at every update."""
-  base = watcher.base(record)
-  if base is None or not len(record.steps):
+  found = watcher.held_since(record)
+  if found is None or not len(record.steps):
     return None
-  updates = record.updates - base.updates
-  share = float(np.mean((record.steps - base.steps) / updates))
-  if share < ALWAYS:
+  base, share = found
+  if np.mean(share) < ALWAYS:
     return None
   return (
-    f'SPD constrained {100 * share:.0f} % of the layers in the last {updates} updates: it is no '
-    'longer selective, and the model hardly adapts. Look at the margin (too large), the anchor '
+    f'SPD constrained {100 * np.mean(share):.0f} % of the layers in the last '
+    f'{age(record) - age(base)} updates: it is no longer selective, and the model hardly adapts. '
+    'Look at the margin (too large), the anchor '
     '(not where training started, so that every gradient points back to it), the sign of the loss, '
     'and the order of the chain (projection_decay belongs before the optimizer).'
   )
@@ -111,10 +134,11 @@ def always_held(watcher: Watcher, record: Record) -> str | None:
 
 def not_at_start(watcher: Watcher, record: Record) -> str | None:
   """A captured anchor is far away right after the capture."""
-  if not (watcher.captured and watcher.first and 0 < record.updates <= FIRST):
+  updates = int(record.updates.max(initial=0))
+  if not (watcher.expects_start and watcher.first and 0 < updates <= FIRST):
     return None
-  known = np.isfinite(watcher.norms)
-  if record.updates == 1:
+  known = watcher.norms > 0
+  if updates == 1:
     moved = known & (record.distance > ROUNDED * watcher.norms)
     far = watcher.named(moved) if moved.any() else None
   else:
@@ -123,19 +147,20 @@ def not_at_start(watcher: Watcher, record: Record) -> str | None:
   if far is None:
     return None
   return (
-    f'the anchor is not where training started, although it was captured: after {record.updates} '
-    f'update(s) the params are away from it already ({far}). It is the params at the first update '
-    'of this optimizer state. Load the checkpoint before that update, or pass the anchor; '
-    'spd.reanchor(opt_state, params) makes the current params the anchor.'
+    f'the anchor is not where training started: after {updates} update(s) the params are away '
+    f'from it already ({far}). A captured anchor is the params at the first update of this '
+    'optimizer state: load the checkpoint before that update, or pass the anchor; '
+    'spd.reanchor(opt_state, params) makes the current params the anchor. If it was passed, and is '
+    'meant to be elsewhere, say AuditLog(captured=False).'
   )
 
 
 def growing(watcher: Watcher, record: Record) -> str | None:
   """Layers that are held all the time go away all the same."""
-  base = watcher.base(record)
-  if base is None:
+  found = watcher.held_since(record)
+  if found is None:
     return None
-  share = (record.steps - base.steps) / (record.updates - base.updates)
+  base, share = found
   grown = record.distance > GROWTH * base.distance
   away = (share >= ALWAYS) & grown & (base.distance > 0)
   if not away.any():
@@ -175,5 +200,5 @@ CHECKS: dict[str, Callable[[Watcher, Record], str | None]] = {
 
 def advise(run: Run, patience: int = PATIENCE) -> list[Advice]:
   """All that is to be said about a run, in the order in which it was found."""
-  watcher = Watcher(run.layers, run.norms, run.header['anchor']['source'] is None, patience)
+  watcher = Watcher(run.header, patience)
   return [advice for record in run.records for advice in watcher.see(record)]

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import importlib
 import json
+import os
 import platform
 import stat
 from collections.abc import Mapping
@@ -15,32 +16,51 @@ import numpy as np
 
 from spd_optax import checks, trees
 from spd_optax.audit import reading
-from spd_optax.audit.reading import Fields
+from spd_optax.audit.lines import Fields
 
 VERSIONS_OF = ('jax', 'jaxlib', 'optax', 'numpy', 'spd_optax')
 
 
-def as_json(hyperparameters: Mapping[str, Any]) -> Fields:
-  """The hyperparameters as they come back from the file.
+def described(
+  transform: Any, hyperparameters: Any, source: Any, captured: Any, moving: Any
+) -> tuple[Fields, Fields]:
+  """What the header says of the transformation, and of its anchor, in the user's words.
 
   Raises:
-    TypeError: naming all that JSON cannot hold.
+    TypeError: naming everything that is not of the right type, or that JSON cannot hold.
   """
-  found, problems = {}, []
-  for name, value in hyperparameters.items():
+  source = os.fspath(source) if isinstance(source, os.PathLike) else source
+  expected = (
+    ('transform', transform, 'a string', isinstance(transform, str)),
+    ('source', source, 'a string, a path or None', isinstance(source, str | None)),
+    ('captured', captured, 'True, False or None', isinstance(captured, bool | None)),
+    ('moving_anchor', moving, 'True or False', isinstance(moving, bool)),
+    ('hyperparameters', hyperparameters, 'a dict', isinstance(hyperparameters, Mapping | None)),
+  )
+  problems = [
+    f'{name}: expected {what}, found {checks.kind_of(value)}'
+    for name, value, what, is_right in expected
+    if not is_right
+  ]
+  found: Fields = {}
+  items = hyperparameters.items() if isinstance(hyperparameters, Mapping) else ()
+  for name, value in items:
     try:
-      found[str(name)] = json.loads(json.dumps(value, default=_plain, allow_nan=False))
-    except (TypeError, ValueError):
-      problems.append(f'{name}: {checks.kind_of(value)}')
+      found[name] = json.loads(json.dumps({name: value}, default=_plain, allow_nan=False))[name]
+    except (TypeError, ValueError, KeyError):  # of a name that is no string
+      problems.append(
+        f'hyperparameters {name!r}: expected a finite number, a string, None, or a list or dict of '
+        f'them, by a name; found {checks.kind_of(value)} (describe a function in words)'
+      )
   if problems:
-    raise TypeError(
-      'AuditLog: each of the hyperparameters must be a finite number, a string, None, or a list or '
-      'dict of them (describe a schedule or a function in words):\n  ' + '\n  '.join(problems)
-    )
-  return found
+    raise TypeError('AuditLog:\n  ' + '\n  '.join(problems))
+  facts = {'transform': transform, 'hyperparameters': found}
+  return facts, {'source': source, 'captured': captured, 'moving': moving}
 
 
 def _plain(value: Any) -> Any:
+  if isinstance(value, os.PathLike):
+    return os.fspath(value)
   if hasattr(value, 'tolist'):
     return value.tolist()
   raise TypeError
@@ -68,9 +88,9 @@ def checked_metrics(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def compare(path: Path, in_file: Fields, now: Fields) -> None:
   """Raises a ValueError that lists all facts of the headers that differ."""
-  pairs = {name: (in_file.get(name), now[name]) for name in ('transform', 'hyperparameters')}
-  names = ('source', 'moving') if now['anchor']['moving'] else ('source', 'moving', 'fingerprint')
-  pairs |= {f'anchor {x}': (in_file['anchor'].get(x), now['anchor'][x]) for x in names}
+  pairs = {name: (in_file[name], now[name]) for name in ('transform', 'hyperparameters', 'states')}
+  names = ['source', 'captured', 'moving', *([] if now['anchor']['moving'] else ['fingerprint'])]
+  pairs |= {f'anchor {x}': (in_file['anchor'][x], now['anchor'][x]) for x in names}
   problems = [f'{name}: {a!r} in the file, {b!r} now' for name, (a, b) in pairs.items() if a != b]
   before, after = set(in_file['layers']), set(now['layers'])
   problems += [f'layer {name}: only in the file' for name in sorted(before - after)]
@@ -111,7 +131,8 @@ def lock(file: int, path: Path) -> None:
   except BlockingIOError as error:
     raise BlockingIOError(
       errno.EWOULDBLOCK,
-      'an AuditLog is open on this file: close() it, or pass another path',
+      'an AuditLog, of this process or another, has this file open: call its close(), or use it '
+      'in a `with` block, which closes it; or pass another path',
       str(path),
     ) from error
   except (ImportError, OSError):

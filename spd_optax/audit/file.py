@@ -3,12 +3,11 @@
 import contextlib
 import errno
 import os
-import warnings
 from pathlib import Path
 
-from spd_optax.audit import facts, reading
-from spd_optax.audit.advice import AuditWarning
-from spd_optax.audit.reading import Fields
+from spd_optax.audit import facts, lines, reading
+from spd_optax.audit.advice import warn
+from spd_optax.audit.lines import Fields
 
 
 class AuditFile:
@@ -18,11 +17,11 @@ class AuditFile:
     path: of a regular file, or of none.
     header: what the first line says, or should.
     fsync: whether to wait after each line until the disk has it.
-    depth: how far up the stack of a warning the user's line is.
 
   Attributes:
     hash: of the last line.
     resumed: whether the next record is the first after the file was opened again.
+    inherited: whether this process was forked from the one that opened the file.
 
   Raises:
     AuditFileError: if the file is no whole audit log.
@@ -30,10 +29,11 @@ class AuditFile:
     OSError: if it cannot be opened or written.
   """
 
-  def __init__(self, path: Path, header: Fields, fsync: bool, depth: int):
+  def __init__(self, path: Path, header: Fields, fsync: bool):
     facts.check_path(path)
     self.path, self._header, self._fsync = path, header, fsync
     self._size, self.hash, self.resumed = 0, '', False
+    self._owner = os.getpid()
     binary = getattr(os, 'O_BINARY', 0)  # Windows would write two bytes for a new line
     self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | binary, 0o666)
     try:
@@ -41,8 +41,9 @@ class AuditFile:
       if reading.read_header(path) is None:
         os.ftruncate(self._file, 0)  # of a header whose writer was killed
         self.append(header)
+        self._sync_directory()
       else:
-        self._continue(depth)
+        self._continue()
     except BaseException:
       self.close()
       raise
@@ -51,23 +52,35 @@ class AuditFile:
     """Bytes on the disk."""
     return os.fstat(self._file).st_size
 
+  @property
+  def inherited(self) -> bool:
+    return os.getpid() != self._owner
+
   def close(self) -> None:
-    facts.unlock(self._file)
+    if not self.inherited:  # the lock is one for all processes that were forked
+      facts.unlock(self._file)
     os.close(self._file)
 
-  def _continue(self, depth: int) -> None:
+  def _continue(self) -> None:
     """Goes on after the last whole line of the file."""
-    run = reading.read(self.path)
-    facts.compare(self.path, run.header, self._header)
-    if run.torn:
-      warnings.warn(
-        f'{self.path}: the last {run.torn} bytes are of a record whose writer was killed; they '
-        'are removed, and the log goes on after the last whole record',
-        AuditWarning,
-        stacklevel=depth,
+    header, found = reading.check_lines(self.path)
+    facts.compare(self.path, header, self._header)
+    if found.torn:
+      warn(
+        f'{self.path}: the last {found.torn} bytes are of a record whose writer was killed; they '
+        'are removed, and the log goes on after the last whole record'
       )
-      os.ftruncate(self._file, run.whole)
-    self._size, self.hash, self.resumed = run.whole, run.hash, True
+      os.ftruncate(self._file, found.whole)
+    self._size, self.hash, self.resumed = found.whole, found.hash, True
+
+  def _sync_directory(self) -> None:
+    """Without it a power failure may lose the name of a new file whose lines the disk has."""
+    if self._fsync and os.name == 'posix':  # elsewhere a directory cannot be opened
+      directory = os.open(self.path.parent, os.O_RDONLY)
+      try:
+        os.fsync(directory)
+      finally:
+        os.close(directory)
 
   def _synchronize(self) -> None:
     """Reads again after a write that was interrupted (Ctrl-C), or a change from outside."""
@@ -75,7 +88,7 @@ class AuditFile:
     if not found.st_nlink:
       raise FileNotFoundError(errno.ENOENT, 'the audit log was deleted', str(self.path))
     if found.st_size != self._size:
-      self._continue(6)
+      self._continue()
 
   def append(self, fields: Fields) -> None:
     """One write of a whole line; where it fails the file ends as before.
@@ -84,7 +97,7 @@ class AuditFile:
       OSError: if the disk is full, or the file was deleted.
     """
     self._synchronize()
-    line, digest = reading.seal(fields, self.hash)
+    line, digest = lines.seal(fields, self.hash)
     try:
       if os.write(self._file, line) < len(line):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

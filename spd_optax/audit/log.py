@@ -1,23 +1,22 @@
 """Writing an audit log: one sealed line per logged step, never half a line."""
 
-import atexit
 import datetime
 import operator
 import os
 import time
 import types
-import warnings
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax
 
 from spd_optax import norms, readout
-from spd_optax.audit import facts, reading
-from spd_optax.audit.advice import PATIENCE, AuditWarning, Watcher
-from spd_optax.audit.file import AuditFile
-from spd_optax.audit.reading import FORMAT, SCHEMA, Fields, Record
+from spd_optax.audit import facts, lines
+from spd_optax.audit.advice import PATIENCE
+from spd_optax.audit.lines import FORMAT, SCHEMA, Fields
+from spd_optax.audit.writer import Pending, Writer
 from spd_optax.layers import Group, StackAxis
 from spd_optax.readout import States
 
@@ -44,15 +43,24 @@ class AuditLog:
   ``python -m spd_optax.audit report run.jsonl`` shows the file. `spd_optax.audit.reading`
   describes the format.
 
-  With several processes call `record` in all of them; only process 0 writes.
+  The file is closed by `close`, by the end of a `with` block, or when nothing refers to the log
+  any more, as where a cell of a notebook makes a new one. A forked process does not write.
+
+  With several processes make the log in all of them, after `jax.distributed.initialize`, and call
+  `record` and `close` in all. Only process 0 touches the path; what goes wrong with it, such as a
+  full disk, is raised there alone, after all communication of the call: a process 0 that catches
+  it stays in step with the others, and one that does not ends like after any other error.
 
   Args:
     path: the file; a new one, or one that an AuditLog has written.
     transform: what SPD was built with, as 'adam_spd'; free text.
     hyperparameters: its arguments and the optimizer's, as JSON can hold them: numbers,
       strings, None, lists and dicts of them.
-    source: where the anchor comes from, as 'google/vit-base-patch16'; free text. None says that it
-      was captured: the params at the first update.
+    source: where the anchor comes from, as 'google/vit-base-patch16': free text or a path. None:
+      not named.
+    captured: True says that the anchor is the params at the first update (`anchor=None`), False
+      that it was passed. None: not said; the state cannot tell, and a warning that training
+      does not start at the anchor is then given only where no `source` is named.
     moving_anchor: whether the anchor is meant to change (`anchor_ema`, `reanchor`). Then
       its fingerprint is not compared on reopening, and there are no relative distances.
     stack_axis: the transformation's own, and
@@ -62,7 +70,7 @@ class AuditLog:
       then loses nothing. It waits for the step, too.
 
   Raises:
-    TypeError: naming the hyperparameters that JSON cannot hold.
+    TypeError: naming every argument of another type, and what JSON cannot hold.
     AuditFileError: a ValueError, if the file there is no audit log, or of a newer schema.
     OSError: if `path` is a directory, or no regular file, or in a directory that does not exist.
 
@@ -88,25 +96,33 @@ class AuditLog:
     *,
     transform: str,
     hyperparameters: Mapping[str, Any] | None = None,
-    source: str | None = None,
+    source: str | os.PathLike[str] | None = None,
+    captured: bool | None = None,
     moving_anchor: bool = False,
     stack_axis: StackAxis = None,
     group: Group = None,
     patience: int = PATIENCE,
     fsync: bool = False,
   ):
-    self.path = Path(path)
-    self._facts = {'transform': transform, 'hyperparameters': facts.as_json(hyperparameters or {})}
-    self._anchor = {'source': source, 'moving': moving_anchor}
+    self.path = Path(path).absolute()  # whatever becomes the working directory later
+    self._facts, self._anchor = facts.described(
+      transform, hyperparameters, source, captured, moving_anchor
+    )
     self._stack_axis, self._group = stack_axis, group
-    self._patience, self._fsync = patience, fsync
-    self._file: AuditFile | None = None
     self._header: Fields | None = None
     self._layout: readout.Layout = ()
-    self._pending: _Pending | None = None
     self._last_step: int | None = None
-    self.hash = ''
-    facts.check_path(self.path)
+    self._fsync = fsync
+    self._writer = Writer(self.path, operator.index(patience), fsync)
+    weakref.finalize(self, self._writer.close).atexit = False  # the writer sees to that itself
+    self._writes = jax.process_index() == 0
+    if self._writes:
+      facts.check_path(self.path)
+
+  @property
+  def hash(self) -> str:
+    """The hash of the last line written; '' before the first record and off process 0."""
+    return self._writer.hash
 
   def record(self, step: int, opt_state: Any, metrics: Mapping[str, Any] | None = None) -> None:
     """Appends one record.
@@ -123,19 +139,23 @@ class AuditLog:
         differs, if the layers have changed or the file is the log of another run.
       OSError: if the disk is full, or another process writes the file. The file then ends with
         the last whole record.
+      RuntimeError: in a process that was forked from the one that opened the file.
     """
+    self._writer.check_owner()
     states = readout.states_in(opt_state, 'AuditLog.record(step, opt_state)')
     metrics = facts.checked_metrics(metrics or {})
     step = operator.index(step)
     if self._last_step is not None and step <= self._last_step:
       raise ValueError(f'AuditLog.record: step {step} after step {self._last_step}')
-    self._prepare(states)
+    header = self._header_of(states)
     now = readout.begin(states, list(metrics.values()))
-    self._write(3)  # may fail, or be interrupted: the record before stays until it is written
-    self._pending = _Pending(step, round(time.time(), 3), tuple(metrics), now)
+    # All communication is done: what fails below may do so on process 0 alone.
+    if self._writes:
+      when = round(time.time(), 3)
+      self._writer.put(header, Pending(step, when, tuple(metrics), self._layout, now))
     self._last_step = step
     if self._fsync:
-      self._write(3)
+      self._writer.write()
 
   def flush(self) -> None:
     """Writes the last record now.
@@ -143,7 +163,7 @@ class AuditLog:
     Raises:
       OSError: see `record`.
     """
-    self._write(3)
+    self._writer.write()
 
   def close(self) -> None:
     """Writes the last record and closes the file; the next record would open it again.
@@ -151,16 +171,8 @@ class AuditLog:
     Raises:
       OSError: see `record`.
     """
-    self._close(4)
-
-  def _close(self, depth: int) -> None:
-    try:
-      self._write(depth)
-    finally:
-      atexit.unregister(self.close)
-      if self._file is not None:
-        self._file.close()
-      self._file = self._header = None
+    self._header = None
+    self._writer.close()
 
   def __enter__(self) -> Self:
     return self
@@ -171,9 +183,9 @@ class AuditLog:
     error: BaseException | None,
     trace: types.TracebackType | None,
   ) -> None:
-    self._close(4)
+    self.close()
 
-  def _prepare(self, states: States) -> None:
+  def _header_of(self, states: States) -> Fields:
     """Before a record: the header, or a check that it still holds."""
     layout = readout.layout(states)
     if self._header is None:
@@ -182,22 +194,16 @@ class AuditLog:
           'AuditLog.record: record after the first update; before it the anchor may not be the '
           'one that is captured, and there is nothing to log'
         )
-      header = self._header_now(states)
-      if jax.process_index() == 0:
-        self._file = AuditFile(self.path, header, self._fsync, 5)
-        atexit.register(self.close)
-      self._header, self._layout = header, layout
-      captured = self._anchor['source'] is None
-      sizes = reading.norms_of(header)
-      self._watcher = Watcher(header['layers'], sizes, captured, self._patience)
+      self._header, self._layout = self._header_now(states), layout
     elif layout != self._layout:
       raise ValueError('AuditLog.record: the layers are not those of the first record')
+    return self._header
 
   def _header_now(self, states: States) -> Fields:
     moving = self._anchor['moving']
-    layers = [slot.name for slot in readout.slots(states)]
+    slots = readout.slots(states)
     sizes = norms.anchor_norms(states, self._stack_axis, self._group)
-    known = [None if moving or not isinstance(x, float) else x for x in reading.numbers(sizes)]
+    known = [None if moving or not isinstance(x, float) else x for x in lines.numbers(sizes)]
     return {
       'format': FORMAT,
       'schema': SCHEMA,
@@ -205,60 +211,6 @@ class AuditLog:
       'versions': facts.versions(),
       **self._facts,
       'anchor': {'fingerprint': norms.fingerprint(states), **self._anchor, 'norms': known},
-      'layers': layers,
+      'layers': [slot.name for slot in slots],
+      'states': [n for n in readout.sizes(readout.layout(states)) if n],
     }
-
-  def _write(self, depth: int) -> None:
-    """Writes the pending record, and says what is to be said about it."""
-    if self._pending is None or self._file is None:
-      return
-    pending, size = self._pending, self._file.size_now()
-    record = _record(pending, self._layout, self._file.resumed)
-    self._pending = None
-    try:
-      self._file.append(_fields(record))
-    except BaseException:  # a full disk, or an interrupt, perhaps behind the write
-      self._pending = pending if self._file.size_now() == size else None
-      raise
-    self.hash = self._file.hash
-    for advice in self._watcher.see(record):
-      warnings.warn(f'step {advice.step}: {advice.message}', AuditWarning, stacklevel=depth)
-
-
-class _Pending(NamedTuple):
-  """A record whose step may still be computed."""
-
-  step: int
-  time: float
-  metrics: tuple[str, ...]
-  reading: readout.Reading
-
-
-def _record(pending: _Pending, layout: readout.Layout, resumed: bool) -> Record:
-  values = readout.values_of(layout, pending.reading)
-  return Record(
-    step=pending.step,
-    time=pending.time,
-    updates=int(values.updates.max(initial=0)),
-    held=values.condition,
-    ratio=values.ratio,
-    distance=values.distance,
-    steps=values.constrained,
-    metrics={name: float(x) for name, x in zip(pending.metrics, values.extra, strict=True)},
-    resumed=resumed,
-  )
-
-
-def _fields(record: Record) -> Fields:
-  resumed = {'resumed': {'versions': facts.versions()}} if record.resumed else {}
-  return {
-    'step': record.step,
-    'time': record.time,
-    'updates': record.updates,
-    'held': record.held.astype(int).tolist(),
-    'ratio': reading.numbers(record.ratio),
-    'distance': reading.numbers(record.distance),
-    'steps': record.steps.tolist(),
-    'metrics': {name: reading.number(value) for name, value in record.metrics.items()},
-    **resumed,
-  }

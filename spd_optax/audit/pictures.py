@@ -25,7 +25,7 @@ DPI = 120
 def held(runs: Sequence[Series]) -> Figure:
   """A heat map of layers × time: the share of the updates with a true condition."""
   count = max(len(series.layers) for series in runs)
-  figure = Figure(figsize=(10 + 5 * (len(runs) - 1), min(1.7 + 0.22 * count, 12)), dpi=DPI)
+  figure = Figure(figsize=(10 + 2 * (len(runs) - 1), min(1.7 + 0.22 * count, 12)), dpi=DPI)
   figure.set_layout_engine('constrained')
   same = all(series.layers == runs[0].layers for series in runs)
   row = figure.subplots(1, len(runs), squeeze=False)[0]
@@ -35,6 +35,7 @@ def held(runs: Sequence[Series]) -> Figure:
       steps, np.arange(len(series.layers) + 1), shares.T, vmin=0, vmax=1, cmap='viridis'
     )
     image.set_rasterized(True)
+    axes.set_facecolor('0.85')  # where a layer had no update
     axes.invert_yaxis()
     _name_layers(axes, series.layers, shown=i == 0 or not same)
     axes.set(xlabel='step', title=f'{printable(series.name)}: updates held')
@@ -145,5 +146,5 @@ def _panels(series: Series) -> dict[str, Curve]:
   """Curves by name, those of the library first."""
   steps, shares = over_time.held_between(series, COLUMNS)
   name, far = over_time.overall(series)
-  share = 100 * np.mean(shares, axis=1)
+  share = 100 * np.ma.masked_invalid(shares).mean(axis=1).filled(np.nan)
   return {'layers held, %': (steps[1:], share), name: far, **series.metrics}

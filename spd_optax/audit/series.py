@@ -20,7 +20,8 @@ class Series(NamedTuple):
     name: of the run, for titles.
     layers: L names.
     norms: float[L], ‖θ_0‖; NaN where not known.
-    step, updates: int[T].
+    step: int[T].
+    updates: int[T, L], of the state that the layer is in.
     held: bool[L], the condition at the last record.
     ratio: float[L], at the last record.
     constrained: int[T, L], updates so far with a true condition.
@@ -42,18 +43,18 @@ class Series(NamedTuple):
 
 def of_run(run: Run, name: str | None = None) -> Series:
   """The records of a run, without those that it went through again."""
-  records, layers = run.current(), len(run.layers)
+  records, shape = run.current(), (-1, len(run.layers))
   last = records[-1] if records else None
   return Series(
     name=run.path.stem if name is None else name,
     layers=run.layers,
     norms=run.norms,
     step=np.array([record.step for record in records], int),
-    updates=np.array([record.updates for record in records], int),
-    held=np.zeros(layers, bool) if last is None else last.held,
-    ratio=np.zeros(layers) if last is None else last.ratio,
-    constrained=np.array([r.steps for r in records], np.int32).reshape(len(records), layers),
-    distance=np.array([r.distance for r in records], np.float32).reshape(len(records), layers),
+    updates=np.array([record.updates for record in records], np.int32).reshape(shape),
+    held=np.zeros(len(run.layers), bool) if last is None else last.held,
+    ratio=np.zeros(len(run.layers)) if last is None else last.ratio,
+    constrained=np.array([record.steps for record in records], np.int32).reshape(shape),
+    distance=np.array([record.distance for record in records], np.float32).reshape(shape),
     metrics=_metrics(records),
   )
 
@@ -82,10 +83,10 @@ def overall(series: Series) -> tuple[str, Curve]:
 
 
 def shares(series: Series) -> np.ndarray:
-  """float[L]: the share of all updates so far with a true condition; 0 before the first."""
+  """float[L]: the share of its updates so far with a true condition; 0 before the first."""
   if not len(series.step):
     return np.zeros(len(series.layers))
-  found: np.ndarray = series.constrained[-1] / max(int(series.updates[-1]), 1)
+  found: np.ndarray = series.constrained[-1] / np.maximum(series.updates[-1], 1)
   return found
 
 
@@ -94,13 +95,13 @@ def held_between(series: Series, most: int) -> tuple[np.ndarray, np.ndarray]:
 
   Returns:
     The steps at the edges, int[n + 1], and the shares, float[n, L]; NaN where the updates do not
-    increase (a run that went on with a new optimizer state).
+    increase (between two of `optax.MultiSteps`, or where a run went on with a new state).
   """
   at = thinned(len(series.step), most + 1)
   if len(at) == 1:
     step = int(series.step[0])
     return np.array([step - 1, step]), shares(series)[None]
-  updates = np.diff(series.updates[at])[:, None]
+  updates = np.diff(series.updates[at], axis=0)
   steps = np.diff(series.constrained[at], axis=0)
   good = updates > 0
   return series.step[at], np.where(good, steps, np.nan) / np.where(good, updates, 1)

@@ -8,6 +8,7 @@ import numpy as np
 
 from spd_optax import reports
 from spd_optax.audit import series as over_time
+from spd_optax.audit.lines import Fields
 from spd_optax.audit.reading import Run
 from spd_optax.audit.series import Series
 
@@ -24,13 +25,13 @@ def facts(run: Run) -> Table:
   """What the header says, and how much was logged."""
   header, records = run.header, run.records
   anchor = header['anchor']
-  source = anchor['source'] or 'captured: the params at the first update'
   steps = f'{records[0].step} to {records[-1].step}' if records else 'none'
   resumed = [str(record.step) for record in records if record.resumed]
   rows = [
     ['transform', header['transform']],
     ['hyperparameters', json.dumps(header['hyperparameters'], ensure_ascii=False)[1:-1] or '–'],
-    ['anchor', source + (' (moving)' if anchor['moving'] else '')],
+    ['anchor', _anchor(anchor, run.norms)],
+    ['its source', 'not named' if anchor['source'] is None else anchor['source']],
     ['fingerprint', anchor['fingerprint']],
     ['started', header['started']],
     ['versions', ', '.join(f'{name} {v}' for name, v in header['versions'].items())],
@@ -41,6 +42,18 @@ def facts(run: Run) -> Table:
   rows += [['resumed at step', ', '.join(resumed)]] if resumed else []
   rows += [['torn', torn(run)]] if run.torn else []
   return Table(run.path.name, ['', ''], [[printable(cell) for cell in row] for row in rows])
+
+
+def _anchor(anchor: Fields, norms: np.ndarray) -> str:
+  """Where the anchor is, by what the user said and the norms show."""
+  said = {True: 'captured: the params at the first update', False: 'passed', None: ''}
+  zero = np.count_nonzero(norms == 0)
+  parts = [
+    said[anchor['captured']],
+    '' if not zero else 'zero' if zero == len(norms) else f'zero in {zero} of {len(norms)} layers',
+    'moving' if anchor['moving'] else '',
+  ]
+  return '; '.join(filter(None, parts)) or 'not said whether captured or passed'
 
 
 def torn(run: Run) -> str:

@@ -1,0 +1,202 @@
+"""Files that are not as a log was written, or are of another run, are refused and left alone."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from audited import FACTS, PARAMS, states, write
+
+import spd_optax as spd
+from spd_optax import audit
+from spd_optax.audit import lines, reading
+
+
+@pytest.fixture
+def path(tmp_path):
+  return tmp_path / 'run.jsonl'
+
+
+def edited(lines):
+  return [*lines[:2], lines[2].replace(b'"step":1', b'"step":9'), *lines[3:]]
+
+
+@pytest.mark.parametrize(
+  ('change', 'problem'),
+  [
+    (edited, 'line 3: its hash does not fit'),
+    (lambda lines: [*lines[:2], *lines[3:]], 'line 3: does not continue the line before'),
+    (lambda lines: [*lines[:2], lines[3], lines[2], *lines[4:]], 'line 4: does not continue'),
+    (lambda lines: [*lines[:2], b'{"step":1}\n', *lines[2:]], 'line 3: has no hash'),
+    (lambda lines: [*lines[:2], lines[2][9:], *lines[3:]], 'line 3: its hash does not fit'),
+    (lambda lines: [*lines[:-1], lines[-1].replace(b'loss', b'Loss')], 'line 6: its hash'),
+    (lambda lines: [lines[0].replace(b'ones', b'twos'), *lines[1:]], 'line 1: its hash'),
+  ],
+)
+def test_an_edited_or_missing_line_is_found_and_nothing_is_appended(path, change, problem):
+  # Would catch: a chain that only looks at the line before, or a damaged log that goes on.
+  lines = write(path).read_bytes().splitlines(keepends=True)
+  damaged = b''.join(change(lines))
+  path.write_bytes(damaged)
+  with pytest.raises(audit.AuditFileError, match=problem):
+    audit.verify(path)
+  (*_, state) = states(6)
+  with pytest.raises(audit.AuditFileError, match=problem):
+    spd.AuditLog(path, **{**FACTS, 'source': 'ones'}).record(5, state)
+  assert path.read_bytes() == damaged
+
+
+def test_all_problems_are_named_at_once(path):
+  lines = write(path).read_bytes().splitlines(keepends=True)
+  path.write_bytes(b''.join([*edited(lines)[:4], *lines[5:]]))
+  with pytest.raises(audit.AuditFileError) as error:
+    audit.read(path)
+  assert 'line 3' in str(error.value)
+  assert 'line 5' in str(error.value)
+
+
+def test_an_end_that_was_cut_off_is_found_by_a_hash_kept_elsewhere(path):
+  with spd.AuditLog(path, **FACTS) as log:
+    for step, state in enumerate(states(3)):
+      log.record(step, state)
+  assert audit.verify(path, log.hash).hash == log.hash
+  path.write_bytes(b''.join(path.read_bytes().splitlines(keepends=True)[:-1]))
+  audit.verify(path)
+  with pytest.raises(audit.AuditFileError, match='the end was cut off'):
+    audit.verify(path, log.hash)
+
+
+@pytest.mark.parametrize(
+  ('content', 'problem'),
+  [
+    (b'{"a": 1}\n', 'no audit log'),
+    (b'\x89PNG\r\n\x1a\n' + b'\0' * 30, 'no audit log'),
+    (b'hello', 'no audit log'),
+    (b'[1]\n', 'no audit log'),
+    (lines.seal({'format': lines.FORMAT, 'schema': 2}, '')[0], 'has schema 2'),
+    (
+      lines.seal({'format': lines.FORMAT, 'schema': 1}, '')[0],
+      'states: expected a list of numbers of layers, found nothing',
+    ),
+  ],
+)
+def test_a_foreign_or_newer_file_is_refused_before_training(path, content, problem):
+  # Would catch: a log that is appended to somebody's data.
+  path.write_bytes(content)
+  with pytest.raises(audit.AuditFileError, match=problem):
+    spd.AuditLog(path, **FACTS)
+  with pytest.raises(audit.AuditFileError, match=problem):
+    audit.read(path)
+  assert path.read_bytes() == content
+
+
+def test_a_path_that_is_no_file_is_refused_before_training(tmp_path):
+  with pytest.raises(IsADirectoryError, match='pass a file'):
+    spd.AuditLog(tmp_path, **FACTS)
+  with pytest.raises(FileNotFoundError, match='no such directory'):
+    spd.AuditLog(tmp_path / 'nowhere' / 'run.jsonl', **FACTS)
+  with pytest.raises(OSError, match='not a regular file'):
+    spd.AuditLog('/dev/full', **FACTS)
+  with pytest.raises(audit.AuditFileError, match='a directory'):
+    audit.read(tmp_path)
+
+
+def test_a_log_of_another_run_is_refused_naming_all_differences(path):
+  # Would catch: two runs in one file.
+  whole = write(path).read_bytes()
+  params = {'kernel': jnp.zeros((2, 3)), 'new': jnp.zeros(3)}
+  (state,) = states(1, params=params)
+  log = spd.AuditLog(path, transform='adam_spd', hyperparameters={'lr': 0.2}, source='zeros')
+  with pytest.raises(ValueError, match='the log of another run') as error:
+    log.record(5, state)
+  for part in ('transform:', 'hyperparameters:', 'anchor source:', 'anchor fingerprint:'):
+    assert part in str(error.value)
+  assert 'layer bias: only in the file' in str(error.value)
+  assert 'layer new: only now' in str(error.value)
+  assert path.read_bytes() == whole
+
+
+def test_an_anchor_that_is_meant_to_move_may_be_another_on_reopening(path):
+  write(path, moving_anchor=True)
+  (*_, state) = states(6)
+  with spd.AuditLog(path, **FACTS, moving_anchor=True) as log:
+    log.record(5, spd.reanchor(state, {**PARAMS, 'bias': jnp.ones(3)}))
+  assert np.isnan(audit.verify(path).norms).all()
+
+
+def sealed_anew(path, change):
+  """The first line with other fields and a hash that fits, as a forger would write it."""
+  header, *rest = path.read_text().splitlines(keepends=True)
+  fields = json.loads(header)
+  change(fields)
+  del fields['previous'], fields['hash']
+  path.write_bytes(lines.seal(fields, '')[0] + ''.join(rest).encode())
+
+
+@pytest.mark.parametrize(
+  ('name', 'value'),
+  [
+    ('schema', '1'),
+    ('started', None),
+    ('versions', {'jax': 1}),
+    ('transform', 3),
+    ('hyperparameters', []),
+    ('anchor', 5),
+    ('layers', 'kernel'),
+    ('layers', [1, 2]),
+    ('states', [1]),
+    ('states', [True, True]),
+    ('anchor.norms', 5),
+    ('anchor.norms', [1.0]),
+    ('anchor.norms', ['1', 2]),
+    ('anchor.moving', 0),
+    ('anchor.captured', 'yes'),
+    ('anchor.source', 1),
+    ('anchor.fingerprint', None),
+  ],
+)
+def test_every_field_of_the_header_is_checked_by_name(path, name, value):
+  # Would catch: a bare TypeError somewhere behind the reader.
+  write(path, 2)
+
+  def change(fields):
+    (fields['anchor'] if '.' in name else fields)[name.rpartition('.')[2]] = value
+
+  sealed_anew(path, change)
+  with pytest.raises(audit.AuditFileError, match=rf'line 1: .*\n(.*\n)*?  {name}: '):
+    audit.read(path)
+  with pytest.raises(audit.AuditFileError, match=f'{name}: '):
+    spd.AuditLog(path, **FACTS)
+
+
+def test_all_that_is_wrong_with_a_header_is_named_at_once(path):
+  write(path, 1)
+  sealed_anew(path, lambda fields: [fields.pop('layers'), fields['anchor'].pop('norms')])
+  with pytest.raises(audit.AuditFileError) as error:
+    audit.read(path)
+  assert 'layers: expected a list of names, found nothing' in str(error.value)
+  assert 'anchor.norms: expected a list of numbers and nulls, found nothing' in str(error.value)
+
+
+def test_a_foreign_file_without_lines_is_not_read_whole(path):
+  # Would catch: gigabytes in memory of a file that is one line.
+  with path.open('wb') as file:
+    file.truncate(2**40)  # sparse
+  with pytest.raises(audit.AuditFileError, match='no audit log'):
+    audit.read(path)
+
+
+def test_reopening_parses_and_keeps_no_record(path, monkeypatch):
+  # Would catch: a restart that takes as long as a report, and as much memory as the log.
+  write(path, 3)
+  (*_, state) = states(4)
+
+  def refuse(*_):
+    raise AssertionError
+
+  monkeypatch.setattr(reading, '_record', refuse)
+  log = spd.AuditLog(path, **FACTS)
+  log.record(3, state)
+  log.close()
+  monkeypatch.undo()
+  assert len(audit.verify(path).records) == 4

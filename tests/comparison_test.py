@@ -1,0 +1,67 @@
+"""What the examples share: the optimizers that they compare, and what the audit logs say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import comparison
+import spd_optax as spd
+from spd_optax import audit
+
+PARAMS, ANCHOR = {'w': jnp.ones(3)}, {'w': jnp.zeros(3)}
+
+
+def course(tx):
+  """The updates of two steps, of which the second is to be held by either form."""
+  state, params, found = tx.init(PARAMS), PARAMS, []
+  step = jax.jit(tx.update)
+  for gradient in (-1.0, 0.1):
+    updates, state = step(jax.tree.map(lambda p, g=gradient: g * p, PARAMS), state, params)
+    params = optax.apply_updates(params, updates)
+    found.append(updates['w'])
+  return np.array(found)
+
+
+def test_the_settings_that_are_logged_are_those_of_the_optimizer():
+  # Would catch: a log that says another strength, or none.
+  courses = {}
+  for name, optimizer in comparison.methods(0.1, ANCHOR).items():
+    settings = comparison.settings(name, 0.1)
+    if 'SPD' not in name:
+      assert settings == {}
+      continue
+    lr = settings.pop('learning_rate')
+    if 'exact' in name:
+      expected = spd.adam_spd(lr, ANCHOR, **settings)
+    else:
+      expected = optax.chain(spd.projection_decay(ANCHOR, **settings), optax.adam(lr))
+    courses[name] = course(optimizer)
+    np.testing.assert_array_equal(courses[name], course(expected))
+  assert len({values.tobytes() for values in courses.values()}) == len(courses) == 3
+
+
+def test_settings_are_known_for_the_methods_of_every_example():
+  # Would catch: a new method whose log has no hyperparameters.
+  firm, exact = {'strength': 10.0, 'margin': 0.1}, {'strength': 1.0}
+  for name, expected in {
+    'SPD, chain, firm, anchor 0': firm,
+    'SPD, chain, anchor 0': {'strength': 0.3},
+    'SPD, firm, following': firm,
+    'SPD, exact, frozen embedding': exact,
+  }.items():
+    assert comparison.settings(name, 0.1) == {'learning_rate': 0.1, **expected}
+
+
+def test_a_log_of_an_example_has_them_and_is_begun_anew(tmp_path):
+  # Would catch: a second run of an example that goes on with the log of the first.
+  tx = spd.adam_spd(1e-3, ANCHOR)
+  _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+  for _ in range(2):
+    with comparison.audit_log(tmp_path, 'SPD, exact', {'strength': 1.0}, captured=False) as record:
+      record(1, state)
+      record(2, optax.adam(1e-3).init(PARAMS))  # has no SPD
+  run = audit.verify(tmp_path / 'SPD_exact.jsonl')
+  assert len(run.records) == 1
+  assert run.header['hyperparameters'] == {'strength': 1.0}
+  assert run.header['anchor']['captured'] is False
