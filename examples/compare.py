@@ -30,7 +30,7 @@ import numpy as np
 import reporting
 import spd_optax as spd
 from suite import cache, choice, classifiers, jobs, pictures, tables, text
-from suite.methods import METHODS, RATES
+from suite.methods import ALPHAS, METHODS, RATES
 from suite.tasks import Params, Task
 
 # The slowest first, so that no core waits for another at the end.
@@ -67,11 +67,12 @@ def run_task(name: str, args: argparse.Namespace) -> Result:
   """All methods on one task, as far as they are not in the cache."""
   task = scaled(TASKS[name](), args.quick)
   start_from = foundation(name, task, args)
-  settings = {
+  common = {
     'seeds': args.seeds,
     'rates': args.rates,
     'steps': task.steps,
     'pretrain_steps': task.pretrain_steps,
+    'alphas': ALPHAS,
   }
   before = jobs.measure(task, start_from, np.arange(args.seeds), args.seeds)
   records = []
@@ -79,9 +80,7 @@ def run_task(name: str, args: argparse.Namespace) -> Result:
     start = time.perf_counter()
     records += cache.records(
       args.out / 'cache' / name / f'{i:02} {title}.json',
-      cache.digest(
-        TASKS[name], method.optimizer, settings=method.settings, rate=method.rate, **settings
-      ),
+      cache.digest(TASKS[name], method.optimizer, method=method[1:], **common),
       lambda: jobs.run(task, title, method, args.rates, start_from, args.seeds, task.steps),  # noqa: B023
     )
     print(f'{name}: {title}, {time.perf_counter() - start:.0f} s', flush=True)

@@ -1,34 +1,67 @@
 """Results of jobs on disk: what is done is not done again, unless what it depends on changed."""
 
+import functools
 import hashlib
 import importlib
 import inspect
 import json
+import platform
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from flax import serialization
 
+import comparison
 import digits
+import finetune_t5
 import prose
 import training
 from suite import adapters, classifiers, jobs, models, tasks, text
 
-SHARED = (adapters, classifiers, digits, jobs, models, prose, tasks, text, training)
+SHARED = (
+  *(adapters, classifiers, comparison, digits, finetune_t5),
+  *(jobs, models, prose, tasks, text, training),
+)
 LIBRARY = ('anchors', 'baselines', 'formulas', 'layers', 'projection_decay', 'step', 'trees')
+VERSIONS = ('flax', 'jax', 'optax', 'scikit-learn', 'transformers')
 
 
 def digest(*functions: Callable[..., Any], **settings: Any) -> str:
-  """A hash of settings, of these functions' code, and of the code that all jobs share.
+  """A hash of settings, of these functions' code, and of all that every job depends on.
 
-  Comments and docstrings do not count.
+  With a function counts what it calls in its own module, or has in its closure. Comments and
+  docstrings do not count. The texts to learn come with Python, so that its version does.
   """
-  library = [importlib.import_module(f'spd_optax.{name}') for name in LIBRARY]
-  sources = [prose.bare(inspect.getsource(module)) for module in (*SHARED, *library)]
-  sources += [inspect.getsource(function) for function in functions]
+  sources = [*shared(), *(bare(each) for function in functions for each in calls(function))]
   text = json.dumps([sources, settings], sort_keys=True, default=str)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def shared() -> tuple[str, ...]:
+  """The modules and versions that every job depends on."""
+  library = [importlib.import_module(f'spd_optax.{name}') for name in LIBRARY]
+  versions = [platform.python_version(), *map(metadata.version, VERSIONS)]
+  return (*(bare(module) for module in (*SHARED, *library)), *versions)
+
+
+def bare(code: Any) -> str:
+  """The source of a module or function, without comments and docstrings."""
+  return prose.bare(textwrap.dedent(inspect.getsource(code)))
+
+
+def calls(function: Callable[..., Any]) -> list[Callable[..., Any]]:
+  """The function, and those of its module that it names, and those that these name."""
+  found = [function]
+  for each in found:
+    named = inspect.getclosurevars(each)
+    for other in (*named.nonlocals.values(), *named.globals.values()):
+      if inspect.isfunction(other) and other.__module__ == function.__module__:
+        found += [] if other in found else [other]
+  return found
 
 
 def records(path: Path, key: str, make: Callable[[], Sequence[Mapping[str, Any]]]) -> list[Any]:
