@@ -48,7 +48,8 @@ def rows():
 
 
 ROWS = list(rows())
-NAMES = [f'{row.function}-{row.argument}-{row.mistake}' for row in ROWS]
+# Without the addresses of functions, in which the workers of pytest-xdist differ.
+NAMES = [re.sub(r' at 0x\w+', '', f'{row.function}-{row.argument}-{row.mistake}') for row in ROWS]
 
 
 @pytest.mark.parametrize('row', ROWS, ids=NAMES)
