@@ -1,0 +1,138 @@
+"""What examples/compare.py chooses, tests, tabulates and draws, against hand-made cases."""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from suite import choice, pictures, tables
+
+
+def record(method: str, values: Any, setting: Any = None, rate: float = 1e-3) -> dict[str, Any]:
+  """A configuration whose scores are (validation, id, ood), each a list over seeds."""
+  scores = dict(zip(('validation', 'id', 'ood'), values, strict=True))
+  moved = {'sets': {'old': list(values[2])}, 'moved': [1.0] * len(values[0])}
+  return {'method': method, 'setting': setting or {}, 'rate': rate} | scores | moved
+
+
+# Choice.
+
+
+def test_validation_alone_chooses() -> None:
+  """Catches a choice that has seen test scores; of equals the first is taken."""
+  one = record('a', ([80, 82], [10, 10], [10, 10]))
+  other = record('a', ([80, 81], [99, 99], [99, 99]))
+  assert choice.by_validation([other, one, one | {'rate': 7}]) is one
+  assert choice.by_oracle([one, other]) is other
+
+
+def test_a_default_has_one_setting_and_the_best_rate_for_it() -> None:
+  """Catches a default that is swept, and a rate chosen for another setting."""
+  default, firm = {'strength': 0.3}, {'strength': 3.0}
+  records = [
+    record('SPD', ([50], [1], [1]), default, 1e-3),
+    record('SPD', ([60], [2], [2]), default, 1e-2),
+    record('SPD', ([70], [3], [3]), firm, 1e-3),
+    record('Adam', ([40], [4], [4])),
+  ]
+  found = choice.chosen(records, {'SPD': default})
+  assert {name: each['id'] for name, each in found.items()} == {
+    'SPD': [3],
+    'SPD, default': [2],
+    'Adam': [4],
+  }
+
+
+def test_holm_by_hand() -> None:
+  """Catches Bonferroni's factors, corrected p that fall again, and p above 1."""
+  np.testing.assert_allclose(choice.holm([0.04, 0.01, 0.03]), [0.06, 0.03, 0.06])
+  np.testing.assert_allclose(choice.holm([0.9, 0.5]), [1, 1])
+
+
+def test_ranks_and_their_tests_by_hand() -> None:
+  """Catches ranks that begin with the worst, and tests over methods instead of tasks."""
+  np.testing.assert_array_equal(
+    choice.ranks(np.array([[3, 1, 3], [1, 2, 3]])), [[1.5, 3, 1.5], [3, 2, 1]]
+  )
+  # Rank sums 11, 8, 5: the statistic is 12/(4·3·4) (121 + 64 + 25) − 3·4·4 = 4.5, of χ²(2).
+  values = np.array([[3, 2, 1], [3, 1, 2], [3, 2, 1], [2, 3, 1]])
+  assert choice.friedman(values) == pytest.approx(math.exp(-4.5 / 2))
+  # Five wins out of five: 2 of 32 sign patterns are as extreme; Holm doubles it. No difference: 1.
+  peer = np.array([5.0, 6, 7, 8, 9])
+  values = np.stack([peer, peer + np.arange(1, 6), peer], axis=1)
+  assert choice.against(values, ['Adam', 'b', 'c'], 'Adam') == {'b': 0.125, 'c': 1.0}
+
+
+def test_a_diverged_run_scores_0() -> None:
+  """Catches NaN that wins a choice or is written, and chance level for weights that are NaN."""
+  nan = math.nan
+  diverged = record('SGD', ([nan, 80], [nan, 70], [nan, 60]), rate=1e-2)
+  silent = record('SGD', ([10, 80], [10, 70], [10, 60])) | {'moved': [nan, 2.0]}
+  huge = record('SGD', ([10, 80], [10, 70], [10, 60])) | {'moved': [math.inf, 2.0]}
+  for each in (diverged, silent, huge):
+    found = choice.without_diverged(each)
+    assert [found[c] for c in ('validation', 'id', 'ood')] == [[0, 80], [0, 70], [0, 60]]
+    assert found['sets'] == {'old': [0, 60]}
+    assert found['moved'] == [None, each['moved'][1]]
+    json.dumps(found, allow_nan=False)
+  fine = record('SGD', ([45, 45], [1, 1], [1, 1]))
+  assert choice.without_diverged(fine) == fine
+  assert choice.by_validation([choice.without_diverged(diverged), fine]) is fine
+
+
+# Tables and pictures.
+
+DEFAULTS = {'SPD, chain': {'strength': 0.3}}
+
+
+def two_tasks() -> dict[str, list[dict[str, Any]]]:
+  """SPD is 2 better in distribution and 6 out of it on one task, 4 and 10 on the other."""
+  found = {}
+  for task, more in (('one', (2, 6)), ('two', (4, 10))):
+    found[task] = [record('Adam', ([70, 70], [80, 82], [50, 50]), rate=rate) for rate in (1, 2)]
+    for strength, up in ((0.3, 0), (3.0, 1)):
+      values = ([70 + up] * 2, [80 + up * more[0], 82 + up * more[0]], [50 + up * more[1]] * 2)
+      found[task] += [record('SPD, chain', values, {'strength': strength}, r) for r in (1, 2)]
+  return found
+
+
+def test_tables_say_what_the_records_do() -> None:
+  """Catches differences of the wrong sign, column or method, and rates that are mixed up."""
+  records = two_tasks()
+  best = {task: choice.chosen(found, DEFAULTS) for task, found in records.items()}
+  overall = tables.overall(best)
+  assert next(iter(overall)) == 'SPD, chain'
+  assert overall['SPD, chain']['ID − Adam'] == [2, 4]
+  assert overall['SPD, chain']['OOD − Adam'] == [6, 10]
+  assert overall['SPD, chain, default']['OOD − Adam'] == [0, 0]
+  assert overall['SPD, chain']['rank'] == [1, 1]
+  assert overall['Adam']['rank'] == [2.5, 2.5]
+  assert (overall['Adam']['ID'], overall['SPD, chain']['OOD']) == ('81.0', '58.0')
+
+  records['one'][0]['moved'] = [None, None]
+  row = tables.of_task(records['one'], DEFAULTS)
+  assert row['SPD, chain']['setting'] == 'λ = 3'
+  assert row['SPD, chain']['OOD'] == row['SPD, chain']['oracle OOD'] == [56, 56]
+  assert row['Adam']['moved'] == '–'
+
+  records['two'][1]['id'] = [90, 90]
+  assert tables.by_rate(records, {'Adam': {}})['Adam'] == {
+    'ID, 1': '81.0',
+    'ID, 2': '85.5',
+    'OOD, 1': '50.0',
+    'OOD, 2': '50.0',
+  }
+
+
+def test_pictures_are_drawn(tmp_path: Any) -> None:
+  """Catches a picture that fails where a task lacks a method, or is not written."""
+  records = two_tasks()
+  best = {task: choice.chosen(found, DEFAULTS) for task, found in records.items()}
+  before = {task: {'id': [30.0], 'ood': [70.0]} for task in records}
+  pictures.pareto(tmp_path / 'a.png', {t: t for t in records}, records, before, best)
+  names, values = choice.scores(best, choice.both)
+  pictures.ranks(tmp_path / 'b.png', names, choice.ranks(values))
+  for name in ('a.png', 'b.png'):
+    assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
