@@ -9,6 +9,7 @@ tasks, rates and seeds, ± its standard error over tasks (of the mean over rates
 """
 
 import argparse
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,6 +81,12 @@ def when(condition: Callable[[jax.Array], jax.Array]) -> dict[str, Callable[...,
   }
 
 
+def at_random(inner: jax.Array, share: float) -> jax.Array:
+  """True in a share of the steps, by the last bits of ⟨g, d⟩; false where it is 0."""
+  bits = jax.lax.bitcast_convert_type(inner.astype(jnp.float32), jnp.int32) & 1023
+  return (bits < share * 1024) & (inner != 0)
+
+
 def module(path: str) -> str:
   """Kernel and bias are one layer."""
   return path.rpartition('/')[0]
@@ -107,45 +114,69 @@ class Variant(NamedTuple):
 ADAM, CHAIN, EXACT = 'Adam', 'form 1', 'exact'
 
 
-def variants() -> dict[str, Variant]:
-  """All of them, by name; each comes after its base."""
-  found = {
-    ADAM: Variant(optax.adam, ADAM),
-    CHAIN: Variant(chain(), ADAM),
-    EXACT: Variant(exact(), ADAM),
+ALWAYS, INVERTED = when(jnp.isfinite), when(lambda inner: inner < 0)
+ABSOLUTE = {'pull': lambda cos, margin: jnp.abs(cos)}  # φ where the condition may be any
+ROOT = {'pull': lambda cos, margin: jnp.sqrt(jnp.maximum(cos + margin, 0))}
+STEP = {'pull': lambda cos, margin: jnp.ones_like(cos)}
+
+
+def ratio(value: float) -> dict[str, Callable[..., Any]]:
+  """Another r: always the same."""
+  return {'projection_ratio': lambda before, after: jnp.full_like(after, value)}
+
+
+def random(share: float) -> dict[str, Callable[..., Any]]:
+  """A condition that is true in a share of the steps, and does not look at them."""
+  return when(functools.partial(at_random, share=share))
+
+
+def of_both(make: Callable[..., Make]) -> dict[str, Make]:
+  """Changes that either form can have."""
+  return {
+    'a layer is a module': make(group=module),
+    'a layer is an output unit': make(stack_axis=lambda path, leaf: leaf.ndim - 1),
+    'a layer is the model': make(group=model),
+    'anchor in bfloat16': make(anchor_dtype=jnp.bfloat16),
   }
 
-  def change(base: str, name: str, make: Make) -> None:
-    found[f'{base}: {name}'] = Variant(make, base)
 
-  always, inverted = when(jnp.isfinite), when(lambda inner: inner < 0)
-  change(EXACT, 'always held', replaced(exact(), **always))
-  change(EXACT, 'condition inverted', replaced(exact(), **inverted))
-  absolute = {'pull': lambda cos, margin: jnp.abs(cos)}
-  change(CHAIN, 'always held, φ = abs cos', replaced(chain(), **always, **absolute))
-  change(CHAIN, 'condition inverted, φ = abs cos', replaced(chain(), **inverted, **absolute))
-  change(CHAIN, 'from momentum', chain(from_momentum(spd.projection_decay())))
-  for base, make, margins in ((EXACT, exact, (0.05, 0.1)), (CHAIN, chain, (0.0, 0.1))):
-    change(base, 'a layer is a module', make(group=module))
-    change(base, 'a layer is an output unit', make(stack_axis=lambda path, leaf: leaf.ndim - 1))
-    change(base, 'a layer is the model', make(group=model))
-    change(base, 'anchor in bfloat16', make(anchor_dtype=jnp.bfloat16))
-    for margin in margins:
-      change(base, f'm = {margin:g}', make(margin=margin))
-  for strength in (0.5, 1.5, 2.0, 3.0):
-    change(EXACT, f'λ = {strength:g}', exact(strength=strength))
-  for share in (0.01, 0.1):
-    constant = lambda before, after, share=share: jnp.full_like(after, share)  # noqa: E731
-    change(EXACT, f'r = {share:g} when held', replaced(exact(), projection_ratio=constant))
-  for strength in (0.1, 0.3, 3.0, 10.0):
-    change(CHAIN, f'λ = {strength:g}', chain(strength=strength))
-  root = replaced(chain(), pull=lambda cos, margin: jnp.sqrt(jnp.maximum(cos + margin, 0)))
-  change(CHAIN, 'φ = √(cos + m)', root)
-  change(CHAIN, 'φ = 1', replaced(chain(), pull=lambda cos, margin: jnp.ones_like(cos)))
+def of_exact() -> dict[str, Make]:
+  """Changes of the exact rule."""
+  return {
+    'always held': replaced(exact(), **ALWAYS),
+    'condition inverted': replaced(exact(), **INVERTED),
+    'held at random, 40 %': replaced(exact(), **random(0.4)),
+    **of_both(exact),
+    **{f'm = {m:g}': exact(margin=m) for m in (0.05, 0.1)},
+    **{f'λ = {x:g}': exact(strength=x) for x in (0.5, 1.5, 2.0, 3.0)},
+    **{f'r = {r:g} when held': replaced(exact(), **ratio(r)) for r in (0.01, 0.1)},
+  }
+
+
+def of_chain() -> dict[str, Make]:
+  """Changes of form 1."""
+  return {
+    'always held, φ = abs cos': replaced(chain(), **ALWAYS, **ABSOLUTE),
+    'condition inverted, φ = abs cos': replaced(chain(), **INVERTED, **ABSOLUTE),
+    'held at random, 55 %, φ = abs cos': replaced(chain(), **random(0.55), **ABSOLUTE),
+    'from momentum': chain(from_momentum(spd.projection_decay())),
+    **of_both(chain),
+    **{f'm = {m:g}': chain(margin=m) for m in (0.0, 0.1)},
+    **{f'λ = {x:g}': chain(strength=x) for x in (0.1, 0.3, 3.0, 10.0)},
+    'φ = √(cos + m)': replaced(chain(), **ROOT),
+    'φ = 1': replaced(chain(), **STEP),
+  }
+
+
+def variants() -> dict[str, Variant]:
+  """All of them, by name; each comes after its base."""
+  whole = {ADAM: optax.adam, CHAIN: chain(), EXACT: exact()}
+  found = {name: Variant(make, ADAM) for name, make in whole.items()}
+  for base, changes in ((EXACT, of_exact()), (CHAIN, of_chain())):
+    found |= {f'{base}: {name}': Variant(make, base) for name, make in changes.items()}
   for batch in (4, 64):
-    for name in (ADAM, CHAIN, EXACT):
-      title = f'batch of {batch}: {name}'
-      found[title] = Variant(found[name].make, f'batch of {batch}: {ADAM}', batch)
+    base = f'batch of {batch}: {ADAM}'
+    found |= {f'batch of {batch}: {name}': Variant(m, base, batch) for name, m in whole.items()}
   return found
 
 

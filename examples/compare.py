@@ -15,7 +15,6 @@ and `README.md`, the tables; `pareto.png` and `ranks.png`.
 """
 
 import argparse
-import inspect
 import json
 import multiprocessing
 import os
@@ -27,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
+import comparison
 import reporting
-import spd_optax as spd
 from suite import cache, choice, classifiers, jobs, pictures, tables, text
 from suite.methods import ALPHAS, METHODS, RATES
 from suite.tasks import Params, Task
@@ -49,15 +48,9 @@ TASKS: dict[str, Callable[[], Task]] = {
 QUICK = ('digits_mlp', 'code_to_prose', 'tumours')
 
 
-def default_of(transform: Callable[..., Any]) -> dict[str, float]:
-  """The library's default strength and margin."""
-  options = inspect.signature(transform).parameters
-  return {name: options[name].default for name in ('strength', 'margin')}
-
-
 DEFAULTS = {
-  'SPD, chain': default_of(spd.projection_decay),
-  'SPD, exact, Adam': default_of(spd.adam_spd),
+  'SPD, chain': comparison.DEFAULT,
+  'SPD, exact, Adam': comparison.EXACT,
 }
 
 Result = dict[str, Any]  # title, before, records of a task

@@ -1,5 +1,6 @@
 """The methods that the examples compare, and what is said about each; shared by the examples."""
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,14 +16,21 @@ import training
 
 Columns = dict[str, list[float]]  # one value per seed
 
-EXACT = {'strength': 1.0}
-GENTLE = {'strength': 0.3}
+
+def default_of(transform: Callable[..., Any]) -> dict[str, float]:
+  """The library's default strength and margin."""
+  options = inspect.signature(transform).parameters
+  return {name: options[name].default for name in ('strength', 'margin')}
+
+
+EXACT = default_of(spd.adam_spd)
+DEFAULT = default_of(spd.projection_decay)
 FIRM = {'strength': 10.0, 'margin': 0.1}
 SETTINGS = {  # by how the name of a method begins
   'SPD, exact': EXACT,
-  'SPD, in the chain': GENTLE,
+  'SPD, in the chain': DEFAULT,
   'SPD, in the chain, λ = 10, m = 0.1': FIRM,
-  'SPD, chain': GENTLE,
+  'SPD, chain': DEFAULT,
   'SPD, chain, firm': FIRM,
   'SPD, firm': FIRM,
 }
@@ -34,7 +42,7 @@ def methods(lr: Any, anchor: Any) -> dict[str, optax.GradientTransformation]:
     'Adam': optax.adam(lr),
     'AdamW, 0.01': optax.adamw(lr, weight_decay=0.01),
     'L2-SP, λ = 0.01': optax.chain(spd.l2_sp(anchor, 0.01), optax.adam(lr)),
-    'SPD, in the chain': optax.chain(spd.projection_decay(anchor, **GENTLE), optax.adam(lr)),
+    'SPD, in the chain': optax.chain(spd.projection_decay(anchor, **DEFAULT), optax.adam(lr)),
     'SPD, in the chain, λ = 10, m = 0.1': optax.chain(
       spd.projection_decay(anchor, **FIRM), optax.adam(lr)
     ),

@@ -173,11 +173,11 @@ def lora_methods(lr: float, adapters: Any) -> dict[str, optax.GradientTransforma
   adam = optax.adam(lr)
   methods = {'Adam': adam}
   for name, anchor in {'0': 0, 'A₀, B₀': None, '0 for B': zero_for_b(adapters)}.items():
-    gentle, firm = (
-      spd.projection_decay(anchor, **own) for own in (comparison.GENTLE, comparison.FIRM)
+    default, firm = (
+      spd.projection_decay(anchor, **own) for own in (comparison.DEFAULT, comparison.FIRM)
     )
     methods[f'SPD, exact, anchor {name}'] = spd.adam_spd(lr, anchor, **comparison.EXACT)
-    methods[f'SPD, chain, anchor {name}'] = optax.chain(gentle, adam)
+    methods[f'SPD, chain, anchor {name}'] = optax.chain(default, adam)
     methods[f'SPD, chain, firm, anchor {name}'] = optax.chain(firm, adam)
   return methods
 
@@ -197,7 +197,7 @@ def all_methods(lr: float) -> dict[str, optax.GradientTransformation]:
     'Adam, frozen embedding': frozen(adam),
     'SPD, exact, frozen embedding': frozen(spd.adam_spd(lr, **comparison.EXACT)),
     'SPD, chain, frozen embedding': frozen(
-      optax.chain(spd.projection_decay(**comparison.GENTLE), adam)
+      optax.chain(spd.projection_decay(**comparison.DEFAULT), adam)
     ),
   }
 

@@ -43,10 +43,10 @@ def test_the_settings_that_are_logged_are_those_of_the_optimizer():
 
 def test_settings_are_known_for_the_methods_of_every_example():
   # Would catch: a new method whose log has no hyperparameters.
-  firm, exact = {'strength': 10.0, 'margin': 0.1}, {'strength': 1.0}
+  firm, exact = {'strength': 10.0, 'margin': 0.1}, {'strength': 1.0, 'margin': 0.0}
   for name, expected in {
     'SPD, chain, firm, anchor 0': firm,
-    'SPD, chain, anchor 0': {'strength': 0.3},
+    'SPD, chain, anchor 0': comparison.DEFAULT,
     'SPD, firm, following': firm,
     'SPD, exact, frozen embedding': exact,
   }.items():

@@ -76,5 +76,6 @@ def _row(gain: np.ndarray) -> dict[str, Any]:
   return {
     'ID − Adam': gain[:, 0].round(3).tolist(),
     'OOD − Adam': gain[:, 1].round(3).tolist(),
+    'medians': ' / '.join(f'{value:.1f}' for value in np.median(gain, axis=0)),
     'tasks with ID below −0.5': f'{np.sum(gain[:, 0] < -0.5)} of {len(gain)}',
   }

@@ -183,10 +183,10 @@ METHODS: dict[str, Method] = {
   'LP-FT': Method(freezing, tuple({'frozen': HEAD, 'steps': steps} for steps in (50, 100))),
   'LoRA': Method(adam, sweep(rank=(8, 2))),
   'DiGraP': Method(digrap, sweep(strength=(1.0, 0.3, 0.1))),
-  'SGD': Method(sgd, rate=30),
+  'SGD': Method(sgd, rate=5),
   'Lion': Method(lion, rate=0.2),
   'SPD, exact, Adam': Method(exact(adam), dial((1, 0), (2, 0), (1, 0.05))),
-  'SPD, exact, SGD': Method(exact(sgd), dial((1, 0), (1, 0.05)), rate=30),
+  'SPD, exact, SGD': Method(exact(sgd), dial((1, 0), (1, 0.05)), rate=5),
   'SPD, exact, Lion': Method(exact(lion), dial((1, 0), (1, 0.05)), rate=0.2),
   'SPD, chain': Method(chained, dial((0.3, 0), (1, 0), (3, 0), (1, 0.05), (3, 0.05), (10, 0.1))),
 }
