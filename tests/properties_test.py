@@ -33,9 +33,9 @@ class Step(NamedTuple):
   updates: Any  # of the inner optimizer
 
 
-def form1(step: Step, strength: Any = 1.0, **options: Any) -> Any:
+def form1(step: Step, strength: Any = 1.0, margin: Any = 0.0, **options: Any) -> Any:
   """g', and SPD's state."""
-  tx = spd.projection_decay(step.anchor, strength, **options)
+  tx = spd.projection_decay(step.anchor, strength, margin=margin, **options)
   return tx.update(step.gradients, tx.init(step.params), step.params)
 
 

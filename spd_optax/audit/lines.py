@@ -13,6 +13,7 @@ import numpy as np
 FORMAT = 'spd_optax audit'
 SCHEMA = 1
 START = f'{{"format":"{FORMAT}","schema":'.encode()  # of every log
+SHOWN = 20  # problems in one message
 SEAL = len(',"hash":""}\n') + 64  # bytes at the end of a line
 
 Fields = dict[str, Any]
@@ -29,7 +30,8 @@ class Lines:
     hash: of the last line that was read.
     whole: bytes of the whole lines.
     torn: bytes after the last whole line, of a line whose writer was killed.
-    problems: what is wrong with the lines so far.
+    problems: what is wrong with the first lines that are not as they were written, and
+    wrong: how many these are in all.
 
   Raises:
     AuditFileError: if the file does not begin as a log does, or is none.
@@ -40,6 +42,7 @@ class Lines:
     self.path = Path(path)
     self.hash, self.whole, self.torn = '', 0, 0
     self.problems: list[str] = []
+    self.wrong = 0
 
   def __iter__(self) -> Iterator[bytes]:
     if self.path.exists() and not self.path.is_file():
@@ -58,8 +61,15 @@ class Lines:
           return
         problem, self.hash = _checked(line, self.hash)
         self.whole += len(line)
-        self.problems += [f'line {at}: {problem}'] if problem else []
+        if problem:
+          self.report(at, problem)
         yield line
+
+  def report(self, at: int, problem: str) -> None:
+    """Takes down a problem of a line; of a file full of them only the first."""
+    self.wrong += 1
+    if self.wrong <= SHOWN:
+      self.problems.append(f'line {at}: {problem}')
 
 
 def seal(fields: Mapping[str, Any], previous: str) -> tuple[bytes, str]:

@@ -45,8 +45,6 @@ import numpy as np
 from spd_optax.audit import headers
 from spd_optax.audit.lines import AuditFileError, Fields, Lines
 
-SHOWN = 20  # problems in one message
-
 
 class Record(NamedTuple):
   """What was logged at one step; arrays have an entry per layer."""
@@ -124,7 +122,8 @@ def read(path: str | os.PathLike[str]) -> Run:
     elif not lines.problems:  # else there is no run to return
       record, problem = _record(line, header)
       records += [record] if record else []
-      lines.problems += [f'line {at}: {problem}'] if problem else []
+      if problem:
+        lines.report(at, problem)
   header = _whole(lines, header)
   return Run(lines.path, header, norms_of(header), records, lines.hash, lines.torn)
 
@@ -174,8 +173,8 @@ def _whole(lines: Lines, header: Fields | None) -> Fields:
   if header is None:
     raise AuditFileError(f'{lines.path}: no audit log: not one whole line in it')
   if lines.problems:
-    more = len(lines.problems) - SHOWN
-    shown = [*lines.problems[:SHOWN], *([f'and {more} more'] if more > 0 else [])]
+    more = lines.wrong - len(lines.problems)
+    shown = [*lines.problems, *([f'and {more} more'] if more else [])]
     raise AuditFileError(f'{lines.path}: not as it was written:\n  ' + '\n  '.join(shown))
   return header
 
