@@ -39,7 +39,7 @@ def start() -> Any:
   shapes = jax.eval_shape(model.init, jax.random.key(0), batch_at(0)[0])
   rng = np.random.default_rng(0)
   pretrained = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes)
-  tx = spd.adam_spd(0.1, pretrained)  # so high that it turns, and layers are held
+  tx = spd.adam_spd(0.1, pretrained)
 
   def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.mean((model.apply(params, x) - y) ** 2)
@@ -77,11 +77,11 @@ def train(folder: Path, steps: int) -> tuple[Any, Any]:
     for position in range(first, steps):
       params, state, loss = step(params, state, batch_at(position))
       log.record(position, state, {'loss': loss})
-      print(position, flush=True)
       if (position + 1) % EVERY == 0:
         log.flush()  # the run may go on from here: no record may be missing
         saved = {'params': params, 'state': spd.drop_anchor(state), 'position': position + 1}
         checkpoints.save(position + 1, saved)
+      print(position, flush=True)
   return params, state
 
 

@@ -35,11 +35,12 @@ def run(folder, steps, kill_after=None, wait=0.0):
 
 def killed_run(folder, steps, kills):
   """Goes on from the last checkpoint after each of so many kills; lastly to the end."""
-  points = random.Random(0)
+  points, after, wait = random.Random(0), EVERY, 0.0  # first right behind a checkpoint
   while kills:
-    before_a_step = points.random() < 0.2  # in the middle of a start, else of steps or a save
-    after = 0 if before_a_step else points.randint(1, 2 * EVERY)
-    kills -= run(folder, steps, after, points.uniform(0, 2.0 if before_a_step else 0.1))
+    kills -= run(folder, steps, after, wait)
+    in_a_start = points.random() < 0.2
+    after = 0 if in_a_start else points.randint(1, 2 * EVERY)
+    wait = points.choice([0, points.uniform(0, 2.0 if in_a_start else 0.1)])
   assert not (folder / 'final.npz').exists()
   run(folder, steps)
 
