@@ -8,15 +8,16 @@ D = ‖x*‖ that is large against its own fluctuations. What matters then is th
 d = x − θ_0, in which everything is a scalar problem. With h lr ≪ 1 − β:
 
 Form 2, λ = 1. A step is taken back where the gradient has turned, G > 0, but the momentum V
-before it carries on outward: G < W with W = −β V. In units of σ, G is normal, and W is normal
-with the variance s² = β² / (1 − β²) and the mean β κ, where −κ is the mean of V. The outward
+before it carries on outward: G < W with W = −β V. In units of σ, G is normal with the mean
+h b / σ = −(1 − β) κ, and W is normal with the variance s² = β² / (1 − β²) and the mean β κ,
+where −κ is the mean of V. The outward
 steps taken back, lr σ κ on average, equal the mean step outward, −lr h b / (1 − β), at a mean
 offset b = E[x] − x*. With φ and Φ the normal density and distribution:
 
     κ = E[max(0, W − G); G > 0]          b = −(σ/h) (1 − β) κ
     share held with r > 0 = P(0 < G < W)
 
-Without the mean of W these are (1/√(1 − β²) − 1) / √(8π) and arctan(s) / 2π.
+Without these means they are (1/√(1 − β²) − 1) / √(8π) and arctan(s) / 2π.
 
 Form 1. Its gradient along d is G' = G + λ max(0, G + m ‖g‖); in balance E[G'] = 0. With
 z = h b / σ, ‖g‖ ≈ σ √n and a = z + m √n:
@@ -60,16 +61,21 @@ def form_2(momentum: float) -> tuple[float, float]:
   if not s:
     return 0.0, 0.0
 
-  def taken_back(g: float, mean: float) -> float:
-    k = (mean - g) / s
-    return stats.norm.pdf(g) * s * (stats.norm.pdf(k) + k * stats.norm.cdf(k))
+  def held(g: float, kappa: float) -> float:
+    return density(g, kappa) * stats.norm.cdf((momentum * kappa - g) / s)
+
+  def taken_back(g: float, kappa: float) -> float:
+    k = (momentum * kappa - g) / s
+    return density(g, kappa) * s * (stats.norm.pdf(k) + k * stats.norm.cdf(k))
+
+  def density(g: float, kappa: float) -> float:
+    return stats.norm.pdf(g + (1 - momentum) * kappa)
 
   def excess(kappa: float) -> float:
-    return integrate.quad(taken_back, 0, np.inf, momentum * kappa)[0] - kappa
+    return integrate.quad(taken_back, 0, np.inf, kappa)[0] - kappa
 
   kappa = optimize.brentq(excess, 0, 10)
-  held = lambda g: stats.norm.pdf(g) * stats.norm.cdf((momentum * kappa - g) / s)  # noqa: E731
-  return float(integrate.quad(held, 0, np.inf)[0]), float(-(1 - momentum) * kappa)
+  return float(integrate.quad(held, 0, np.inf, kappa)[0]), float(-(1 - momentum) * kappa)
 
 
 def form_1(strength: float, margin: float = 0.0, size: int = 1) -> tuple[float, float]:
