@@ -123,6 +123,12 @@ def alpha(value: Any) -> None:
   _scalar('alpha', value, 'a number', lambda v: bool(jnp.isfinite(v)))
 
 
+def is_count(value: Any) -> bool:
+  """Whether it is an integer of 1 or more."""
+  is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+  return is_integer and value >= 1
+
+
 def flag(name: str, value: Any) -> None:
   """True or False."""
   if not isinstance(value, bool | np.bool_):

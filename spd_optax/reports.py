@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spd_optax import readout
+from spd_optax import checks, readout
 from spd_optax.layers import Group, StackAxis
 from spd_optax.norms import anchor_norms
 from spd_optax.readout import Values
@@ -132,6 +132,7 @@ def scalars(
     >>> sorted(spd.scalars(state))[:3]
     ['spd/distance', 'spd/held', 'spd/held_share']
   """
+  checks.text('prefix', prefix)
   states = readout.states_in(opt_state, 'scalars')
   values = readout.read(states)
   norms = anchor_norms(states, stack_axis, group)

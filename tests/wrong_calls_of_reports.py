@@ -72,6 +72,9 @@ REPORTS: Table = [
     ),
   )
 ]
+REPORTS.append(
+  ('scalars.prefix', partial(spd.scalars, STATE, 3), TypeError, 'prefix: expected a string.*3')
+)
 JSON = 'hyperparameters & finite number, a string, None'
 AUDIT: Table = [
   ('AuditLog.path', lambda: spd.AuditLog(FOLDER, transform='a'), IsADirectoryError, 'pass a file'),
@@ -98,6 +101,10 @@ AUDIT: Table = [
   ('AuditLog.source', lambda: log(source=3), TypeError, 'source: .*path or None.*3'),
   ('AuditLog.captured', lambda: log(captured='no'), TypeError, "captured: .*True.*'no'"),
   ('AuditLog.moving_anchor', lambda: log(moving_anchor=0.9), TypeError, 'moving_anchor: .*0.9'),
+  ('AuditLog.patience', lambda: log(patience=0), TypeError, 'patience: .*1 or more.*0'),
+  ('AuditLog.patience', lambda: log(patience='x'), TypeError, "patience: .*1 or more.*'x'"),
+  ('AuditLog.fsync', lambda: log(fsync='no'), TypeError, "fsync: .*True or False.*'no'"),
+  ('AuditLog.record.metrics', lambda: record(metrics=[1.0]), TypeError, 'metrics: .*found list'),
   ('AuditLog.stack_axis', lambda: record(stack_axis=0), ValueError, r'head: .*0.*\(\)'),
   ('AuditLog.group', lambda: record(group='enc'), TypeError, "group: .*str 'enc'"),
   ('AuditLog.record.step', twice, ValueError, 'step 3 after step 3'),
@@ -118,6 +125,13 @@ AUDIT: Table = [
     lambda: record(metrics={'a': np.ones(2)}),
     TypeError,
     r"'a': .*\[2\]",
+  ),
+  ('advise.run', lambda: audit.advise(FOLDER), TypeError, 'run: expected what audit.read returns'),
+  (
+    'advise.patience',
+    lambda: audit.advise(verified(None), 0),
+    TypeError,
+    'patience: .*1 or more.*0',
   ),
   ('read.path', lambda: audit.read(FOLDER), audit.AuditFileError, 'a directory; pass the .jsonl'),
   ('read.path', lambda: audit.read(NPZ), audit.AuditFileError, 'no audit log; expected a first'),

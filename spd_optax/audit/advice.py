@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from spd_optax import checks
 from spd_optax.audit import reading
 from spd_optax.audit.lines import Fields
 from spd_optax.audit.reading import Record, Run
@@ -199,6 +200,14 @@ CHECKS: dict[str, Callable[[Watcher, Record], str | None]] = {
 
 
 def advise(run: Run, patience: int = PATIENCE) -> list[Advice]:
-  """All that is to be said about a run, in the order in which it was found."""
+  """All that is to be said about a run, in the order in which it was found.
+
+  Raises:
+    TypeError: if the run is none that `read` or `verify` returned, or `patience` no integer ≥ 1.
+  """
+  if not isinstance(run, Run):
+    raise TypeError(f'run: expected what audit.read returns, found {checks.kind_of(run)}')
+  if not checks.is_count(patience):
+    raise TypeError(f'patience: expected an integer of 1 or more, found {checks.kind_of(patience)}')
   watcher = Watcher(run.header, patience)
   return [advice for record in run.records for advice in watcher.see(record)]

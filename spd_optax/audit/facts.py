@@ -22,9 +22,11 @@ VERSIONS_OF = ('jax', 'jaxlib', 'optax', 'numpy', 'spd_optax')
 
 
 def described(
-  transform: Any, hyperparameters: Any, source: Any, captured: Any, moving: Any
+  transform: Any, hyperparameters: Any, source: Any, captured: Any, moving: Any, **others: Any
 ) -> tuple[Fields, Fields]:
   """What the header says of the transformation, and of its anchor, in the user's words.
+
+  `others` are `patience` and `fsync`, which the header does not have.
 
   Raises:
     TypeError: naming everything that is not of the right type, or that JSON cannot hold.
@@ -36,6 +38,13 @@ def described(
     ('captured', captured, 'True, False or None', isinstance(captured, bool | None)),
     ('moving_anchor', moving, 'True or False', isinstance(moving, bool)),
     ('hyperparameters', hyperparameters, 'a dict', isinstance(hyperparameters, Mapping | None)),
+    (
+      'patience',
+      others['patience'],
+      'an integer of 1 or more',
+      checks.is_count(others['patience']),
+    ),
+    ('fsync', others['fsync'], 'True or False', isinstance(others['fsync'], bool)),
   )
   problems = [
     f'{name}: expected {what}, found {checks.kind_of(value)}'
@@ -72,6 +81,10 @@ def checked_metrics(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
   Raises:
     TypeError: naming all that are none.
   """
+  if not isinstance(metrics, Mapping):
+    raise TypeError(
+      f'AuditLog.record: metrics: expected numbers by name, found {checks.kind_of(metrics)}'
+    )
   numeric = bool | int | float | np.number | np.bool_ | np.ndarray | jax.Array
   problems = [
     f'{name!r}: {checks.kind_of(value)}'

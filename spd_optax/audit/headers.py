@@ -65,7 +65,7 @@ def checked(path: Path, line: bytes) -> Fields:
   """
   try:
     fields: Fields = json.loads(line)
-  except ValueError:
+  except (ValueError, RecursionError):  # of lists in lists in lists …
     fields = {}
   schema: Any = fields.get('schema')
   if _is_count(schema) and schema > SCHEMA:

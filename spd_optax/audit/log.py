@@ -106,7 +106,7 @@ class AuditLog:
   ):
     self.path = Path(path).absolute()  # whatever becomes the working directory later
     self._facts, self._anchor = facts.described(
-      transform, hyperparameters, source, captured, moving_anchor
+      transform, hyperparameters, source, captured, moving_anchor, patience=patience, fsync=fsync
     )
     self._stack_axis, self._group = stack_axis, group
     self._header: Fields | None = None
@@ -143,7 +143,7 @@ class AuditLog:
     """
     self._writer.check_owner()
     states = readout.states_in(opt_state, 'AuditLog.record(step, opt_state)')
-    metrics = facts.checked_metrics(metrics or {})
+    metrics = facts.checked_metrics({} if metrics is None else metrics)
     step = operator.index(step)
     if self._last_step is not None and step <= self._last_step:
       raise ValueError(f'AuditLog.record: step {step} after step {self._last_step}')

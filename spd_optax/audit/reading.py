@@ -193,7 +193,7 @@ def _record(line: bytes, header: Fields) -> tuple[Record | None, str | None]:
       metrics={str(name): float(value) for name, value in fields['metrics'].items()},
       resumed='resumed' in fields,
     )
-  except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+  except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
     return None, f'no record of this schema: {type(error).__name__} {error}'
   columns = record.held, record.ratio, record.distance, record.steps
   lengths, layers = {len(x) for x in columns}, len(header['layers'])
