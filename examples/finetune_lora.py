@@ -227,7 +227,8 @@ def anchor_bytes(optimizer: optax.GradientTransformation, params: Any) -> compar
   if optax.tree.get(state, 'constrained') is None:
     return {}
   stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(optax.tree.get(state, 'anchor')))
-  return comparison.columns({'anchor, bytes/param': [stored / optax.tree.size(params)]})
+  weights = sum(x.size for x in jax.tree.leaves(params))
+  return comparison.columns({'anchor, bytes/param': [stored / weights]})
 
 
 def compare(args: argparse.Namespace, model: ViT, bar: Any) -> dict[str, comparison.Columns]:
