@@ -206,7 +206,12 @@ def can_follow(anchor: Mapping[str, Any]) -> None:
 
 
 def memory_kinds(device: jax.Device) -> set[str]:
-  """The kinds of memory that a device can use."""
+  """The kinds of memory that a device can use, but for a CPU's, which are all the host's.
+
+  XLA:CPU aborts where a donated array of one kind is paired with a result of another.
+  """
+  if device.platform == 'cpu':
+    return set()
   return {memory.kind for memory in device.addressable_memories()}
 
 
@@ -218,7 +223,7 @@ def has_memory_kind(array: jax.Array, memory_kind: str) -> bool:
   if missing:
     warnings.warn(
       f'anchor_memory_kind={memory_kind!r}: {missing[0].platform} device {missing[0]} has no such '
-      "memory; the anchor stays in the device's own. anchor_memory_kind=None says the same.",
+      'memory beside its own, where the anchor stays. anchor_memory_kind=None says the same.',
       stacklevel=2,
     )
   return not missing

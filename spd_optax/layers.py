@@ -5,6 +5,7 @@ per layer have shape ``[]``, or ``[L]`` where the leaves stack L layers.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -71,9 +72,8 @@ class Layers:
         # Under jit on an explicit mesh the values are typed with their sharding.
         traced = isinstance(leaf, jax.core.Tracer)
         like = jax.eval_shape(lambda x, a=axis: _sum(x, a), leaf) if traced else None
-        found[layer] = (
-          jnp.zeros(self.shapes[layer], dtype) if like is None else jnp.zeros_like(like, dtype)
-        )
+        device = None if like is None else like.sharding
+        found[layer] = jnp.zeros(self.shapes[layer], dtype, device=device)
     return [found[layer] for layer in range(len(self.names))]
 
   def spread(self, per_layer: Sequence[jax.Array], leaves: Sequence[jax.Array]) -> list[jax.Array]:
@@ -103,16 +103,16 @@ def _sums(arrays: Sequence[jax.Array], stack_axis: int | None) -> Sequence[jax.A
     return [_sum(array, stack_axis) for array in arrays]
 
   def together(*arrays: jax.Array) -> list[jax.Array]:
-    rows = jax.lax.reduce(
-      tuple(_short_rows(array) for array in arrays),
+    rows = [_short_rows(array, stack_axis) for array in arrays]
+    sums = jax.lax.reduce(
+      tuple(rows),
       tuple(jnp.zeros([], array.dtype) for array in arrays),
       lambda totals, terms: tuple(a + b for a, b in zip(totals, terms, strict=True)),
-      [arrays[0].ndim],
+      [rows[0].ndim - 1],
     )
-    return separate(*rows)
+    return separate(*sums)
 
-  rows = arrays[0].ndim - 1
-  if rows > 0 and stack_axis != rows and only_a_cpu():
+  if stack_axis in (None, 0) and only_a_cpu():
     sums: Sequence[jax.Array] = jax.lax.platform_dependent(*arrays, cpu=together, default=separate)
     return sums
   return separate(*arrays)
@@ -123,13 +123,15 @@ def only_a_cpu() -> bool:
   return jax.default_backend() == 'cpu' and jax.device_count() == 1
 
 
-def _short_rows(array: jax.Array) -> jax.Array:
-  """The last axis cut into rows of up to 64; XLA:CPU adds such a row up one by one.
+def _short_rows(array: jax.Array, stack_axis: int | None) -> jax.Array:
+  """What is to be summed, cut into rows of up to 64; XLA:CPU adds such a row up one by one.
 
   One by one, float32 stops growing at 2^24 equal terms. `jnp.sum` of the rows does better.
   """
-  length = max(n for n in range(1, 65) if array.shape[-1] % n == 0)
-  return jnp.reshape(array, (*array.shape[:-1], -1, length))
+  kept = array.shape[:1] if stack_axis == 0 else ()
+  terms = math.prod(array.shape[len(kept) :])
+  length = max(n for n in range(1, 65) if terms % n == 0)
+  return jnp.reshape(array, (*kept, terms // length, length))
 
 
 def _along(value: jax.Array, stack_axis: int | None, ndim: int) -> jax.Array:

@@ -17,6 +17,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def like_an_accelerator(monkeypatch):
+  """A CPU has the kinds of memory of an accelerator, which the library does not use there."""
+
+  def memory_kinds(device):
+    return {memory.kind for memory in device.addressable_memories()}
+
+  monkeypatch.setattr(checks, 'memory_kinds', memory_kinds)
+
+
 def kinds(state):
   return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(optax.tree.get(state, 'anchor'))}
 
@@ -66,10 +76,22 @@ def test_it_is_dropped_and_put_back(make):
 
 
 @every_form
+def test_a_state_may_be_donated_alone(make):
+  """Catches advice that does not hold: jax pairs arrays by shape unless told where all lie."""
+  tx, params = make(anchor_memory_kind='pinned_host'), normal(0)
+  gradients, state = jax.tree.map(lambda g: g[0], noise(0)), tx.init(normal(0))
+  where = jax.tree.map(lambda x: x.sharding, (params, state, gradients))
+  step = jax.jit(make_step(tx), donate_argnums=1, in_shardings=where, out_shardings=where[:2])
+  expected = jax.jit(make_step(tx))(params, state, gradients)
+  params, state = step(params, state, gradients)
+  chex.assert_trees_all_equal((params, state), expected)
+  assert kinds(state) == {'pinned_host'}
+
+
+@every_form
 def test_a_backend_without_it_is_named(make, monkeypatch):
-  """Catches a crash, or silence, where the memory does not exist."""
-  monkeypatch.setattr(checks, 'memory_kinds', lambda device: {'device'})
-  tx = make(anchor_memory_kind='pinned_host')
+  """Catches a crash, or silence, where there is no such memory, as on any CPU."""
+  monkeypatch.undo()
   with pytest.warns(UserWarning, match="'pinned_host': cpu device .* has no such memory"):
-    state = tx.init(normal(0))
+    state = make(anchor_memory_kind='pinned_host').init(normal(0))
   assert kinds(state) == {'device'}
