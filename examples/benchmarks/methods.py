@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 import spd_optax as spd
@@ -26,7 +28,13 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
   'form 2, captured': lambda anchor: spd.adam_spd(LEARNING_RATE),
   'form 2, zero anchor': lambda anchor: spd.adam_spd(LEARNING_RATE, 0),
   'form 2, apply': lambda anchor: WritesParams(spd.adam_spd(LEARNING_RATE, anchor)),
+  'form 1, no reports': lambda anchor: WithoutReports(
+    optax.chain(spd.projection_decay(anchor), _adam())
+  ),
+  'form 2, no reports': lambda anchor: WithoutReports(spd.adam_spd(LEARNING_RATE, anchor)),
 }
+
+REPORTS = ('condition', 'ratio', 'distance', 'constrained')
 
 
 class WritesParams(NamedTuple):
@@ -37,6 +45,26 @@ class WritesParams(NamedTuple):
   @property
   def init(self) -> Any:
     return self.optimizer.init
+
+
+def _silent(state: Any) -> Any:
+  return optax.tree.set(state, **{name: {} for name in REPORTS})
+
+
+class WithoutReports(NamedTuple):
+  """An optimizer whose state tells nothing of its layers: shows what the reports cost."""
+
+  optimizer: optax.GradientTransformationExtraArgs
+
+  def init(self, params: Any) -> Any:
+    return _silent(self.optimizer.init(params))
+
+  def update(self, gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    whole = jax.eval_shape(self.optimizer.init, params)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), whole)
+    state = optax.tree.set(state, **{name: optax.tree.get(zeros, name) for name in REPORTS})
+    updates, state = self.optimizer.update(gradients, state, params)
+    return updates, _silent(state)
 
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
