@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental.shard_alike import shard_alike
+from jax.sharding import AxisType
 
 from spd_optax import checks, trees
 from spd_optax.checks import Number
@@ -308,9 +308,7 @@ def copy(value: Any, leaf: Any, dtype: Any) -> jax.Array:
   if value is leaf:
     return jnp.array(value, dtype, copy=True)
   if isinstance(leaf, jax.core.Tracer):
-    # Inside jit the param's sharding is not known yet: ask the compiler for it.
-    anchor, _ = shard_alike(jnp.array(value, dtype, copy=True), leaf)
-    return jnp.asarray(anchor)
+    return _sharded_like(jnp.array(value, dtype, copy=True), leaf)
   if not getattr(leaf, 'committed', False):
     return jnp.array(value, dtype, copy=True)
   if not isinstance(value, jax.Array):
@@ -318,3 +316,13 @@ def copy(value: Any, leaf: Any, dtype: Any) -> jax.Array:
   # Straight to the shards: the whole array may not fit on one device.
   placed: jax.Array = jax.device_put(value.astype(dtype), leaf.sharding, may_alias=False)
   return placed
+
+
+def _sharded_like(array: jax.Array, leaf: jax.Array) -> jax.Array:
+  """The array, inside jit, with the sharding that the compiler gives the leaf."""
+  sharding = jax.typeof(leaf).sharding
+  if AxisType.Explicit in sharding.mesh.axis_types:
+    array = jax.sharding.reshard(array, sharding)
+  # A choice that the compiler cannot foresee has all its operands sharded alike.
+  always = jax.lax.optimization_barrier(jnp.array(True))
+  return jnp.where(always, array, leaf.astype(array.dtype))

@@ -149,10 +149,22 @@ def test_under_jit(make, name, anchor):
   assert_close(sharded(make, anchor, name), alone(make, anchor))
 
 
+@pytest.mark.parametrize('name', ['FSDP x tensor', 'explicit'])
+@pytest.mark.parametrize('anchor', ['captured', 'tree'])
 @every_form
-def test_init_on_an_explicit_mesh_shards_the_state_as_the_steps_do(make):
+def test_init_inside_jit_shards_the_anchor_like_the_params(make, anchor, name):
+  """Catches a whole copy of the model on every device."""
+  tx, params = make_tx(make, anchor), placed(normal(0), specs_on(name), mesh(name))
+  state = jax.jit(tx.init)(params)
+  assert_placed(optax.tree.get(state, 'anchor'), specs_on(name), mesh(name))
+  chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(tx.init(params)))
+
+
+@pytest.mark.parametrize('anchor', ['captured', 'tree'])
+@every_form
+def test_init_on_an_explicit_mesh_shards_the_state_as_the_steps_do(make, anchor):
   """Catches values of dealt-out layers that are whole after `jit(init)`, and then do not fit."""
-  tx = make_tx(make, 'captured')
+  tx = make_tx(make, anchor)
   params = placed(normal(0), specs_on('explicit'), mesh('explicit'))
   state = jax.jit(tx.init)(params)
   _, after = jax.eval_shape(make_step(tx), params, state, params)
