@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType
 
 from spd_optax import checks, trees
 from spd_optax.checks import Number
@@ -320,9 +319,7 @@ def copy(value: Any, leaf: Any, dtype: Any) -> jax.Array:
 
 def _sharded_like(array: jax.Array, leaf: jax.Array) -> jax.Array:
   """The array, inside jit, with the sharding that the compiler gives the leaf."""
-  sharding = jax.typeof(leaf).sharding
-  if AxisType.Explicit in sharding.mesh.axis_types:
-    array = jax.sharding.reshard(array, sharding)
+  array = trees.typed_like(array, jax.typeof(leaf))
   # A choice that the compiler cannot foresee has all its operands sharded alike.
   always = jax.lax.optimization_barrier(jnp.array(True))
   return jnp.where(always, array, leaf.astype(array.dtype))

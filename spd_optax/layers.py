@@ -69,11 +69,10 @@ class Layers:
     found: dict[int, jax.Array] = {}
     for layer, axis, leaf in zip(self.layer_of, self.stack_axes, leaves, strict=True):
       if layer not in found:
-        # Under jit on an explicit mesh the values are typed with their sharding.
-        traced = isinstance(leaf, jax.core.Tracer)
-        like = jax.eval_shape(lambda x, a=axis: _sum(x, a), leaf) if traced else None
-        device = None if like is None else like.sharding
-        found[layer] = jnp.zeros(self.shapes[layer], dtype, device=device)
+        found[layer] = jnp.zeros(self.shapes[layer], dtype)
+        if isinstance(leaf, jax.core.Tracer):
+          sums = jax.eval_shape(lambda x, a=axis: _sum(x, a), leaf)
+          found[layer] = trees.typed_like(found[layer], sums)
     return [found[layer] for layer in range(len(self.names))]
 
   def spread(self, per_layer: Sequence[jax.Array], leaves: Sequence[jax.Array]) -> list[jax.Array]:

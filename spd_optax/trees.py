@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AxisType
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from spd_optax import checks
@@ -210,3 +211,12 @@ def match_leaves(updates: Any, params: Flat) -> Flat:
     problems = ['the leaves come in another order']
   raise_all(problems, 'the gradients must have the structure, shapes and kinds of the params:')
   return flat
+
+
+def typed_like(array: jax.Array, like: Any) -> jax.Array:
+  """The array with the sharding of `like` in its type, which it has on an explicit mesh only."""
+  sharding = like.sharding
+  if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
+    return array
+  resharded: jax.Array = jax.sharding.reshard(array, sharding)
+  return resharded

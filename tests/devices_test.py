@@ -168,7 +168,9 @@ def test_init_on_an_explicit_mesh_shards_the_state_as_the_steps_do(make, anchor)
   params = placed(normal(0), specs_on('explicit'), mesh('explicit'))
   state = jax.jit(tx.init)(params)
   _, after = jax.eval_shape(make_step(tx), params, state, params)
-  assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, after)
+  for name in set(spd.ProjectionDecayState._fields) - {'count'}:  # of Adam's own state jax decides
+    found, expected = (jax.tree.map(jax.typeof, optax.tree.get(s, name)) for s in (state, after))
+    assert found == expected, name
 
 
 def map_over_shards(tx: Any, state: Any, name: str, specs: Any) -> Any:
