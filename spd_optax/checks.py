@@ -35,7 +35,7 @@ def kind_of(value: Any) -> str:
 
 def is_array(value: Any) -> bool:
   """Whether JAX takes it for an array: one of JAX or NumPy, its struct, or a number."""
-  if not isinstance(value, ARRAYS | int | float | complex) or isinstance(value, str | bytes):
+  if isinstance(value, str | bytes) or not isinstance(value, ARRAYS | int | float | complex):
     return False
   try:
     jnp.result_type(value)
