@@ -158,7 +158,12 @@ class Anchoring:
       at=at,
       gradients=[wide(gradient_leaves[i]) for i in at],
       params=[wide(flat.leaves[i]) for i in at],
-      anchors=[by_path.get(flat.paths[i], 0.0) for i in at],
+      anchors=[
+        trees.typed_like(by_path[flat.paths[i]], flat.leaves[i])
+        if flat.paths[i] in by_path
+        else 0.0
+        for i in at
+      ],
       stored=stored,
     )
 
@@ -319,7 +324,7 @@ def copy(value: Any, leaf: Any, dtype: Any) -> jax.Array:
 
 def _sharded_like(array: jax.Array, leaf: jax.Array) -> jax.Array:
   """The array, inside jit, with the sharding that the compiler gives the leaf."""
-  array = trees.typed_like(array, jax.typeof(leaf))
+  array = trees.typed_like(array, leaf)
   # A choice that the compiler cannot foresee has all its operands sharded alike.
   always = jax.lax.optimization_barrier(jnp.array(True))
   return jnp.where(always, array, leaf.astype(array.dtype))

@@ -257,16 +257,24 @@ def group(value: Any) -> None:
     accepts('group', value, 'path')
 
 
+def is_bound(names: tuple[str, ...]) -> bool:
+  """Whether all these axes are mapped over here."""
+  try:
+    for name in names:
+      jax.lax.axis_size(name)
+  except NameError:
+    return False
+  return True
+
+
 def bound(names: tuple[str, ...]) -> None:
   """Names of axes that are mapped over where the update runs."""
   for name in names:
-    try:
-      jax.lax.axis_size(name)
-    except NameError:
+    if not is_bound((name,)):
       raise ValueError(
         f'axis_name: no mapped axis is called {name!r} here. It is for shard_map and pmap alone, '
         'around the update; under jit leave it out: sums over sharded arrays are global'
-      ) from None
+      )
 
 
 def state(value: Any, expected: Any) -> None:

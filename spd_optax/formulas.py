@@ -22,6 +22,12 @@ def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
   return jnp.where(positive, numerator / jnp.where(positive, denominator, 1), 0)
 
 
+def norm(square: jax.Array) -> jax.Array:
+  """√square; its derivative at 0 is 0, not infinite."""
+  positive = square > 0
+  return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), square)
+
+
 def cosine(inner: jax.Array, gradient_norm: jax.Array, distance: jax.Array) -> jax.Array:
   """cos(g, d) = ⟨g, d⟩ / (‖g‖ ‖d‖), in [−1, 1], and 0 where a norm is 0."""
   # Two divisions: the product of two norms leaves float32 long before they do.

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from spd_optax import checks, trees
 
@@ -65,20 +66,25 @@ class Layers:
     return [sum(values[1:], start=values[0]) for values in members]
 
   def zeros(self, leaves: Sequence[Any], dtype: Any) -> PerLayer:
-    """A zero for each layer; for a stacked leaf sharded like the axis that stacks it."""
-    found: dict[int, jax.Array] = {}
-    for layer, axis, leaf in zip(self.layer_of, self.stack_axes, leaves, strict=True):
-      if layer not in found:
-        found[layer] = jnp.zeros(self.shapes[layer], dtype)
-        if isinstance(leaf, jax.core.Tracer):
-          sums = jax.eval_shape(lambda x, a=axis: _sum(x, a), leaf)
-          found[layer] = trees.typed_like(found[layer], sums)
-    return [found[layer] for layer in range(len(self.names))]
+    """A zero for each layer, of the type that sums over it have under jit and shard_map.
+
+    On an explicit mesh the type has a sharding, in shard_map the axes over which values vary.
+    """
+    if not any(isinstance(leaf, jax.core.Tracer) or trees.is_typed(leaf) for leaf in leaves):
+      return [jnp.zeros(shape, dtype) for shape in self.shapes]
+
+    def summed(leaves: Sequence[jax.Array]) -> PerLayer:
+      here = [names if checks.is_bound(names) else () for names in self.axis_names]
+      mapped = dataclasses.replace(self, axis_names=tuple(here))
+      # The compiler knows these for zeros, and neither reads the leaves nor adds anything up.
+      return mapped.sums({'zero': [jnp.where(x == x, 0, 0) for x in leaves]})['zero']
+
+    return [value.astype(dtype) for value in jax.jit(summed)(list(leaves))]
 
   def spread(self, per_layer: Sequence[jax.Array], leaves: Sequence[jax.Array]) -> list[jax.Array]:
     """Each layer's value, shaped to broadcast against each leaf."""
     return [
-      _along(per_layer[layer], axis, leaf.ndim)
+      _along(per_layer[layer], axis, leaf)
       for layer, axis, leaf in zip(self.layer_of, self.stack_axes, leaves, strict=True)
     ]
 
@@ -101,6 +107,7 @@ def _sums(arrays: Sequence[jax.Array], stack_axis: int | None) -> Sequence[jax.A
   def separate(*arrays: jax.Array) -> list[jax.Array]:
     return [_sum(array, stack_axis) for array in arrays]
 
+  @jax.custom_jvp  # the derivative of a reduction of several arrays is lacking where one is 0
   def together(*arrays: jax.Array) -> list[jax.Array]:
     rows = [_short_rows(array, stack_axis) for array in arrays]
     sums = jax.lax.reduce(
@@ -111,7 +118,8 @@ def _sums(arrays: Sequence[jax.Array], stack_axis: int | None) -> Sequence[jax.A
     )
     return separate(*sums)
 
-  if stack_axis in (None, 0) and only_a_cpu():
+  together.defjvp(lambda arrays, tangents: (together(*arrays), separate(*tangents)))
+  if stack_axis in (None, 0) and only_a_cpu() and not trees.is_typed(arrays[0]):
     sums: Sequence[jax.Array] = jax.lax.platform_dependent(*arrays, cpu=together, default=separate)
     return sums
   return separate(*arrays)
@@ -133,10 +141,15 @@ def _short_rows(array: jax.Array, stack_axis: int | None) -> jax.Array:
   return jnp.reshape(array, (*kept, terms // length, length))
 
 
-def _along(value: jax.Array, stack_axis: int | None, ndim: int) -> jax.Array:
+def _along(value: jax.Array, stack_axis: int | None, leaf: jax.Array) -> jax.Array:
   if stack_axis is None:
     return value
-  return jax.lax.expand_dims(value, [i for i in range(ndim) if i != stack_axis])
+  if trees.is_typed(leaf):
+    # The other leaves of a group may be split otherwise.
+    sharding = jax.typeof(leaf).sharding
+    spec = PartitionSpec(sharding.spec[stack_axis])
+    value = jax.sharding.reshard(value, NamedSharding(sharding.mesh, spec))
+  return jax.lax.expand_dims(value, [i for i in range(leaf.ndim) if i != stack_axis])
 
 
 def find_layers(

@@ -157,7 +157,7 @@ class Decay:
 
     def one(steps: jax.Array, *values: jax.Array) -> Decision:
       squares = dict(zip(sums, values, strict=True))
-      norms = {key: x if key == 'inner' else jnp.sqrt(x) for key, x in squares.items()}
+      norms = {key: x if key == 'inner' else formulas.norm(x) for key, x in squares.items()}
       condition = self._condition(norms)
       ratio, scale = rule(condition, norms)
       return Decision(

@@ -213,10 +213,15 @@ def match_leaves(updates: Any, params: Flat) -> Flat:
   return flat
 
 
+def is_typed(array: Any) -> bool:
+  """Whether the array's type has its sharding, as on an explicit mesh only."""
+  sharding = getattr(jax.typeof(array), 'sharding', None)
+  return sharding is not None and AxisType.Explicit in sharding.mesh.axis_types
+
+
 def typed_like(array: jax.Array, like: Any) -> jax.Array:
-  """The array with the sharding of `like` in its type, which it has on an explicit mesh only."""
-  sharding = like.sharding
-  if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
+  """The array with the sharding that the type of `like` has."""
+  if not is_typed(like):
     return array
-  resharded: jax.Array = jax.sharding.reshard(array, sharding)
+  resharded: jax.Array = jax.sharding.reshard(array, jax.typeof(like).sharding)
   return resharded

@@ -1,0 +1,103 @@
+"""Where types tell how values are split, on explicit meshes and in shard_map, all types fit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from contract_test import make_step
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from stacks_test import every_form
+
+import spd_optax as spd
+from spd_optax import layers
+
+# Eight stacked layers; `shift` has them whole on every device.
+SPECS = {'kernel': P('x', 'y'), 'scale': P('x'), 'shift': P()}
+GROUPS = {'alone': None, 'one group': lambda path: 'block'}
+
+
+def mesh(kind, *shape):
+  return jax.make_mesh(shape, ('x', 'y')[: len(shape)], axis_types=(kind,) * len(shape))
+
+
+def normal(seed):
+  rng = np.random.default_rng(seed)
+  return {name: rng.standard_normal((8, 4), np.float32) for name in SPECS}
+
+
+def placed(tree, on):
+  return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(on, spec)), tree, SPECS)
+
+
+def scanned(tx, params, state, gradients):
+  """Params and state after four steps in one scan."""
+  step = make_step(tx)
+  return jax.lax.scan(lambda carry, _: (step(*carry, gradients), None), (params, state), length=4)[
+    0
+  ]
+
+
+def types(tree):
+  return jax.tree.map(jax.typeof, tree)
+
+
+@pytest.mark.parametrize('shape', [(4, 2), (1, 1)])
+@pytest.mark.parametrize('group', GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize('jit_init', [True, False])
+@every_form
+def test_explicit_mesh(make, jit_init, group, shape, monkeypatch):
+  """Catches zeros of another type than the sums, a group split in two ways, and a reshape.
+
+  On one CPU alone the sums of a leaf share a loop over a reshaped leaf.
+  """
+  monkeypatch.setattr(layers, 'only_a_cpu', lambda: shape == (1, 1))
+  on = mesh(AxisType.Explicit, *shape)
+  tx = make(normal(2), stack_axis=0, group=group)
+  expected = scanned(tx, normal(0), tx.init(normal(0)), normal(1))
+  with jax.set_mesh(on):
+    params, gradients = placed(normal(0), on), placed(normal(1), on)
+    state = (jax.jit(tx.init) if jit_init else tx.init)(params)
+    found = jax.jit(scanned, static_argnums=0)(tx, params, state, gradients)
+    for name in set(spd.ProjectionDecayState._fields) - {'count'}:
+      assert types(optax.tree.get(found, name)) == types(optax.tree.get(state, name)), name
+  held = jax.tree.leaves(optax.tree.get(expected, 'constrained'))
+  assert 0 < sum(np.sum(layer) for layer in held) < 4 * sum(np.size(layer) for layer in held)
+  for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('wrap', [lambda tx: tx, lambda tx: optax.MultiSteps(tx, 2)])
+@pytest.mark.parametrize('options', [{'stack_axis': 0}, {'axis_name': 'x'}])
+@every_form
+def test_init_inside_shard_map(make, options, wrap):
+  """Catches zeros that are the same everywhere where the sums are not, or the other way round."""
+  tx = wrap(make(**options))
+
+  def train(params, gradients):
+    return scanned(tx, params, tx.init(params), gradients)[0]
+
+  whole = jax.tree.map(lambda _: P('x'), SPECS)
+  inside = jax.shard_map(
+    train, mesh=mesh(AxisType.Auto, 8), in_specs=(whole, whole), out_specs=whole
+  )
+  alone = wrap(make(stack_axis=options.get('stack_axis')))
+  expected, _ = scanned(alone, normal(0), alone.init(normal(0)), normal(1))
+  for ours, theirs in zip(
+    jax.tree.leaves(jax.jit(inside)(normal(0), normal(1))), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@every_form
+def test_an_anchor_that_is_split_otherwise(make):
+  """Catches an anchor and params that cannot be subtracted."""
+  on = mesh(AxisType.Explicit, 4, 2)
+  with jax.set_mesh(on):
+    params = jax.device_put(jnp.ones((8, 4)), NamedSharding(on, P('x')))
+    anchor = jax.device_put(jnp.zeros((8, 4)), NamedSharding(on, P(None, 'x')))
+    tx = make(anchor)
+    state = spd.put_anchor(spd.drop_anchor(tx.init(params)), anchor)
+    updates, _ = jax.jit(tx.update)(params, state, params)
+  assert jax.typeof(updates) == jax.typeof(params)
