@@ -104,6 +104,8 @@ class Anchoring:
     hint = ''
     if isinstance(self.anchor, jax.Array) and self.anchor.ndim == 0:
       hint = ' ' + checks.STATIC.format(name='anchor')
+    elif problems and any(trees.is_shard(leaf) for leaf in params.leaves):
+      hint = '; in shard_map params are shards, so call init outside of it or capture'
     trees.raise_all(
       problems,
       'each leaf of the anchor must be an array like the param, its jax.ShapeDtypeStruct '
@@ -207,7 +209,8 @@ class Anchoring:
       {path: jnp.shape(a) for path, a in flat.by_path.items()},
       {path: jnp.shape(p) for path, p in starts.items()},
       'the anchor in the optimizer state does not fit the params; was the state made by another '
-      'transformation, for other params, or has its anchor been dropped?',
+      'transformation, for other params, or has its anchor been dropped and is to be put back '
+      'by put_anchor?',
     )
     asked = zip(params.paths, self._values(params), strict=True)
     captured = {path for path, value in asked if self.captured or _is_captured(value)}

@@ -190,6 +190,7 @@ def with_projection_decay(
   Args:
     optimizer: the inner optimizer, complete with its learning rate: `optax.adam`,
       `optax.lion`, a chain with clipping, … Extra arguments of `update` reach it.
+      `optax.MultiSteps` belongs around the result: within, c would be of one micro-batch.
     anchor: θ_0, a tree like the params or a prefix of it; see `projection_decay`.
     strength: λ, a number ≥ 0 or a schedule of the step. 0 is the inner optimizer,
       bit for bit. Up to 1 the distance never exceeds that of θ̃; where λ r is above 1 the
@@ -230,6 +231,8 @@ def with_projection_decay(
     [ 1.29 -0.71] True
   """
   checks.optimizer(optimizer)
+  if isinstance(optimizer, optax.MultiSteps):
+    optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
   inner = optax.with_extra_args_support(optimizer)
   decay = Decay(
     Anchoring(anchor, anchor_dtype, anchor_memory_kind, anchor_ema),

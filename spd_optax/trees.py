@@ -208,15 +208,30 @@ def match_leaves(updates: Any, params: Flat) -> Flat:
     if keys in ours and not _is_gradient_of(leaf, param_at[keys])
   ]
   if not problems and flat.keys != params.keys:
-    problems = ['the leaves come in another order']
+    here, there = next(
+      pair for pair in zip(flat.keys, params.keys, strict=True) if pair[0] != pair[1]
+    )
+    problems = [
+      f'{shown(here)}: in the place of {shown(there)} of the params; the leaves come in another '
+      'order (are keys strings in one tree, and numbers in the other?)'
+    ]
   raise_all(problems, 'the gradients must have the structure, shapes and kinds of the params:')
   return flat
 
 
+def is_shard(array: Any) -> bool:
+  """Whether it is one device's part of an array, as in shard_map."""
+  return AxisType.Manual in _mesh_axes(array)
+
+
 def is_typed(array: Any) -> bool:
   """Whether the array's type has its sharding, as on an explicit mesh only."""
+  return AxisType.Explicit in _mesh_axes(array)
+
+
+def _mesh_axes(array: Any) -> tuple[AxisType, ...]:
   sharding = getattr(jax.typeof(array), 'sharding', None)
-  return sharding is not None and AxisType.Explicit in sharding.mesh.axis_types
+  return () if sharding is None else sharding.mesh.axis_types
 
 
 def typed_like(array: jax.Array, like: Any) -> jax.Array:

@@ -177,3 +177,12 @@ def test_extra_arguments_reach_the_inner_optimizer():
   for _ in range(4):
     _, state = tx.update(normal(1), state, params, value=jnp.float32(1.0))
   assert optax.tree.get(state, 'scale') < 1
+
+
+def test_extra_arguments_reach_the_optimizer_in_multi_steps():
+  """Catches arguments that are lost because MultiSteps is an object of its own kind."""
+  inner = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
+  tx = spd.with_projection_decay(optax.MultiSteps(inner, 2), 0)
+  params = jnp.ones(3)
+  _, state = tx.update(params, tx.init(params), params, value=1.0)
+  assert int(state.inner_state.mini_step) == 1

@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from golden_test import CASES, assert_recorded, load, replay, wrapper
 from reference import x64
@@ -88,3 +89,31 @@ def test_a_step_can_be_differentiated():
   found, e = jax.grad(length)(0.5), 1e-2
   np.testing.assert_allclose(found, (length(0.5 + e) - length(0.5 - e)) / (2 * e), rtol=1e-2)
   assert found != 0
+
+
+FORMS = {
+  'in the chain': lambda anchor: optax.chain(spd.projection_decay(anchor), optax.sgd(0.1)),
+  'exact': lambda anchor: spd.with_projection_decay(optax.sgd(0.1, momentum=0.9), anchor),
+}
+
+
+@pytest.mark.parametrize('one_cpu', [True, False])
+@pytest.mark.parametrize('make', FORMS.values(), ids=FORMS)
+def test_steps_from_the_anchor_can_be_differentiated(make, one_cpu, monkeypatch):
+  """Catches √'(0) · 0 = NaN, and a sum of which some terms have no derivative."""
+  monkeypatch.setattr(layers, 'only_a_cpu', lambda: one_cpu)
+  anchor = jnp.array([[1.0, 2.0], [-3.0, 1.0]])
+  tx = make(anchor)
+
+  def loss(scale, params):
+    state = tx.init(anchor)
+    for turn in (1.0, 1.0, -0.1):
+      updates, state = tx.update(turn * scale * (params + 1), state, params)
+      params = optax.apply_updates(params, updates)
+    return jnp.sum(params**2)
+
+  assert jnp.all(jnp.isfinite(jax.grad(loss, 1)(1.0, anchor)))
+  with x64():
+    found, e = jax.grad(loss)(1.0, anchor), 1e-3
+    expected = (loss(1 + e, anchor) - loss(1 - e, anchor)) / (2 * e)
+  np.testing.assert_allclose(found, expected, rtol=1e-3)

@@ -101,3 +101,13 @@ def test_an_anchor_that_is_split_otherwise(make):
     state = spd.put_anchor(spd.drop_anchor(tx.init(params)), anchor)
     updates, _ = jax.jit(tx.update)(params, state, params)
   assert jax.typeof(updates) == jax.typeof(params)
+
+
+@every_form
+def test_a_whole_anchor_inside_shard_map_is_named(make):
+  """Catches advice to cut the anchor by hand."""
+  inside = jax.shard_map(
+    make(normal(2)['scale']).init, mesh=mesh(AxisType.Auto, 8), in_specs=P('x'), out_specs=P('x')
+  )
+  with pytest.raises(ValueError, match='in shard_map params are shards, so call init outside'):
+    jax.eval_shape(inside, normal(0)['scale'])
