@@ -15,7 +15,11 @@ from spd_optax import layers
 
 # Eight stacked layers; `shift` has them whole on every device.
 SPECS = {'kernel': P('x', 'y'), 'scale': P('x'), 'shift': P()}
-GROUPS = {'alone': None, 'one group': lambda path: 'block'}
+LAYERS = {
+  'slices': {'stack_axis': 0},
+  'slices of a group': {'stack_axis': 0, 'group': lambda path: 'block'},
+  'leaves': {},
+}
 
 
 def mesh(kind, *shape):
@@ -44,17 +48,17 @@ def types(tree):
 
 
 @pytest.mark.parametrize('shape', [(4, 2), (1, 1)])
-@pytest.mark.parametrize('group', GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize('options', LAYERS.values(), ids=LAYERS)
 @pytest.mark.parametrize('jit_init', [True, False])
 @every_form
-def test_explicit_mesh(make, jit_init, group, shape, monkeypatch):
+def test_explicit_mesh(make, jit_init, options, shape, monkeypatch):
   """Catches zeros of another type than the sums, a group split in two ways, and a reshape.
 
   On one CPU alone the sums of a leaf share a loop over a reshaped leaf.
   """
   monkeypatch.setattr(layers, 'only_a_cpu', lambda: shape == (1, 1))
   on = mesh(AxisType.Explicit, *shape)
-  tx = make(normal(2), stack_axis=0, group=group)
+  tx = make(normal(2), **options)
   expected = scanned(tx, normal(0), tx.init(normal(0)), normal(1))
   with jax.set_mesh(on):
     params, gradients = placed(normal(0), on), placed(normal(1), on)
