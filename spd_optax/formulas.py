@@ -22,10 +22,16 @@ def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
   return jnp.where(positive, numerator / jnp.where(positive, denominator, 1), 0)
 
 
+@jax.custom_jvp
 def norm(square: jax.Array) -> jax.Array:
   """√square; its derivative at 0 is 0, not infinite."""
-  positive = square > 0
-  return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), square)
+  return jnp.sqrt(square)
+
+
+@norm.defjvp
+def _norm_jvp(square: tuple[jax.Array], change: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+  root = norm(*square)
+  return root, divide(*change, 2 * root)
 
 
 def cosine(inner: jax.Array, gradient_norm: jax.Array, distance: jax.Array) -> jax.Array:
