@@ -66,17 +66,17 @@ class Layers:
     return [sum(values[1:], start=values[0]) for values in members]
 
   def zeros(self, leaves: Sequence[Any], dtype: Any) -> PerLayer:
-    """A zero for each layer, of the type that sums over it have under jit and shard_map.
+    """A zero for each layer, of the type that sums over it have.
 
     On an explicit mesh the type has a sharding, in shard_map the axes over which values vary.
     """
-    if not any(isinstance(leaf, jax.core.Tracer) or trees.is_typed(leaf) for leaf in leaves):
+    if not any(trees.is_typed(leaf) or trees.is_shard(leaf) for leaf in leaves):
       return [jnp.zeros(shape, dtype) for shape in self.shapes]
 
     def summed(leaves: Sequence[jax.Array]) -> PerLayer:
       here = [names if checks.is_bound(names) else () for names in self.axis_names]
       mapped = dataclasses.replace(self, axis_names=tuple(here))
-      # The compiler knows these for zeros, and neither reads the leaves nor adds anything up.
+      # The compiler knows these for zeros, and does not read the leaves.
       return mapped.sums({'zero': [jnp.where(x == x, 0, 0) for x in leaves]})['zero']
 
     return [value.astype(dtype) for value in jax.jit(summed)(list(leaves))]
