@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from spd_optax import checks, trees
+from spd_optax import checks, shardings, trees
 from spd_optax.checks import Number
 
 
@@ -104,7 +104,7 @@ class Anchoring:
     hint = ''
     if isinstance(self.anchor, jax.Array) and self.anchor.ndim == 0:
       hint = ' ' + checks.STATIC.format(name='anchor')
-    elif problems and any(trees.is_shard(leaf) for leaf in params.leaves):
+    elif problems and any(shardings.is_shard(leaf) for leaf in params.leaves):
       hint = '; in shard_map params are shards, so call init outside of it or capture'
     trees.raise_all(
       problems,
@@ -152,7 +152,11 @@ class Anchoring:
     gradient_leaves = trees.match_leaves(gradients, flat).leaves
     kinds = self.kinds(flat)
     stored = self._placed(self._captured(stored, flat, kinds, count))
-    by_path = {path: wide(on_device(a)) for path, a in trees.flatten(stored).by_path.items()}
+    params_by_path = flat.by_path
+    by_path = {
+      path: shardings.typed_like(wide(on_device(a)), params_by_path[path])
+      for path, a in trees.flatten(stored).by_path.items()
+    }
     at = [i for i, kind in enumerate(kinds) if kind is not Kind.FREE]
     return View(
       flat=flat,
@@ -160,12 +164,7 @@ class Anchoring:
       at=at,
       gradients=[wide(gradient_leaves[i]) for i in at],
       params=[wide(flat.leaves[i]) for i in at],
-      anchors=[
-        trees.typed_like(by_path[flat.paths[i]], flat.leaves[i])
-        if flat.paths[i] in by_path
-        else 0.0
-        for i in at
-      ],
+      anchors=[by_path.get(flat.paths[i], 0.0) for i in at],
       stored=stored,
     )
 
@@ -315,7 +314,7 @@ def copy(value: Any, leaf: Any, dtype: Any) -> jax.Array:
   if value is leaf:
     return jnp.array(value, dtype, copy=True)
   if isinstance(leaf, jax.core.Tracer):
-    return _sharded_like(jnp.array(value, dtype, copy=True), leaf)
+    return shardings.sharded_like(jnp.array(value, dtype, copy=True), leaf)
   if not getattr(leaf, 'committed', False):
     return jnp.array(value, dtype, copy=True)
   if not isinstance(value, jax.Array):
@@ -323,11 +322,3 @@ def copy(value: Any, leaf: Any, dtype: Any) -> jax.Array:
   # Straight to the shards: the whole array may not fit on one device.
   placed: jax.Array = jax.device_put(value.astype(dtype), leaf.sharding, may_alias=False)
   return placed
-
-
-def _sharded_like(array: jax.Array, leaf: jax.Array) -> jax.Array:
-  """The array, inside jit, with the sharding that the compiler gives the leaf."""
-  array = trees.typed_like(array, leaf)
-  # A choice that the compiler cannot foresee has all its operands sharded alike.
-  always = jax.lax.optimization_barrier(jnp.array(True))
-  return jnp.where(always, array, leaf.astype(array.dtype))

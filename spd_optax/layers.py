@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from spd_optax import checks, trees
+from spd_optax import checks, shardings, trees
 
 StackAxis = int | None | Any  # an int, a prefix tree of them, or (path, leaf) -> int | None
 AxisName = str | tuple[str, ...] | None | Any  # names, a prefix tree, or (path, leaf) -> names
@@ -70,7 +70,7 @@ class Layers:
 
     On an explicit mesh the type has a sharding, in shard_map the axes over which values vary.
     """
-    if not any(trees.is_typed(leaf) or trees.is_shard(leaf) for leaf in leaves):
+    if not any(shardings.is_typed(leaf) or shardings.is_shard(leaf) for leaf in leaves):
       return [jnp.zeros(shape, dtype) for shape in self.shapes]
 
     def summed(leaves: Sequence[jax.Array]) -> PerLayer:
@@ -119,7 +119,7 @@ def _sums(arrays: Sequence[jax.Array], stack_axis: int | None) -> Sequence[jax.A
     return separate(*sums)
 
   together.defjvp(lambda arrays, tangents: (together(*arrays), separate(*tangents)))
-  if stack_axis in (None, 0) and only_a_cpu() and not trees.is_typed(arrays[0]):
+  if stack_axis in (None, 0) and only_a_cpu() and not shardings.is_typed(arrays[0]):
     sums: Sequence[jax.Array] = jax.lax.platform_dependent(*arrays, cpu=together, default=separate)
     return sums
   return separate(*arrays)
@@ -144,7 +144,7 @@ def _short_rows(array: jax.Array, stack_axis: int | None) -> jax.Array:
 def _along(value: jax.Array, stack_axis: int | None, leaf: jax.Array) -> jax.Array:
   if stack_axis is None:
     return value
-  if trees.is_typed(leaf):
+  if shardings.is_typed(leaf):
     # The other leaves of a group may be split otherwise.
     sharding = jax.typeof(leaf).sharding
     spec = PartitionSpec(sharding.spec[stack_axis])

@@ -91,7 +91,7 @@ def projection_decay(
       needed under `jit`, where sums over sharded arrays are global.
     anchor_dtype: dtype to store the anchor in, such as `jnp.bfloat16`.
     anchor_memory_kind: 'pinned_host' keeps the anchor in the host's memory and streams
-      it to the device in each step; a warning says where a backend has no such memory,
+      it to the device in each step; a warning says where a backend has no such memory, as a CPU,
       and the anchor then stays on the device. None: the memory of the params.
     anchor_ema: β in [0, 1): the stored anchor follows the params slowly, θ_0 ← β θ_0 + (1 − β) θ
       after each step, θ the params before it, for streams that drift. An anchor of zero stays

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from spd_optax import checks
@@ -217,26 +216,3 @@ def match_leaves(updates: Any, params: Flat) -> Flat:
     ]
   raise_all(problems, 'the gradients must have the structure, shapes and kinds of the params:')
   return flat
-
-
-def is_shard(array: Any) -> bool:
-  """Whether it is one device's part of an array, as in shard_map."""
-  return AxisType.Manual in _mesh_axes(array)
-
-
-def is_typed(array: Any) -> bool:
-  """Whether the array's type has its sharding, as on an explicit mesh only."""
-  return AxisType.Explicit in _mesh_axes(array)
-
-
-def _mesh_axes(array: Any) -> tuple[AxisType, ...]:
-  sharding = getattr(jax.typeof(array), 'sharding', None)
-  return () if sharding is None else sharding.mesh.axis_types
-
-
-def typed_like(array: jax.Array, like: Any) -> jax.Array:
-  """The array with the sharding that the type of `like` has."""
-  if not is_typed(like):
-    return array
-  resharded: jax.Array = jax.sharding.reshard(array, jax.typeof(like).sharding)
-  return resharded

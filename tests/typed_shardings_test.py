@@ -1,5 +1,6 @@
 """Where types tell how values are split, on explicit meshes and in shard_map, all types fit."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,9 +39,16 @@ def placed(tree, on):
 def scanned(tx, params, state, gradients):
   """Params and state after four steps in one scan."""
   step = make_step(tx)
-  return jax.lax.scan(lambda carry, _: (step(*carry, gradients), None), (params, state), length=4)[
-    0
-  ]
+
+  def body(carry, _):
+    return step(*carry, gradients), None
+
+  return jax.lax.scan(body, (params, state), length=4)[0]
+
+
+def assert_close(found, expected):
+  found, expected = jax.device_get((found, expected))
+  chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def types(tree):
@@ -68,8 +76,7 @@ def test_explicit_mesh(make, jit_init, options, shape, monkeypatch):
       assert types(optax.tree.get(found, name)) == types(optax.tree.get(state, name)), name
   held = jax.tree.leaves(optax.tree.get(expected, 'constrained'))
   assert 0 < sum(np.sum(layer) for layer in held) < 4 * sum(np.size(layer) for layer in held)
-  for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+  assert_close(found, expected)
 
 
 @pytest.mark.parametrize('wrap', [lambda tx: tx, lambda tx: optax.MultiSteps(tx, 2)])
@@ -88,10 +95,7 @@ def test_init_inside_shard_map(make, options, wrap):
   )
   alone = wrap(make(stack_axis=options.get('stack_axis')))
   expected, _ = scanned(alone, normal(0), alone.init(normal(0)), normal(1))
-  for ours, theirs in zip(
-    jax.tree.leaves(jax.jit(inside)(normal(0), normal(1))), jax.tree.leaves(expected), strict=True
-  ):
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+  assert_close(jax.jit(inside)(normal(0), normal(1)), expected)
 
 
 @every_form

@@ -34,7 +34,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
   'form 2, no reports': lambda anchor: WithoutReports(spd.adam_spd(LEARNING_RATE, anchor)),
 }
 
-REPORTS = ('condition', 'ratio', 'distance', 'constrained')
+REPORTS = set(spd.ProjectionDecayState._fields) - {'count', 'anchor'}
 
 
 class WritesParams(NamedTuple):
