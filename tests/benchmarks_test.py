@@ -10,7 +10,7 @@ import pytest
 import smoke
 
 import spd_optax as spd
-from benchmarks import compiled, methods, shapes, step_time, training_step
+from benchmarks import compiled, leaf_sizes, methods, shapes, step_time, training_step
 
 SMALL = {'a': (3, 4), 'b': {'c': (5,), 'd': (2, 3, 4)}}
 
@@ -80,6 +80,24 @@ def test_the_timed_gradients_make_spd_take_steps_back():
   own = state.projection_decay
   assert {name for name, held in own.condition.items() if held} == {'b/c', 'b/d'}
   assert all(own.ratio[name] > 0 for name in ('b/c', 'b/d'))
+
+
+@pytest.mark.parametrize('change', [methods.without_reports, methods.with_packed_reports])
+def test_other_reports_are_of_the_same_steps(change):
+  # Would catch: counts that start anew at every step, and values given to another layer.
+  params = start = shapes.random(SMALL, scale=0.1)
+  tx = spd.adam_spd(1e-2)
+  state, other = tx.init(params), change(tx)
+  other_params, other_state = start, other.init(start)
+  step, other_step = (jax.jit(methods.make_step(each)) for each in (tx, other))
+  for gradients in noisy_gradients(12):
+    params, state = step(params, state, gradients)
+    other_params, other_state = other_step(other_params, other_state, gradients)
+  jax.tree.map(np.testing.assert_array_equal, params, other_params)
+  constrained = [int(x) for x in state.projection_decay.constrained.values()]
+  assert len(set(constrained)) > 1
+  found = other_state.projection_decay.constrained
+  assert found == {} if change is methods.without_reports else found.tolist() == constrained
 
 
 def test_steps_in_one_program_are_the_same_steps():
@@ -161,6 +179,17 @@ def test_compiled_has_a_row_for_each_method_and_adam_moves_what_it_must(tmp_path
   np.testing.assert_allclose(adam['passes, N'], 10, atol=0.1)
   assert adam['compile / Adam'] == [1]
   assert json.loads((tmp_path / 'tiny_cpu.json').read_text())['results'] == found
+
+
+def test_traffic_by_leaf_size_is_that_of_each_leaf():
+  # Would catch: leaves counted by their elements, or the traffic of one size given to another.
+  tx = methods.OPTIMIZERS[methods.REFERENCE](None)
+  _, text = compiled.compile_step(tx, shapes.tiny(), compiled.TARGETS['cpu'])
+  found = leaf_sizes.rows(shapes.tiny(), text)
+  assert len(found) > 3
+  assert sum(row['share of params, %'][0] for row in found.values()) > 90
+  for row in found.values():
+    np.testing.assert_allclose(row['passes, N'], 10, atol=0.1)
 
 
 def test_training_step_has_a_row_for_each_method(tmp_path, monkeypatch):

@@ -48,6 +48,24 @@ ENTRY %main (p: f32[100], q: f32[100], c: s32[]) -> (f32[100], f32[100]) {
 """
 
 
+# One loop makes an output, what the next loop reads, and something on the chip.
+PAIR = """\
+HloModule test, is_scheduled=true
+
+ENTRY %main (p: f32[100], s: f32[]) -> (f32[100], f32[50]) {
+  %p = f32[100]{0:T(128)} parameter(0)
+  %s = f32[]{:T(128)} parameter(1)
+  %three = (f32[100]{0}, /*index=1*/f32[50]{0}, f32[25]{0:S(1)}) fusion(%p), kind=kLoop, calls=%f
+  %first = f32[100]{0} get-tuple-element(%three), index=0
+  %second = f32[50]{0} get-tuple-element(%three), index=1
+  %third = f32[25]{0:S(1)} get-tuple-element(%three), index=2
+  %root = f32[]{:T(128)S(6)} sqrt(%s)
+  %last = f32[50]{0} fusion(%second, %third, %root), kind=kLoop, calls=%g
+  ROOT %result = (f32[100]{0}, f32[50]{0}) tuple(%first, %last)
+}
+"""
+
+
 def test_traffic_of_a_program_by_hand():
   """Catches on-chip buffers, views, whole operands of slices and first-step branches counted."""
   program = hlo.parse(PROGRAM)
@@ -59,6 +77,26 @@ def test_traffic_of_a_program_by_hand():
 def test_temporaries_of_a_program_by_hand():
   """Catches outputs counted as temporaries, and temporaries that are never freed."""
   assert hlo.temporaries(hlo.parse(PROGRAM)) == 400 + 400  # temp, and sum before it is reduced
+
+
+def test_temporaries_beside_an_output_by_hand():
+  """Catches what a loop stores for the next one taken for an output, as its first result is."""
+  assert hlo.temporaries(hlo.parse(PAIR)) == 200
+
+
+def test_traffic_by_leaf_by_hand():
+  """Catches traffic that is lost, and that of a small leaf in the large one's."""
+  program = hlo.parse(PAIR)
+  wide, narrow, scalar = 400 + 400 + 200, 200 + 200, 4
+  assert hlo.traffic_by_leaf(program) == {400: wide, 200: narrow, 4: scalar}
+  assert hlo.traffic(program) == wide + narrow + scalar
+  assert hlo.traffic_by_leaf(hlo.parse(PROGRAM)) == {400: hlo.traffic(hlo.parse(PROGRAM))}
+
+
+def test_what_a_program_computes_by_hand():
+  """Catches prefetches counted as programs, and loops that read arrays as scalar operations."""
+  assert hlo.computed(hlo.parse(PAIR)) == (2, 1)
+  assert hlo.computed(hlo.parse(PROGRAM)) == (3, 0)  # two loops and the all-reduce
 
 
 def test_collectives_of_a_program_by_hand():

@@ -91,11 +91,13 @@ SMALLEST = 2**14  # elements of a leaf that is worth sharding
 
 
 class Compiled(NamedTuple):
-  """A step compiled for a target; sizes in copies of one device's params."""
+  """A step compiled for a target; sizes in copies of one device's params, counts per leaf."""
 
   passes: float
   temporaries: float
   collectives: list[tuple[str, int, int]]
+  programs: float
+  scalars: float
   trace_seconds: float
   compile_seconds: float
   host_bytes: int
@@ -161,6 +163,7 @@ def compile_step(
   end = time.perf_counter()
   text = compiled.as_text()
   program, memory = hlo.parse(text), compiled.memory_analysis()
+  programs, scalars = hlo.computed(program)
   local = sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params)
   )
@@ -170,6 +173,8 @@ def compile_step(
     passes=hlo.traffic(program) / local,
     temporaries=stored / local,
     collectives=hlo.collectives(program),
+    programs=programs / shapes.leaves(tree),
+    scalars=scalars / shapes.leaves(tree),
     trace_seconds=between - begin,
     compile_seconds=end - between,
     host_bytes=memory.host_argument_size_in_bytes,
@@ -184,6 +189,8 @@ def columns(one: Compiled, adam: Compiled) -> dict[str, list[float]]:
     'passes, N': one.passes,
     'temp, N': one.temporaries,
     'collectives': len(one.collectives),
+    'programs a leaf': one.programs,
+    'scalars a leaf': one.scalars,
     'compile / Adam': one.compile_seconds / adam.compile_seconds,
     'trace + compile, s': one.trace_seconds + one.compile_seconds,
   }

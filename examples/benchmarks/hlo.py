@@ -7,7 +7,7 @@ on TPU `memory_analysis()` counts it as temporaries, so neither is of use here.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 BITS = {'pred': 8, 'bf16': 16, 's4': 4, 'u4': 4}
@@ -85,19 +85,18 @@ def traffic(program: Program) -> int:
   Each array once an instruction; of conditionals the branch that later steps take (an
   anchor is captured in the other).
   """
-  return _traffic(program, program.entry)
+  return sum(_moved(one, types) for one, types in _executed(program, program.entry))
 
 
-def _traffic(program: Program, computation: str) -> int:
+def _executed(program: Program, computation: str) -> Iterator[tuple[Instruction, dict[str, str]]]:
+  """What may move something, with the types of all before it."""
   types: dict[str, str] = {}
-  total = 0
   for one in program.computations[computation]:
     types[one.name] = one.type
     if one.opcode == 'conditional':
-      total += _traffic(program, _later_branch(one))
+      yield from _executed(program, _later_branch(one))
     elif one.opcode not in MOVES_NOTHING and not one.opcode.endswith('-done'):
-      total += _moved(one, types)
-  return total
+      yield one, types
 
 
 def _later_branch(one: Instruction) -> str:
@@ -121,36 +120,75 @@ def _arrays(kind: str) -> list[str]:
   return [match[0] for match in SHAPE.finditer(kind)]
 
 
+def traffic_by_leaf(program: Program) -> dict[int, int]:
+  """The traffic of one execution, by the bytes of the largest array that an instruction touches.
+
+  What a step computes for a leaf touches arrays as large as it, and scalars.
+  """
+  found: dict[int, int] = {}
+  for one, types in _executed(program, program.entry):
+    touched = [one.type, *(types.get(name, '') for name in one.operands)]
+    largest = max(shape_bytes(array, on_chip=True) for kind in touched for array in _arrays(kind))
+    found[largest] = found.get(largest, 0) + _moved(one, types)
+  return found
+
+
+def computed(program: Program) -> tuple[int, int]:
+  """How many instructions of one execution compute with arrays, and how many with scalars alone."""
+  counts = [0, 0]
+  for one, types in _executed(program, program.entry):
+    if not one.opcode.startswith(('copy', 'slice', 'custom-call')):
+      kinds = [one.type, *(types.get(name, '') for name in one.operands)]
+      scalars = all(dims in ('', '1') for kind in kinds for _, dims, _ in SHAPE.findall(kind))
+      counts[scalars] += 1
+  return counts[False], counts[True]
+
+
 def temporaries(program: Program) -> int:
   """Peak of what lies in device memory besides arguments and outputs, in bytes."""
   entry = program.computations[program.entry]
   by_name = {one.name: one for one in entry}
-  source = {one.name: _source(one, by_name) for one in entry}
   root = next(one for one in entry if one.is_root)
-  outputs = {source[name] for name in (*root.operands, root.name)}
-  last_use = {source[name]: i for i, one in enumerate(entry) for name in (one.name, *one.operands)}
+  outputs = {_source(name, by_name) for name in (*root.operands, root.name)}
+  last_use = {
+    _source(name, by_name): i for i, one in enumerate(entry) for name in (one.name, *one.operands)
+  }
   freed: dict[int, int] = {}
   alive = peak = 0
   for i, one in enumerate(entry):
-    if source[one.name] == one.name and one.name not in outputs:
-      made = one.type if one.opcode != 'copy-start' else _arrays(one.type)[0]
-      size = (
-        0 if one.opcode in MOVES_NOTHING | {'slice-start', 'conditional'} else shape_bytes(made)
-      )
-      alive += size
-      freed[last_use[one.name]] = freed.get(last_use[one.name], 0) + size
+    for buffer, size in _made(one):
+      if buffer not in outputs:
+        alive += size
+        end = last_use.get(buffer, i)
+        freed[end] = freed.get(end, 0) + size
     peak = max(peak, alive)
     alive -= freed.pop(i, 0)
   return peak
 
 
-def _source(one: Instruction, by_name: dict[str, Instruction]) -> str:
-  """The instruction whose buffer this one names."""
+Buffer = tuple[str, str]  # the instruction that makes it, and its place in the tuple it makes
+
+
+def _made(one: Instruction) -> list[tuple[Buffer, int]]:
+  """The buffers that an instruction fills, and their bytes in device memory."""
+  if one.opcode in MOVES_NOTHING | {'slice-start', 'conditional'} or one.opcode.endswith('-done'):
+    return []
+  arrays = _arrays(one.type)
+  if not one.type.startswith('(') or one.opcode == 'copy-start':
+    return [((one.name, ''), shape_bytes(arrays[0]))]
+  return [((one.name, str(i)), shape_bytes(array)) for i, array in enumerate(arrays)]
+
+
+def _source(name: str, by_name: Mapping[str, Instruction]) -> Buffer:
+  """The buffer that an instruction names."""
+  one, index = by_name[name], ''
   while one.opcode in ('bitcast', 'opt-barrier', 'get-tuple-element') or one.opcode.endswith(
     '-done'
   ):
+    if found := re.search(r'index=(\d+)', one.attributes):
+      index = found[1]
     one = by_name[one.operands[0]]
-  return one.name
+  return one.name, index
 
 
 def collectives(program: Program) -> list[tuple[str, int, int]]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
 import spd_optax as spd
 
@@ -18,23 +19,10 @@ def _adam() -> optax.GradientTransformation:
   return optax.adam(LEARNING_RATE)
 
 
-# By name, from an anchor; "captured" has the one that the optimizer takes at the first step.
-OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
-  REFERENCE: lambda anchor: _adam(),
-  'optax.adamw': lambda anchor: optax.adamw(LEARNING_RATE),
+FORMS: dict[str, Callable[[Any], optax.GradientTransformationExtraArgs]] = {
   'form 1': lambda anchor: optax.chain(spd.projection_decay(anchor), _adam()),
-  'form 1, captured': lambda anchor: optax.chain(spd.projection_decay(), _adam()),
   'form 2': lambda anchor: spd.adam_spd(LEARNING_RATE, anchor),
-  'form 2, captured': lambda anchor: spd.adam_spd(LEARNING_RATE),
-  'form 2, zero anchor': lambda anchor: spd.adam_spd(LEARNING_RATE, 0),
-  'form 2, apply': lambda anchor: WritesParams(spd.adam_spd(LEARNING_RATE, anchor)),
-  'form 1, no reports': lambda anchor: WithoutReports(
-    optax.chain(spd.projection_decay(anchor), _adam())
-  ),
-  'form 2, no reports': lambda anchor: WithoutReports(spd.adam_spd(LEARNING_RATE, anchor)),
 }
-
-REPORTS = set(spd.ProjectionDecayState._fields) - {'count', 'anchor'}
 
 
 class WritesParams(NamedTuple):
@@ -47,24 +35,67 @@ class WritesParams(NamedTuple):
     return self.optimizer.init
 
 
-def _silent(state: Any) -> Any:
-  return optax.tree.set(state, **{name: {} for name in REPORTS})
+REPORTS = set(spd.ProjectionDecayState._fields) - {'count', 'anchor'}
 
 
-class WithoutReports(NamedTuple):
-  """An optimizer whose state tells nothing of its layers: shows what the reports cost."""
+class WithOtherReports(NamedTuple):
+  """An optimizer whose state holds something else for each report: shows what they cost.
+
+  `pack` makes it of a report, `unpack` makes a report of it and of zeros like the report.
+  """
 
   optimizer: optax.GradientTransformationExtraArgs
+  pack: Callable[[Any], Any]
+  unpack: Callable[[Any, Any], Any]
 
   def init(self, params: Any) -> Any:
-    return _silent(self.optimizer.init(params))
+    return self._packed(self.optimizer.init(params))
 
   def update(self, gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
     whole = jax.eval_shape(self.optimizer.init, params)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), whole)
-    state = optax.tree.set(state, **{name: optax.tree.get(zeros, name) for name in REPORTS})
-    updates, state = self.optimizer.update(gradients, state, params)
-    return updates, _silent(state)
+    reports = {
+      name: self.unpack(optax.tree.get(state, name), optax.tree.get(zeros, name))
+      for name in REPORTS
+    }
+    updates, state = self.optimizer.update(gradients, optax.tree.set(state, **reports), params)
+    return updates, self._packed(state)
+
+  def _packed(self, state: Any) -> Any:
+    return optax.tree.set(
+      state, **{name: self.pack(optax.tree.get(state, name)) for name in REPORTS}
+    )
+
+
+def without_reports(optimizer: optax.GradientTransformationExtraArgs) -> WithOtherReports:
+  """No values of the layers at all."""
+  return WithOtherReports(optimizer, lambda report: {}, lambda nothing, zeros: zeros)
+
+
+def with_packed_reports(optimizer: optax.GradientTransformationExtraArgs) -> WithOtherReports:
+  """All layers' values of a report in one vector, not in an array each."""
+  return WithOtherReports(
+    optimizer,
+    lambda report: ravel_pytree(report)[0],
+    lambda vector, zeros: ravel_pytree(zeros)[1](vector),
+  )
+
+
+# By name, from an anchor; "captured" has the one that the optimizer takes at the first step.
+OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
+  REFERENCE: lambda anchor: _adam(),
+  'optax.adamw': lambda anchor: optax.adamw(LEARNING_RATE),
+  'form 1': FORMS['form 1'],
+  'form 1, captured': lambda anchor: FORMS['form 1'](None),
+  'form 2': FORMS['form 2'],
+  'form 2, captured': lambda anchor: FORMS['form 2'](None),
+  'form 2, zero anchor': lambda anchor: spd.adam_spd(LEARNING_RATE, 0),
+  'form 2, apply': lambda anchor: WritesParams(spd.adam_spd(LEARNING_RATE, anchor)),
+  'form 1, no reports': lambda anchor: without_reports(FORMS['form 1'](anchor)),
+  'form 2, no reports': lambda anchor: without_reports(FORMS['form 2'](anchor)),
+  'form 1, captured, packed reports': lambda anchor: with_packed_reports(FORMS['form 1'](None)),
+  'form 2, captured, packed reports': lambda anchor: with_packed_reports(FORMS['form 2'](None)),
+}
 
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
