@@ -142,17 +142,21 @@ def prefix_values(
   found = _entries(prefix, lambda node: _is_hole(node) or is_value(node))
   entries = dict(found)
   used = {keys: _covering(entries, keys) for keys in params.keys}
-  problems = [
-    f'{shown(keys)}: in the params, missing in {name}' for keys, at in used.items() if at is None
-  ]
+  missing = {keys for keys, at in used.items() if at is None}
   left_out = set(params.holes)
-  for keys in entries.keys() - set(used.values()) - {()}:
-    if _covering(left_out, keys) is None and not any(h[: len(keys)] == keys for h in left_out):
-      problems.append(f'{shown(keys)}: in {name}, missing in the params')
+  unknown = {
+    keys
+    for keys in entries.keys() - set(used.values()) - {()}
+    if _covering(left_out, keys) is None and not any(h[: len(keys)] == keys for h in left_out)
+  }
+  hint = _shifted(name, missing, unknown) if len(missing) == len(used) else ''
   raise_all(
-    sorted(problems),
+    sorted(
+      [f'{shown(keys)}: in the params, missing in {name}' for keys in missing]
+      + [f'{shown(keys)}: in {name}, missing in the params' for keys in unknown]
+    ),
     f'{name} must be a tree like the params, or a prefix of it '
-    '(None at a leaf or subtree leaves it out):',
+    f'(None at a leaf or subtree leaves it out){hint}:',
   )
   return [entries[at] for at in used.values() if at is not None]
 
@@ -160,6 +164,22 @@ def prefix_values(
 def _covering(entries: Any, keys: Keys) -> Keys | None:
   """The entry at `keys` or above it."""
   return next((keys[:i] for i in range(len(keys) + 1) if keys[:i] in entries), None)
+
+
+def _shifted(name: str, missing: set[Keys], unknown: set[Keys]) -> str:
+  """A hint, where one tree is a part of the other: `variables` given for `variables['params']`."""
+  if above := _above(missing, unknown):
+    return '; pass ' + name + ''.join(f'[{key!r}]' for key in above)
+  if above := _above(unknown, missing):
+    return '; pass ' + ''.join(f'{{{key!r}: ' for key in above) + name + '}' * len(above)
+  return ''
+
+
+def _above(paths: set[Keys], longer: set[Keys]) -> Keys:
+  """What has to stand before every path to make it one of the longer; () if nothing does."""
+  first = min(paths, default=())
+  starts = {keys[: -len(first)] for keys in longer if first and keys[-len(first) :] == first}
+  return next((s for s in sorted(starts) if s and {s + keys for keys in paths} <= longer), ())
 
 
 def rule_values(rule: Any, params: Flat, name: str, is_value: Callable[[Any], bool]) -> list[Any]:

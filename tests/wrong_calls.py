@@ -141,6 +141,9 @@ LEAVES: dict[str, tuple[Any, str]] = {
   'too few': ({'enc': {}, 'head': 0}, 'enc/k: .*missing in anchor & enc/b: & None'),
   'too many': (tree(new={'x': 0, 'y': 0}), 'new/x: .*missing in the params & new/y: '),
   'both': ({'enc': {'k': 0, 'z': 0}, 'head': 0}, 'enc/b: .*in anchor & enc/z: .*in the params'),
+  'variables': ({'params': tree()}, r"\; pass anchor\['params'\]: & enc/k: & params/enc/k: "),
+  'part': (tree()['enc'], "; pass {'enc': anchor}: & head: .*missing & ^ *k: "),
+  'elsewhere': ({'k': 0, 'head': 0}, r'out\): & ^ *k: .*missing & enc/k: '),
   'tuple': ((0, 0), f'{ALL} & ^ *0: .*missing in the params & ^ *1: '),
   'shapes': (
     tree(jnp.ones((3, 2)), jnp.ones(4)),
