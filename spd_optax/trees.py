@@ -169,17 +169,18 @@ def _covering(entries: Any, keys: Keys) -> Keys | None:
 def _shifted(name: str, missing: set[Keys], unknown: set[Keys]) -> str:
   """A hint, where one tree is a part of the other: `variables` given for `variables['params']`."""
   if above := _above(missing, unknown):
-    return '; pass ' + name + ''.join(f'[{key!r}]' for key in above)
+    return f'; its part below {join(above)!r} is like the params, so pass that'
   if above := _above(unknown, missing):
-    return '; pass ' + ''.join(f'{{{key!r}: ' for key in above) + name + '}' * len(above)
+    return f'; it is like the params below {join(above)!r}, so pass it there, and None for the rest'
   return ''
 
 
-def _above(paths: set[Keys], longer: set[Keys]) -> Keys:
-  """What has to stand before every path to make it one of the longer; () if nothing does."""
+def _above(paths: set[Keys], longer: set[Keys]) -> Keys | None:
+  """What has to stand before all paths to make them some of the longer; if one thing does."""
   first = min(paths, default=())
   starts = {keys[: -len(first)] for keys in longer if first and keys[-len(first) :] == first}
-  return next((s for s in sorted(starts) if s and {s + keys for keys in paths} <= longer), ())
+  found = [start for start in starts if {start + keys for keys in paths} <= longer]
+  return found[0] if len(found) == 1 else None
 
 
 def rule_values(rule: Any, params: Flat, name: str, is_value: Callable[[Any], bool]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from benchmarks import hlo
 
@@ -61,7 +62,29 @@ ENTRY %main (p: f32[100], s: f32[]) -> (f32[100], f32[50]) {
   %third = f32[25]{0:S(1)} get-tuple-element(%three), index=2
   %root = f32[]{:T(128)S(6)} sqrt(%s)
   %last = f32[50]{0} fusion(%second, %third, %root), kind=kLoop, calls=%g
+  %sum = f32[]{:S(6)} fusion(%first), kind=kLoop, calls=%h
+  %both = (f32[25]{0:S(1)}, f32[]{:S(6)}) tuple(%third, %sum)
+  %kept = f32[25]{0:S(1)} get-tuple-element(%both), index=0
+  %fetched = f32[25]{0:S(1)} fusion(%kept), kind=kLoop, calls=%i
+  %wide = f32[200]{0:S(1)} fusion(%fetched), kind=kLoop, calls=%j
+  %narrow = f32[25]{0} fusion(%wide), kind=kLoop, calls=%k
+  %joined = f32[50]{0:S(1)} custom-call(%kept, %fetched), custom_call_target="ConcatBitcast"
   ROOT %result = (f32[100]{0}, f32[50]{0}) tuple(%first, %last)
+}
+"""
+
+# Two loops of several results; the second makes all outputs.
+CHAIN = """\
+HloModule test, is_scheduled=true
+
+ENTRY %main (p: f32[100]) -> (f32[100], f32[100]) {
+  %p = f32[100]{0} parameter(0)
+  %two = (f32[100]{0}, f32[50]{0}) fusion(%p), kind=kLoop, calls=%f
+  %one = f32[100]{0} get-tuple-element(%two), index=0
+  %half = f32[50]{0} get-tuple-element(%two), index=1
+  %next = f32[100]{0} fusion(%half), kind=kLoop, calls=%g
+  %after = f32[25]{0} fusion(%next), kind=kLoop, calls=%h
+  ROOT %result = (f32[100]{0}, f32[100]{0}) fusion(%one, %after), kind=kLoop, calls=%i
 }
 """
 
@@ -84,19 +107,44 @@ def test_temporaries_beside_an_output_by_hand():
   assert hlo.temporaries(hlo.parse(PAIR)) == 200
 
 
+def test_temporaries_of_a_chain_by_hand():
+  """Catches results that are all freed together, or kept for good, and outputs of the last loop."""
+  half, whole, quarter = 200, 400, 100
+  two = whole + half
+  assert hlo.temporaries(hlo.parse(CHAIN)) == max(two + whole, whole + whole + quarter)
+
+
 def test_traffic_by_leaf_by_hand():
-  """Catches traffic that is lost, and that of a small leaf in the large one's."""
-  program = hlo.parse(PAIR)
-  wide, narrow, scalar = 400 + 400 + 200, 200 + 200, 4
-  assert hlo.traffic_by_leaf(program) == {400: wide, 200: narrow, 4: scalar}
-  assert hlo.traffic(program) == wide + narrow + scalar
-  assert hlo.traffic_by_leaf(hlo.parse(PROGRAM)) == {400: hlo.traffic(hlo.parse(PROGRAM))}
+  """Catches traffic lost, of a small leaf in a large one's, and reads of what the step wrote."""
+  assert hlo.traffic_by_leaf(hlo.parse(PAIR)) == {
+    (400, 'p'): 400,
+    (400, 'written'): 400 + 200,
+    (400, ''): 400,  # the sum of `first`
+    (800, 'written'): 100,  # of what is on the chip
+    (200, ''): 200,
+    (200, 'written'): 200,
+    (4, 's'): 4,
+  }
+  copied, fused, summed, reduced = 400, 400, 400, 400
+  assert hlo.traffic_by_leaf(hlo.parse(PROGRAM)) == {
+    (400, 'p'): copied,
+    (400, 'q'): fused + summed,
+    (400, ''): 200 + summed + reduced,
+    (400, 'written'): fused + summed + reduced,
+  }
 
 
 def test_what_a_program_computes_by_hand():
   """Catches prefetches counted as programs, and loops that read arrays as scalar operations."""
-  assert hlo.computed(hlo.parse(PAIR)) == (2, 1)
+  assert hlo.computed(hlo.parse(PAIR)) == (6, 1)
   assert hlo.computed(hlo.parse(PROGRAM)) == (3, 0)  # two loops and the all-reduce
+  assert hlo.instructions(hlo.parse(CHAIN)) == 7
+
+
+def test_what_cannot_be_counted_is_an_error():
+  """Catches loops whose traffic is left out."""
+  with pytest.raises(NotImplementedError, match='a while moves: next'):
+    hlo.traffic(hlo.parse(CHAIN.replace('fusion(%half), kind=kLoop', 'while(%half)')))
 
 
 def test_collectives_of_a_program_by_hand():

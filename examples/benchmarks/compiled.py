@@ -98,6 +98,7 @@ class Compiled(NamedTuple):
   collectives: list[tuple[str, int, int]]
   programs: float
   scalars: float
+  instructions: int
   trace_seconds: float
   compile_seconds: float
   host_bytes: int
@@ -175,6 +176,7 @@ def compile_step(
     collectives=hlo.collectives(program),
     programs=programs / shapes.leaves(tree),
     scalars=scalars / shapes.leaves(tree),
+    instructions=hlo.instructions(program),
     trace_seconds=between - begin,
     compile_seconds=end - between,
     host_bytes=memory.host_argument_size_in_bytes,
@@ -191,6 +193,7 @@ def columns(one: Compiled, adam: Compiled) -> dict[str, list[float]]:
     'collectives': len(one.collectives),
     'programs a leaf': one.programs,
     'scalars a leaf': one.scalars,
+    'instructions / Adam': one.instructions / adam.instructions,
     'compile / Adam': one.compile_seconds / adam.compile_seconds,
     'trace + compile, s': one.trace_seconds + one.compile_seconds,
   }
@@ -235,14 +238,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   with training.progress_bar() as bar:
     task = bar.add_task('compile', total=len(todo) * len(chosen))
     for case, (tree, target) in todo.items():
+      compile_step(methods.OPTIMIZERS[methods.REFERENCE](None), shapes.tiny(), TARGETS[target])
       adam = None
       for name in dict.fromkeys((methods.REFERENCE, *chosen)):
         one, _ = compile_step(methods.OPTIMIZERS[name](nowhere(tree)), tree, TARGETS[target])
         adam = adam or one
         results[f'{case}: {name}'] = columns(one, adam)
         bar.advance(task)
-  settings = {'targets': args.target, 'models': args.model, 'growth': args.growth}
-  settings |= {'compilers': compilers()}
+  settings = {'cases': list(todo), 'compilers': compilers()}
   reporting.show('Ahead-of-time compiles; N: one copy of the params on a device', results)
   name = 'growth' if args.growth else '_'.join((*args.model, *args.target))
   reporting.write_json(args.out / f'{name}.json', settings, results)

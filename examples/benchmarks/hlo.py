@@ -7,15 +7,16 @@ on TPU `memory_analysis()` counts it as temporaries, so neither is of use here.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 BITS = {'pred': 8, 'bf16': 16, 's4': 4, 'u4': 4}
-SHAPE = re.compile(r'\b(pred|bf16|[sufc]\d+)\[([\d,]*)\](\{[^}]*\})?')
+SHAPE = re.compile(r'\b(pred|bf16|[suc]\d+|f\d+\w*)\[([\d,]*)\](\{[^}]*\})?')
 MOVES_NOTHING = {
   *('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'opt-barrier'),
   *('after-all', 'partition-id', 'replica-id', 'iota'),
 }
+NOT_COUNTED = {'while', 'async-start', 'all-gather-start', 'collective-permute-start'}
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
 
 
@@ -28,6 +29,10 @@ class Instruction(NamedTuple):
   operands: tuple[str, ...]
   attributes: str
   is_root: bool
+
+
+Buffer = tuple[str, int]  # the instruction that fills it, and its place in the tuple it makes
+Value = Buffer | list[Any]  # what a name stands for: a buffer, or a tuple of values
 
 
 class Program(NamedTuple):
@@ -85,7 +90,47 @@ def traffic(program: Program) -> int:
   Each array once an instruction; of conditionals the branch that later steps take (an
   anchor is captured in the other).
   """
-  return sum(_moved(one, types) for one, types in _executed(program, program.entry))
+  return sum(traffic_by_leaf(program).values())
+
+
+def traffic_by_leaf(program: Program) -> dict[tuple[int, str], int]:
+  """The traffic of one execution by the size of a leaf, and by what is read of it.
+
+  The size, in bytes, is that of the largest array that an instruction touches: what a step
+  computes for a leaf touches arrays as large as it, and scalars. What is read is named by the
+  argument of the program; it is '' for what the step wrote itself, and 'written' for writes.
+  """
+  entry = program.computations[program.entry]
+  value_of, arguments = _values(entry), {one.name for one in entry if one.opcode == 'parameter'}
+
+  def argument(name: str) -> str:
+    value = value_of.get(name)  # None within a conditional
+    return value[0] if isinstance(value, tuple) and value[0] in arguments else ''
+
+  found: dict[tuple[int, str], int] = {}
+  for one, types in _executed(program, program.entry):
+    largest = max((shape_bytes(x, on_chip=True) for x in _touched(one, types)), default=0)
+    moved = [(argument(name), size) for name, size in _read(one, types).items()]
+    for what, size in (*moved, ('written', shape_bytes(_made(one)))):
+      found[largest, what] = found.get((largest, what), 0) + size
+  return {key: size for key, size in found.items() if size}
+
+
+def computed(program: Program) -> tuple[int, int]:
+  """How many instructions of one execution compute with arrays, and how many with scalars alone.
+
+  Copies and slices compute nothing, nor does what joins slices that were fetched apart.
+  """
+  counts = [0, 0]
+  for one, types in _executed(program, program.entry):
+    if not one.opcode.startswith(('copy', 'slice')) and 'ConcatBitcast' not in one.attributes:
+      counts[all(_is_scalar(array) for array in _touched(one, types))] += 1
+  return counts[False], counts[True]
+
+
+def instructions(program: Program) -> int:
+  """All instructions, also those within fusions: what the compiler has worked on."""
+  return sum(map(len, program.computations.values()))
 
 
 def _executed(program: Program, computation: str) -> Iterator[tuple[Instruction, dict[str, str]]]:
@@ -93,6 +138,8 @@ def _executed(program: Program, computation: str) -> Iterator[tuple[Instruction,
   types: dict[str, str] = {}
   for one in program.computations[computation]:
     types[one.name] = one.type
+    if one.opcode in NOT_COUNTED:
+      raise NotImplementedError(f'what a {one.opcode} moves: {one.name}')
     if one.opcode == 'conditional':
       yield from _executed(program, _later_branch(one))
     elif one.opcode not in MOVES_NOTHING and not one.opcode.endswith('-done'):
@@ -105,90 +152,97 @@ def _later_branch(one: Instruction) -> str:
   return found[1]
 
 
-def _moved(one: Instruction, types: dict[str, str]) -> int:
-  """Bytes read and written by an instruction."""
-  read = sum(shape_bytes(types.get(name, '')) for name in set(one.operands))
-  if one.opcode == 'copy-start':  # (destination, source, context)
-    return read + shape_bytes(_arrays(one.type)[0])
-  if one.opcode in ('slice-start', 'slice'):  # reads as much as it makes
-    made = _arrays(one.type)[one.opcode == 'slice-start']
-    return (shape_bytes(made, on_chip=True) if read else 0) + shape_bytes(made)
-  return read + shape_bytes(one.type)
+def _touched(one: Instruction, types: dict[str, str]) -> list[str]:
+  """The types of the arrays that an instruction reads and makes."""
+  return [
+    x for kind in (one.type, *(types.get(n, '') for n in one.operands)) for x in _arrays(kind)
+  ]
 
 
 def _arrays(kind: str) -> list[str]:
   return [match[0] for match in SHAPE.finditer(kind)]
 
 
-def traffic_by_leaf(program: Program) -> dict[int, int]:
-  """The traffic of one execution, by the bytes of the largest array that an instruction touches.
-
-  What a step computes for a leaf touches arrays as large as it, and scalars.
-  """
-  found: dict[int, int] = {}
-  for one, types in _executed(program, program.entry):
-    touched = [one.type, *(types.get(name, '') for name in one.operands)]
-    largest = max(shape_bytes(array, on_chip=True) for kind in touched for array in _arrays(kind))
-    found[largest] = found.get(largest, 0) + _moved(one, types)
-  return found
+def _is_scalar(array: str) -> bool:
+  return math.prod(int(n) for n in SHAPE.findall(array)[0][1].split(',') if n) == 1
 
 
-def computed(program: Program) -> tuple[int, int]:
-  """How many instructions of one execution compute with arrays, and how many with scalars alone."""
-  counts = [0, 0]
-  for one, types in _executed(program, program.entry):
-    if not one.opcode.startswith(('copy', 'slice', 'custom-call')):
-      kinds = [one.type, *(types.get(name, '') for name in one.operands)]
-      scalars = all(dims in ('', '1') for kind in kinds for _, dims, _ in SHAPE.findall(kind))
-      counts[scalars] += 1
-  return counts[False], counts[True]
+def _read(one: Instruction, types: dict[str, str]) -> dict[str, int]:
+  """Bytes that an instruction reads of each operand; of a slice as much as it makes."""
+  read = {name: shape_bytes(types.get(name, '')) for name in one.operands}
+  if one.opcode not in ('slice-start', 'slice'):
+    return read
+  made = shape_bytes(_made(one), on_chip=True)
+  return {name: made if size else 0 for name, size in read.items()}
+
+
+def _made(one: Instruction) -> str:
+  """The type of what an instruction makes, without its operand and context."""
+  if one.opcode == 'copy-start':  # (destination, source, context)
+    return _arrays(one.type)[0]
+  return _arrays(one.type)[1] if one.opcode == 'slice-start' else one.type
 
 
 def temporaries(program: Program) -> int:
-  """Peak of what lies in device memory besides arguments and outputs, in bytes."""
+  """Peak of what lies in device memory besides arguments and outputs, in bytes.
+
+  Without what is within a conditional, and what it returns.
+  """
   entry = program.computations[program.entry]
-  by_name = {one.name: one for one in entry}
+  value_of = _values(entry)
   root = next(one for one in entry if one.is_root)
-  outputs = {_source(name, by_name) for name in (*root.operands, root.name)}
+  outputs = set(_buffers(value_of[root.name]))
   last_use = {
-    _source(name, by_name): i for i, one in enumerate(entry) for name in (one.name, *one.operands)
+    buffer: i
+    for i, one in enumerate(entry)
+    for name in (one.name, *one.operands)
+    for buffer in _buffers(value_of[name])
   }
   freed: dict[int, int] = {}
   alive = peak = 0
   for i, one in enumerate(entry):
-    for buffer, size in _made(one):
-      if buffer not in outputs:
+    for buffer in _buffers(value_of[one.name]):
+      if buffer[0] == one.name and buffer not in outputs and _stores(one):
+        size = shape_bytes((_arrays(_made(one)) or [''])[buffer[1]])
         alive += size
-        end = last_use.get(buffer, i)
-        freed[end] = freed.get(end, 0) + size
+        freed[last_use[buffer]] = freed.get(last_use[buffer], 0) + size
     peak = max(peak, alive)
     alive -= freed.pop(i, 0)
   return peak
 
 
-Buffer = tuple[str, str]  # the instruction that makes it, and its place in the tuple it makes
+def _stores(one: Instruction) -> bool:
+  return one.opcode not in MOVES_NOTHING | {'slice-start', 'conditional'}
 
 
-def _made(one: Instruction) -> list[tuple[Buffer, int]]:
-  """The buffers that an instruction fills, and their bytes in device memory."""
-  if one.opcode in MOVES_NOTHING | {'slice-start', 'conditional'} or one.opcode.endswith('-done'):
-    return []
-  arrays = _arrays(one.type)
-  if not one.type.startswith('(') or one.opcode == 'copy-start':
-    return [((one.name, ''), shape_bytes(arrays[0]))]
-  return [((one.name, str(i)), shape_bytes(array)) for i, array in enumerate(arrays)]
+def _values(computation: Sequence[Instruction]) -> dict[str, Value]:
+  """The buffers behind each name."""
+  found: dict[str, Value] = {}
+  for one in computation:
+    match one.opcode:
+      case 'tuple':
+        found[one.name] = [found[name] for name in one.operands]
+      case 'get-tuple-element':
+        whole, index = found[one.operands[0]], re.search(r'index=(\d+)', one.attributes)
+        found[one.name] = whole[int(index[1])] if isinstance(whole, list) and index else whole
+      case 'bitcast' | 'opt-barrier':
+        found[one.name] = found[one.operands[0]]
+      case opcode if opcode.endswith('-done'):
+        found[one.name] = found[one.operands[0]]
+      case _:
+        made = _made(one)
+        several = made.startswith('(') and one.opcode != 'conditional'
+        parts: list[Value] = [(one.name, i) for i in range(len(_arrays(made)))]
+        found[one.name] = parts if several else (one.name, 0)
+  return found
 
 
-def _source(name: str, by_name: Mapping[str, Instruction]) -> Buffer:
-  """The buffer that an instruction names."""
-  one, index = by_name[name], ''
-  while one.opcode in ('bitcast', 'opt-barrier', 'get-tuple-element') or one.opcode.endswith(
-    '-done'
-  ):
-    if found := re.search(r'index=(\d+)', one.attributes):
-      index = found[1]
-    one = by_name[one.operands[0]]
-  return one.name, index
+def _buffers(value: Value) -> Iterator[Buffer]:
+  if isinstance(value, tuple):
+    yield value
+  else:
+    for part in value:
+      yield from _buffers(part)
 
 
 def collectives(program: Program) -> list[tuple[str, int, int]]:
