@@ -195,7 +195,7 @@ def temporaries(program: Program) -> int:
   last_use = {
     buffer: i
     for i, one in enumerate(entry)
-    for name in (one.name, *one.operands)
+    for name in (one.operands if one.opcode not in MOVES_NOTHING else ())  # to name is not to use
     for buffer in _buffers(value_of[name])
   }
   freed: dict[int, int] = {}
@@ -205,7 +205,8 @@ def temporaries(program: Program) -> int:
       if buffer[0] == one.name and buffer not in outputs and _stores(one):
         size = shape_bytes((_arrays(_made(one)) or [''])[buffer[1]])
         alive += size
-        freed[last_use[buffer]] = freed.get(last_use[buffer], 0) + size
+        end = last_use.get(buffer, i)
+        freed[end] = freed.get(end, 0) + size
     peak = max(peak, alive)
     alive -= freed.pop(i, 0)
   return peak
