@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   parser.add_argument('--out', type=Path, default=Path('runs/compiled'))
   args = parser.parse_args(argv)
   jax.config.update('jax_enable_compilation_cache', False)
-  chosen = args.method or list(methods.OPTIMIZERS)
+  chosen = dict.fromkeys((methods.REFERENCE, *(args.method or methods.OPTIMIZERS)))
   todo = cases(args)
   results: dict[str, Any] = {}
   with training.progress_bar() as bar:
@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for case, (tree, target) in todo.items():
       compile_step(methods.OPTIMIZERS[methods.REFERENCE](None), shapes.tiny(), TARGETS[target])
       adam = None
-      for name in dict.fromkeys((methods.REFERENCE, *chosen)):
+      for name in chosen:
         one, _ = compile_step(methods.OPTIMIZERS[name](nowhere(tree)), tree, TARGETS[target])
         adam = adam or one
         results[f'{case}: {name}'] = columns(one, adam)

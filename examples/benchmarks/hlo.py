@@ -226,9 +226,7 @@ def _values(computation: Sequence[Instruction]) -> dict[str, Value]:
       case 'get-tuple-element':
         whole, index = found[one.operands[0]], re.search(r'index=(\d+)', one.attributes)
         found[one.name] = whole[int(index[1])] if isinstance(whole, list) and index else whole
-      case 'bitcast' | 'opt-barrier':
-        found[one.name] = found[one.operands[0]]
-      case opcode if opcode.endswith('-done'):
+      case opcode if opcode in ('bitcast', 'opt-barrier') or opcode.endswith('-done'):
         found[one.name] = found[one.operands[0]]
       case _:
         made = _made(one)

@@ -19,7 +19,7 @@ def _adam() -> optax.GradientTransformation:
   return optax.adam(LEARNING_RATE)
 
 
-FORMS: dict[str, Callable[[Any], optax.GradientTransformationExtraArgs]] = {
+FORMS: dict[str, Callable[[Any], Any]] = {
   'form 1': lambda anchor: optax.chain(spd.projection_decay(anchor), _adam()),
   'form 2': lambda anchor: spd.adam_spd(LEARNING_RATE, anchor),
 }
@@ -89,8 +89,8 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
   'form 1, captured': lambda anchor: FORMS['form 1'](None),
   'form 2': FORMS['form 2'],
   'form 2, captured': lambda anchor: FORMS['form 2'](None),
-  'form 2, zero anchor': lambda anchor: spd.adam_spd(LEARNING_RATE, 0),
-  'form 2, apply': lambda anchor: WritesParams(spd.adam_spd(LEARNING_RATE, anchor)),
+  'form 2, zero anchor': lambda anchor: FORMS['form 2'](0),
+  'form 2, apply': lambda anchor: WritesParams(FORMS['form 2'](anchor)),
   'form 1, no reports': lambda anchor: without_reports(FORMS['form 1'](anchor)),
   'form 2, no reports': lambda anchor: without_reports(FORMS['form 2'](anchor)),
   'form 1, captured, packed reports': lambda anchor: with_packed_reports(FORMS['form 1'](None)),

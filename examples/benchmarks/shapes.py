@@ -112,23 +112,22 @@ def structs(shapes: Shapes, dtype: Any = jnp.float32) -> Any:
   return _map(lambda shape: jax.ShapeDtypeStruct(shape, dtype), shapes)
 
 
-def each(shapes: Shapes) -> list[tuple[int, ...]]:
-  """The shapes of all leaves."""
-  return jax.tree.leaves(shapes, is_leaf=_is_shape)
-
-
 def leaves(shapes: Shapes) -> int:
   """How many leaves the tree has."""
-  return len(each(shapes))
+  return len(_leaves(shapes))
 
 
 def parameters(shapes: Shapes) -> int:
   """How many parameters the tree has."""
-  return sum(map(math.prod, each(shapes)))
+  return sum(map(math.prod, _leaves(shapes)))
 
 
 def _map(function: Callable[[tuple[int, ...]], Any], shapes: Shapes) -> Any:
   return jax.tree.map(function, shapes, is_leaf=_is_shape)
+
+
+def _leaves(shapes: Shapes) -> list[tuple[int, ...]]:
+  return jax.tree.leaves(shapes, is_leaf=_is_shape)
 
 
 def _is_shape(node: Any) -> bool:
