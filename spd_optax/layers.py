@@ -20,6 +20,13 @@ AxisName = str | tuple[str, ...] | None | Any  # names, a prefix tree, or (path,
 Group = Callable[[str], Any] | None
 PerLayer = list[jax.Array]
 
+SEPARATOR = '~'  # of paths in the keys of the state; writers of checkpoints join theirs by / or .
+
+
+def layer_key(name: str) -> str:
+  """A layer's name as a key of the optimizer state: 'block_0/kernel' -> 'block_0~kernel'."""
+  return name.replace('/', SEPARATOR)
+
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
@@ -89,8 +96,8 @@ class Layers:
     ]
 
   def named(self, per_layer: Sequence[Any]) -> dict[str, Any]:
-    """Values by the layers' names."""
-    return dict(zip(self.names, per_layer, strict=True))
+    """Values by the layers' names, as the optimizer state spells them."""
+    return dict(zip(map(layer_key, self.names), per_layer, strict=True))
 
 
 def _sum(array: jax.Array, stack_axis: int | None) -> jax.Array:

@@ -11,7 +11,7 @@ import numpy as np
 
 from spd_optax import anchors, fingerprints, readout, trees
 from spd_optax.fingerprints import is_dropped
-from spd_optax.layers import Group, StackAxis, find_layers
+from spd_optax.layers import Group, StackAxis, find_layers, layer_key
 from spd_optax.step import ProjectionDecayState
 
 
@@ -55,15 +55,15 @@ def _members(
   if any(map(is_dropped, flat.leaves)):
     return []
   if stack_axis is None and group is None:
-    stored, found = flat.paths, _evident(flat, layers)
+    stored, found = list(map(layer_key, flat.paths)), _evident(flat, layers)
   else:
     made = find_layers(flat, [True] * len(flat.leaves), stack_axis, group)
     trees.match_shapes(
-      {name: layers[name] for name in made.names if name in layers},
+      {name: layers[name] for name in map(layer_key, made.names) if name in layers},
       made.named(made.shapes),
       'stack_axis and group must be those of the transformation; the shapes of the layers differ:',
     )
-    stored = [made.names[at] for at in made.layer_of]
+    stored = [layer_key(made.names[at]) for at in made.layer_of]
     found = list(zip(stored, flat.leaves, made.stack_axes, strict=True))
   if not set(stored) <= set(layers):
     return []  # some leaves are in groups, perhaps in one that has the name of another leaf
@@ -74,7 +74,7 @@ def _members(
 def _evident(flat: trees.Flat, layers: readout.Shapes) -> list[Member]:
   """The leaves that are layers of their own, where one axis alone can stack them."""
   found: list[Member] = []
-  for path, leaf in flat.by_path.items():
+  for path, leaf in zip(map(layer_key, flat.paths), flat.leaves, strict=True):
     axes = [i for i, length in enumerate(leaf.shape) if (length,) == layers.get(path)]
     if layers.get(path) == ():
       found.append((path, leaf, None))

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from spd_optax import trees
 from spd_optax.fingerprints import is_dropped
+from spd_optax.layers import SEPARATOR, layer_key
 from spd_optax.step import PER_LAYER, ProjectionDecayState
 
 States = Mapping[str, ProjectionDecayState]  # by their path in the optimizer state
@@ -145,9 +146,10 @@ def slots(states: States) -> tuple[Slot, ...]:
 
 def _slots(state: ProjectionDecayState, layers: Shapes) -> Iterator[Slot]:
   flat = anchor_of(state)
-  leaves = {*flat.paths, *map(trees.join, flat.holes)}
-  for layer, shape in layers.items():
-    path, group = (layer, None) if layer in leaves else (None, layer)
+  leaves = {layer_key(path): path for path in (*flat.paths, *map(trees.join, flat.holes))}
+  for key, shape in layers.items():
+    layer = leaves.get(key, key.replace(SEPARATOR, '/'))
+    path, group = (layer, None) if key in leaves else (None, layer)
     for at in range(shape[0]) if shape else (None,):
       yield Slot(
         (layer or '(root)') + ('' if at is None else f'[{at}]'), path=path, slice=at, group=group

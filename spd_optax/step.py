@@ -23,14 +23,14 @@ import optax
 from spd_optax import anchors, checks, formulas, trees
 from spd_optax.anchors import Kind
 from spd_optax.checks import Number, NumberOrSchedule
-from spd_optax.layers import AxisName, Group, Layers, PerLayer, StackAxis, find_layers
+from spd_optax.layers import AxisName, Group, Layers, PerLayer, StackAxis, find_layers, layer_key
 
 
 class ProjectionDecayState(NamedTuple):
   """State of Selective Projection Decay; structure, shapes and dtypes never change.
 
-  The per-layer fields are dicts by layer name: the '/'-joined path of the leaf,
-  or the key of its group. A stacked layer has one value per slice.
+  The per-layer fields are dicts by layer name: the path of the leaf joined by '~'
+  ('encoder~block_0~kernel'; writers of checkpoints join paths by '/' or '.'), or the key of its group. A stacked layer has one value per slice.
 
   Attributes:
     count: int32[], updates so far.
@@ -42,6 +42,8 @@ class ProjectionDecayState(NamedTuple):
       size of the pull relative to the gradient at strength 1; 0 where there is none.
     distance: float32, same shapes: ‖θ − θ_0‖ before the last update.
     constrained: int32, same shapes: updates so far with a true `condition`.
+    rule_state: the rule's own numbers for each layer: for each by name a dict of float32 like
+      the others; empty for a rule that keeps none.
   """
 
   count: jax.Array  # type: ignore[assignment]  # optax's name; hides tuple.count
@@ -50,6 +52,7 @@ class ProjectionDecayState(NamedTuple):
   ratio: dict[str, jax.Array]
   distance: dict[str, jax.Array]
   constrained: dict[str, jax.Array]
+  rule_state: dict[str, dict[str, jax.Array]]
 
 
 class Decision(NamedTuple):
@@ -114,6 +117,7 @@ class Decay:
       ratio=zeros(jnp.float32),
       distance=zeros(jnp.float32),
       constrained=zeros(jnp.int32),
+      rule_state={},
     )
 
   def _layers(self, params: trees.Flat, kinds: Sequence[Kind]) -> Layers:
@@ -171,7 +175,7 @@ class Decay:
         active=condition & (scale != 0) & jnp.isfinite(scale),
       )
 
-    steps = [state.constrained[name] for name in layers.names]
+    steps = [state.constrained[layer_key(name)] for name in layers.names]
     return [one(*values) for values in zip(steps, *sums.values(), strict=True)]
 
   def _condition(self, norms: Norms) -> jax.Array:
@@ -197,6 +201,7 @@ class Decay:
       count=optax.safe_increment(state.count),
       anchor=self.anchoring.following(view),
       **{name: layers.named([getattr(d, name) for d in decisions]) for name in PER_LAYER},
+      rule_state=state.rule_state,
     )
 
 
@@ -267,4 +272,4 @@ def shift(
 
 def _not_like_params(anchor: Any) -> ProjectionDecayState:
   leaf: Any = jnp.zeros([])
-  return ProjectionDecayState(leaf, anchor, leaf, leaf, leaf, leaf)
+  return ProjectionDecayState(leaf, anchor, leaf, leaf, leaf, leaf, leaf)
