@@ -7,7 +7,8 @@ spd.adam_spd(lr, anchor)                                    # the same, with Ada
 
 from spd_optax.aliases import adam_spd
 from spd_optax.audit import AuditLog
-from spd_optax.baselines import L2SPState, interpolate, l2_sp
+from spd_optax.baselines import interpolate, l2_sp
+from spd_optax.engine import ProjectionDecayState
 from spd_optax.exchange import drop_anchor, put_anchor, reanchor
 from spd_optax.fingerprints import DroppedLeaf, fingerprint
 from spd_optax.loading import load_anchor
@@ -18,17 +19,21 @@ from spd_optax.projection_decay import (
   with_projection_decay,
 )
 from spd_optax.reports import LayerRecord, layer_report, scalars
-from spd_optax.step import ProjectionDecayState
+from spd_optax.rules import L2SP, Decision, GradientTurn, Projection, Rule
 
 __version__ = '0.1.0'
 
 __all__ = [
+  'L2SP',
   'AuditLog',
+  'Decision',
   'DroppedLeaf',
-  'L2SPState',
+  'GradientTurn',
   'LayerRecord',
+  'Projection',
   'ProjectionDecayOptimizer',
   'ProjectionDecayState',
+  'Rule',
   'WithProjectionDecayState',
   'adam_spd',
   'drop_anchor',

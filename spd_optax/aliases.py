@@ -1,34 +1,34 @@
 """Optimizers with Selective Projection Decay inside, ready to use."""
 
-from typing import Any
-
+import chex
 import jax
 import optax
 
 from spd_optax import checks
-from spd_optax.checks import Number, NumberOrSchedule
 from spd_optax.layers import AxisName, Group, StackAxis
 from spd_optax.projection_decay import ProjectionDecayOptimizer, with_projection_decay
+from spd_optax.rules import Rule
 
 
 def adam_spd(
   learning_rate: optax.ScalarOrSchedule,
-  anchor: Any = None,
-  strength: NumberOrSchedule = 1.0,
+  anchor: optax.Params | None = None,
+  strength: optax.ScalarOrSchedule = 1.0,
   *,
-  b1: Number = 0.9,
-  b2: Number = 0.999,
-  eps: Number = 1e-8,
-  eps_root: Number = 0.0,
-  mu_dtype: Any = None,
+  b1: chex.Numeric = 0.9,
+  b2: chex.Numeric = 0.999,
+  eps: chex.Numeric = 1e-8,
+  eps_root: chex.Numeric = 0.0,
+  mu_dtype: jax.typing.DTypeLike | None = None,
   nesterov: bool = False,
-  margin: Number = 0.0,
+  margin: chex.Numeric = 0.0,
+  rule: Rule | None = None,
   stack_axis: StackAxis = None,
   group: Group = None,
   axis_name: AxisName = None,
-  anchor_dtype: Any = None,
+  anchor_dtype: jax.typing.DTypeLike | None = None,
   anchor_memory_kind: str | None = None,
-  anchor_ema: Number | None = None,
+  anchor_ema: chex.Numeric | None = None,
 ) -> ProjectionDecayOptimizer:
   r"""The paper's Adam-SPD: `with_projection_decay` around `optax.adam`.
 
@@ -45,6 +45,7 @@ def adam_spd(
     mu_dtype: dtype of the first moment; None keeps the params'.
     nesterov: whether to use Nesterov momentum.
     margin: see `with_projection_decay`.
+    rule: see `with_projection_decay`.
     stack_axis: see `projection_decay`.
     group: see `projection_decay`.
     axis_name: see `projection_decay`.
@@ -75,18 +76,15 @@ def adam_spd(
   for key, value in {'eps': eps, 'eps_root': eps_root}.items():
     checks.non_negative(key, value)
   checks.floating_dtype('mu_dtype', mu_dtype)
-  checks.flag('nesterov', nesterov)
-
-  def schedule(count: jax.Array) -> Any:
-    return checks.at_step(name, learning_rate, count)
-
-  rate = schedule if callable(learning_rate) else learning_rate
-  adam = optax.adam(rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
+  if not isinstance(nesterov, bool):
+    raise TypeError(f'nesterov: expected True or False, found {checks.kind_of(nesterov)}')
+  adam = optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
   return with_projection_decay(
     adam,
     anchor,
     strength,
     margin=margin,
+    rule=rule,
     stack_axis=stack_axis,
     group=group,
     axis_name=axis_name,

@@ -10,13 +10,13 @@ import enum
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from spd_optax import checks, shardings, trees
-from spd_optax.checks import Number
 
 
 class Kind(enum.Enum):
@@ -27,26 +27,28 @@ class Kind(enum.Enum):
   FREE = 'nothing'
 
 
-def wide(array: Any) -> jax.Array:
+def at_least_float32(array: Any) -> jax.Array:
   """The array in float32 (complex64) or wider."""
-  dtype = jnp.result_type(array)
+  dtype = checks.dtype_of(array)
   return jnp.asarray(array, dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
 
 
 class View(NamedTuple):
-  """The constrained leaves of one step, side by side, in float32 or wider."""
+  """The constrained leaves of one step, side by side, as they are given.
 
-  flat: trees.Flat  # all params
-  kinds: list[Kind]  # of all params
-  at: list[int]  # where the constrained leaves stand among all
-  gradients: list[jax.Array]
-  params: list[jax.Array]
-  anchors: list[Any]  # 0.0 where the anchor is zero
-  stored: Any  # the anchor tree for the next state
+  Attributes:
+    flat: all params, taken apart.
+    at: where the constrained leaves stand among all.
+    gradients, params, anchors: the constrained leaves; an anchor is None where it is zero.
+    stored: the anchor tree for the next state.
+  """
 
-  def deviations(self, params: Sequence[jax.Array]) -> list[jax.Array]:
-    """d = θ − θ_0, for `params` from `self.params`."""
-    return [p - a for p, a in zip(params, self.anchors, strict=True)]
+  flat: trees.Flat
+  at: list[int]
+  gradients: list[Any]
+  params: list[Any]
+  anchors: list[Any]
+  stored: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,18 +58,23 @@ class Anchoring:
   anchor: Any
   dtype: Any = None
   memory_kind: str | None = None
-  ema: Number | None = None
+  ema: chex.Numeric | None = None
 
   def __post_init__(self) -> None:
-    checks.anchor(self.anchor)
+    checks.no_module('anchor', self.anchor)
+    if isinstance(self.anchor, optax.GradientTransformation) or checks.is_function(self.anchor):
+      raise TypeError(
+        f'anchor: expected a tree of arrays, 0 or None, found {checks.kind_of(self.anchor)}. '
+        'To constrain an optimizer use with_projection_decay(optimizer, anchor); '
+        'projection_decay(anchor) is a link of its own in front of it.'
+      )
     checks.floating_dtype('anchor_dtype', self.dtype)
-    checks.anchor_memory_kind(self.memory_kind)
-    checks.anchor_ema(self.ema)
-
-  @property
-  def captured(self) -> bool:
-    """Whether the anchor is the params that training starts from."""
-    return self.anchor is None
+    if not (self.memory_kind is None or str(self.memory_kind) == 'pinned_host'):
+      raise ValueError(
+        f"anchor_memory_kind: expected 'pinned_host' or None, found {self.memory_kind!r:.60}"
+      )
+    if self.ema is not None:
+      checks.fraction('anchor_ema', self.ema, ', or None')
 
   def kinds(self, params: trees.Flat) -> list[Kind]:
     """What holds each leaf of the params, by structure alone.
@@ -79,12 +86,12 @@ class Anchoring:
       ValueError: naming every leaf that only the anchor or only the params have.
     """
     return [
-      Kind.FREE if never_held(leaf) else Kind.STORED if self.captured else kind(value)
+      Kind.FREE if never_held(leaf) else Kind.STORED if self.anchor is None else kind(value)
       for leaf, value in zip(params.leaves, self._values(params), strict=True)
     ]
 
   def _values(self, params: trees.Flat) -> list[Any]:
-    if self.captured:
+    if self.anchor is None:
       return params.leaves
     return trees.prefix_values(self.anchor, params, 'anchor')
 
@@ -97,9 +104,9 @@ class Anchoring:
     """
     values = self._values(params)
     problems = [
-      f'{trees.shown(keys)}: {problem}'
-      for keys, leaf, value in zip(params.keys, params.leaves, values, strict=True)
-      if not self.captured and (problem := _mismatch(leaf, value, self.dtype))
+      f'{trees.shown(path)}: {problem}'
+      for path, leaf, value in zip(params.paths, params.leaves, values, strict=True)
+      if self.anchor is not None and (problem := _mismatch(leaf, value, self.dtype))
     ]
     hint = ''
     if isinstance(self.anchor, jax.Array) and self.anchor.ndim == 0:
@@ -116,22 +123,19 @@ class Anchoring:
   def init(self, params: Any) -> Any:
     """The anchor tree for the state: copies with the shardings of the params."""
     flat = flat_params(params)
-    return jax.tree.unflatten(
-      flat.treedef,
-      [
-        self._stored(value, leaf) if kind is Kind.STORED else optax.MaskedNode()
-        for (kind, value), leaf in zip(self.resolve(flat), flat.leaves, strict=True)
-      ],
-    )
-
-  def _stored(self, value: Any, leaf: Any) -> jax.Array:
-    anchor = copy(leaf if _is_captured(value) else value, leaf, self._store_dtype(leaf))
-    if self.memory_kind is None or not checks.has_memory_kind(anchor, self.memory_kind):
-      return anchor
-    return _on_host(anchor)
+    found = [
+      copy(leaf if _is_captured(value) else value, leaf, self._store_dtype(leaf))
+      if kind is Kind.STORED
+      else optax.MaskedNode()
+      for (kind, value), leaf in zip(self.resolve(flat), flat.leaves, strict=True)
+    ]
+    stored = jax.tree.unflatten(flat.treedef, found)
+    if self.memory_kind is None or not _have_pinned_host(jax.tree.leaves(stored)):
+      return stored
+    return jax.tree.map(_on_host, stored)
 
   def _store_dtype(self, leaf: Any) -> Any:
-    dtype = jnp.result_type(leaf)
+    dtype = checks.dtype_of(leaf)
     if self.dtype is None:
       return dtype
     if jnp.issubdtype(dtype, jnp.complexfloating):
@@ -149,29 +153,29 @@ class Anchoring:
         'the params are compared with their anchor: call update(gradients, state, params)'
       )
     flat = flat_params(params)
-    gradient_leaves = trees.match_leaves(gradients, flat).leaves
+    gradient_leaves = trees.leaves_like(gradients, flat, 'gradients')
     kinds = self.kinds(flat)
-    stored = self._placed(self._captured(stored, flat, kinds, count))
-    params_by_path = flat.by_path
-    by_path = {
-      path: shardings.typed_like(wide(on_device(a)), params_by_path[path])
-      for path, a in trees.flatten(stored).by_path.items()
-    }
     at = [i for i, kind in enumerate(kinds) if kind is not Kind.FREE]
+    stored = self._placed(self._captured(stored, flat, kinds, count))
+    by_path = trees.flatten(stored).by_path
+
+    def anchor(i: int) -> Any:
+      if kinds[i] is Kind.ZERO:
+        return None
+      return shardings.explicitly_like(on_device(by_path[flat.paths[i]]), flat.leaves[i])
+
     return View(
       flat=flat,
-      kinds=kinds,
       at=at,
-      gradients=[wide(gradient_leaves[i]) for i in at],
-      params=[wide(flat.leaves[i]) for i in at],
-      anchors=[by_path.get(flat.paths[i], 0.0) for i in at],
+      gradients=[like_param(gradient_leaves[i], flat.leaves[i]) for i in at],
+      params=[flat.leaves[i] for i in at],
+      anchors=[anchor(i) for i in at],
       stored=stored,
     )
 
   def _placed(self, stored: Any) -> Any:
     """In the host's memory again, after a checkpoint was restored onto the device."""
-    here = jax.local_devices()[0]
-    if self.memory_kind is None or self.memory_kind not in checks.memory_kinds(here):
+    if self.memory_kind is None or 'pinned_host' not in memory_kinds(jax.local_devices()[0]):
       return stored
     return jax.tree.map(lambda a: a if _is_on_host(a) else _on_host(a), stored)
 
@@ -186,12 +190,15 @@ class Anchoring:
     if self.ema is None:
       return view.stored
     flat = trees.flatten(view.stored)
-    checks.can_follow(flat.by_path)
-    moved = {
-      view.flat.paths[i]: jnp.where(jnp.isfinite(p), a + (1 - self.ema) * (p - a), a)
-      for i, p, a in zip(view.at, view.params, view.anchors, strict=True)
-    }
-    return jax.tree.unflatten(flat.treedef, _cast([moved[at] for at in flat.paths], flat.leaves))
+    narrow = {at: x.dtype for at, x in flat.by_path.items() if jnp.finfo(x).bits < 32}
+    trees.raise_all(
+      [f'{trees.shown(path)}: {dtype}' for path, dtype in narrow.items()],
+      'anchor_ema: a slowly following anchor needs float32 or wider (anchor_dtype=jnp.float32):',
+    )
+    pairs = zip(view.at, view.params, view.anchors, strict=True)
+    ends = {view.flat.paths[i]: (p, a) for i, p, a in pairs}
+    moved = [_followed(*ends[path], self.ema) for path in flat.paths]
+    return jax.tree.unflatten(flat.treedef, _cast(moved, flat.leaves))
 
   def _captured(
     self, stored: Any, params: trees.Flat, kinds: Sequence[Kind], count: jax.Array
@@ -211,17 +218,45 @@ class Anchoring:
       'transformation, for other params, or has its anchor been dropped and is to be put back '
       'by put_anchor?',
     )
-    asked = zip(params.paths, self._values(params), strict=True)
-    captured = {path for path, value in asked if self.captured or _is_captured(value)}
-    at = [i for i, path in enumerate(flat.paths) if path in captured]
+    values = zip(params.paths, self._values(params), strict=True)
+    asked = {path for path, value in values if self.anchor is None or _is_captured(value)}
+    at = [i for i, path in enumerate(flat.paths) if path in asked]
     if not at:
       return stored
-    # A conditional leaves the anchor's buffers alone on every later step,
-    # where a select would read and write a copy of the model each time.
     old, new = [flat.leaves[i] for i in at], [starts[flat.paths[i]] for i in at]
-    taken = jax.lax.cond(count == 0, lambda a, p: _cast(p, a), lambda a, p: a, old, new)
+    if isinstance(count, jax.core.Tracer):
+      # A conditional leaves the anchor's buffers alone on every later step,
+      # where a select would read and write a copy of the model each time.
+      taken = jax.lax.cond(count == 0, _cast_of_second, _first, old, new)
+    else:
+      taken = [copy(p, p, a.dtype) for a, p in zip(old, new, strict=True)] if count == 0 else old
     leaves = dict(enumerate(flat.leaves)) | dict(zip(at, taken, strict=True))
     return jax.tree.unflatten(flat.treedef, leaves.values())
+
+
+# Functions of the module, because JAX would take those made in each call for new ones.
+
+
+def _first(old: list[Any], new: list[Any]) -> list[Any]:
+  return old
+
+
+def _cast_of_second(old: list[Any], new: list[Any]) -> list[Any]:
+  return _cast(new, old)
+
+
+@jax.jit
+def _followed(param: jax.Array, anchor: jax.Array, ema: chex.Numeric) -> jax.Array:
+  anchor, param = at_least_float32(anchor), at_least_float32(param)
+  return jnp.where(jnp.isfinite(param), anchor + (1 - ema) * (param - anchor), anchor)
+
+
+def like_param(update: Any, param: Any) -> jax.Array:
+  """The gradient or update; complex where the param is."""
+  dtype = checks.dtype_of(update)
+  if jnp.iscomplexobj(param) and not jnp.issubdtype(dtype, jnp.complexfloating):
+    dtype = jnp.promote_types(dtype, jnp.complex64)
+  return jnp.asarray(update, dtype)
 
 
 def flat_params(params: Any) -> trees.Flat:
@@ -232,6 +267,7 @@ def flat_params(params: Any) -> trees.Flat:
   """
   if params is None:
     raise TypeError('params: expected a tree of arrays, found None')
+  checks.no_module('params', params)
   flat = trees.flatten(params)
   checks.arrays('params', flat.by_path)
   return flat
@@ -240,6 +276,30 @@ def flat_params(params: Any) -> trees.Flat:
 def _cast(params: Sequence[Any], like: Sequence[jax.Array]) -> list[jax.Array]:
   cast = [jnp.asarray(p, a.dtype) for p, a in zip(params, like, strict=True)]
   return [_on_host(p) if _is_on_host(a) else p for p, a in zip(cast, like, strict=True)]
+
+
+def memory_kinds(device: jax.Device) -> set[str]:
+  """The kinds of memory that a device can use; none of a CPU, whose are all the host's.
+
+  XLA:CPU aborts where a donated array of one kind is paired with a result of another.
+  """
+  if device.platform == 'cpu':
+    return set()
+  return {memory.kind for memory in device.addressable_memories()}
+
+
+def _have_pinned_host(stored: Sequence[jax.Array]) -> bool:
+  """Whether the devices of all arrays have this memory; warns where they do not."""
+  devices = jax.local_devices()[:1]
+  if not any(isinstance(array, jax.core.Tracer) for array in stored):
+    devices = [device for array in stored for device in array.sharding.addressable_devices]
+  missing = [device for device in devices if 'pinned_host' not in memory_kinds(device)]
+  if missing:
+    checks.warn(
+      f"anchor_memory_kind='pinned_host': {missing[0].platform} device {missing[0]} has no such "
+      'memory beside its own, where the anchor stays. anchor_memory_kind=None says the same.'
+    )
+  return not missing
 
 
 def _is_on_host(array: Any) -> bool:
@@ -267,7 +327,7 @@ def _is_captured(value: Any) -> bool:
 
 def never_held(leaf: Any) -> bool:
   """Integers have no gradient, and an empty leaf has no weights to hold."""
-  return not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) or np.size(leaf) == 0
+  return not jnp.issubdtype(checks.dtype_of(leaf), jnp.inexact) or np.size(leaf) == 0
 
 
 def kind(value: Any) -> Kind:
@@ -288,13 +348,15 @@ def _mismatch(leaf: Any, value: Any, anchor_dtype: Any) -> str | None:
     )
   if isinstance(value, bool) or not checks.is_array(value):
     return f'found {checks.kind_of(value)}'
+  if not _is_captured(value) and (problem := checks.without_values(value)):
+    return f'found {problem}'
   number = isinstance(value, int | float | complex)
   both = f'anchor {checks.kind_of(value)}, param {checks.kind_of(leaf)}'
   if jnp.shape(value) != jnp.shape(leaf):
     return both
   # A Python number takes the param's dtype, as everywhere in JAX.
-  dtype = jnp.result_type(value, leaf) if number else jnp.result_type(value)
-  if dtype == jnp.result_type(leaf) or (anchor_dtype is not None and dtype == anchor_dtype):
+  dtype = jnp.result_type(value, leaf) if number else checks.dtype_of(value)
+  if dtype == checks.dtype_of(leaf) or (anchor_dtype is not None and dtype == anchor_dtype):
     return None
   return f'{both}; cast the anchor'
 

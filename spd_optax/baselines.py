@@ -1,30 +1,25 @@
 """Other ways to stay near the pre-trained weights, for comparison."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from spd_optax import anchors, checks
 from spd_optax.anchors import Anchoring, Kind
-from spd_optax.checks import NumberOrSchedule
-
-
-class L2SPState(NamedTuple):
-  """State of `l2_sp`.
-
-  Attributes:
-    count: int32[], updates so far.
-    anchor: tree like the params: θ_0, or `optax.MaskedNode()` where none is stored.
-  """
-
-  count: jax.Array  # type: ignore[assignment]  # optax's name; hides tuple.count
-  anchor: Any
+from spd_optax.engine import Engine
+from spd_optax.layers import Arrangement
+from spd_optax.projection_decay import link
+from spd_optax.rules import L2SP
 
 
 def l2_sp(
-  anchor: Any = None, strength: NumberOrSchedule = 0.01, *, anchor_dtype: Any = None
+  anchor: optax.Params | None = None,
+  strength: optax.ScalarOrSchedule = 0.01,
+  *,
+  anchor_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""L2-SP: decay toward the anchor, for every layer at every step.
 
@@ -43,7 +38,7 @@ def l2_sp(
     anchor_dtype: dtype to store the anchor in; see `projection_decay`.
 
   Returns:
-    A transformation whose state is an `L2SPState`.
+    A transformation whose state is a `ProjectionDecayState`, with every `condition` true.
 
   Raises:
     ValueError, TypeError: as `projection_decay`.
@@ -57,33 +52,10 @@ def l2_sp(
     >>> import spd_optax as spd
     >>> optimizer = optax.chain(spd.l2_sp(strength=0.01), optax.adam(1e-3))
   """
-  checks.number_or_schedule('strength', strength)
-  anchoring = Anchoring(anchor, anchor_dtype)
-
-  def init(params: Any) -> L2SPState:
-    return L2SPState(jnp.zeros([], jnp.int32), anchoring.init(params))
-
-  def update(
-    updates: Any, state: L2SPState, params: Any = None, **extra_args: Any
-  ) -> tuple[Any, L2SPState]:
-    del extra_args
-    checks.state(state, L2SPState)
-    view = anchoring.view(updates, state.anchor, state.count, params)
-    next_state = L2SPState(optax.safe_increment(state.count), view.stored)
-    if checks.is_zero(strength):
-      return updates, next_state
-    strength_now = checks.at_step('strength', strength, state.count)
-    leaves, treedef = jax.tree.flatten(updates)
-    for i, gradient, deviation in zip(
-      view.at, view.gradients, view.deviations(view.params), strict=True
-    ):
-      leaves[i] = (gradient + strength_now * deviation).astype(jnp.result_type(leaves[i]))
-    return jax.tree.unflatten(treedef, leaves), next_state
-
-  return optax.GradientTransformationExtraArgs(init, update)
+  return link(Engine(L2SP(), strength, Anchoring(anchor, anchor_dtype), Arrangement()))
 
 
-def interpolate(anchor: Any, params: Any, alpha: float | jax.Array) -> Any:
+def interpolate(anchor: optax.Params, params: optax.Params, alpha: chex.Numeric) -> optax.Params:
   r"""WiSE-FT: the weights between the anchor and the fine-tuned params.
 
       (1 − α) θ_0 + α θ
@@ -113,7 +85,7 @@ def interpolate(anchor: Any, params: Any, alpha: float | jax.Array) -> Any:
   """
   if anchor is None:
     raise TypeError('interpolate(anchor, params, alpha): the anchor must be given, not None')
-  checks.alpha(alpha)
+  checks.scalar('alpha', alpha, 'a number', lambda v: bool(jnp.isfinite(v)))
   flat = anchors.flat_params(params)
 
   def between(kind: Kind, start: Any, leaf: Any) -> Any:
@@ -121,9 +93,12 @@ def interpolate(anchor: Any, params: Any, alpha: float | jax.Array) -> Any:
       return leaf
     if isinstance(start, jax.ShapeDtypeStruct):
       raise TypeError('interpolate(anchor, params, alpha): the anchor has no values, only shapes')
-    start = 0.0 if kind is Kind.ZERO else anchors.wide(start)
-    mixed = (1 - alpha) * start + alpha * anchors.wide(leaf)
-    return mixed.astype(jnp.result_type(leaf))
+    start = 0.0 if kind is Kind.ZERO else anchors.at_least_float32(start)
+    end = anchors.at_least_float32(leaf)
+    mixed = (1 - alpha) * start + alpha * end
+    # 0 · ∞ is NaN.
+    exact = jnp.where(jnp.equal(alpha, 0), start, jnp.where(jnp.equal(alpha, 1), end, mixed))
+    return exact.astype(checks.dtype_of(leaf))
 
   pairs = Anchoring(anchor).resolve(flat)
   return jax.tree.unflatten(

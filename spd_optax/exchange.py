@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from spd_optax import anchors, checks, fingerprints, trees
-from spd_optax.baselines import L2SPState
+from spd_optax.engine import ProjectionDecayState
 from spd_optax.fingerprints import DroppedLeaf, is_dropped
-from spd_optax.step import ProjectionDecayState
 
 State = TypeVar('State')
 
@@ -194,4 +193,4 @@ def _with_anchors(name: str, opt_state: State, change: Callable[[str, Any], Any]
 
 
 def _has_anchor(node: Any) -> bool:
-  return isinstance(node, ProjectionDecayState | L2SPState)
+  return isinstance(node, ProjectionDecayState)

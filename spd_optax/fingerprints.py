@@ -15,8 +15,7 @@ import numpy as np
 from jax import lax
 
 from spd_optax import anchors, checks, trees
-from spd_optax.baselines import L2SPState
-from spd_optax.step import ProjectionDecayState
+from spd_optax.engine import ProjectionDecayState
 
 WORDS = 4  # of 32 bits
 
@@ -56,7 +55,7 @@ def fingerprint(anchor: Any) -> str:
 
 def _holds_state(tree: Any) -> bool:
   def is_state(node: Any) -> bool:
-    return isinstance(node, ProjectionDecayState | L2SPState)
+    return isinstance(node, ProjectionDecayState)
 
   return any(map(is_state, jax.tree.leaves(tree, is_leaf=is_state)))
 

@@ -1,19 +1,18 @@
 """The equations of Selective Projection Decay, one function each.
 
-Every function works elementwise on per-layer scalars: arrays of shape ``[]``
-for an ordinary layer and ``[L]`` for the ``L`` slices of a stacked one. With
-θ the weights, θ_0 the anchor, d = θ − θ_0 the deviation, g the gradient and
-θ̃ the weights after the inner optimizer's step, the caller supplies
-``inner`` = ⟨g, d⟩, ``gradient_norm`` = ‖g‖, ``distance`` = ‖d‖ and
+Every function works elementwise on values per layer: arrays of shape ``[]`` for an ordinary
+layer and ``[L]`` for the ``L`` slices of a stacked one. θ are the weights, θ_0 the anchor,
+d = θ − θ_0 the deviation, g the gradient and θ̃ the weights after the inner optimizer's step.
+The caller supplies ``inner`` = ⟨g, d⟩, ``gradient_norm`` = ‖g‖, ``distance`` = ‖d‖ and
 ``distance_after`` = ‖θ̃ − θ_0‖.
 
 Source: Tian, Huang, Kira, *Rethinking Weight Decay for Robust Fine-Tuning of
 Foundation Models*, NeurIPS 2024, https://arxiv.org/abs/2411.01713.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 
 def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
@@ -49,24 +48,17 @@ def turned_back(inner: jax.Array) -> jax.Array:
 
 
 def not_clearly_outward(
-  inner: jax.Array, gradient_norm: jax.Array, distance: jax.Array, margin: ArrayLike
+  inner: jax.Array, gradient_norm: jax.Array, distance: jax.Array, margin: chex.Numeric
 ) -> jax.Array:
   """The condition with a margin m in [0, 1): c < m ‖g‖ ‖d‖, that is cos(g, d) > −m.
 
-  A layer moves freely only where −g points clearly away from the anchor. Never
-  true where ‖g‖ or ‖d‖ is 0, or where a sum is not finite.
+  A layer moves freely only where −g points clearly away from the anchor. Never true where
+  ‖g‖ or ‖d‖ is 0, or where a sum is not finite. A square leaves float32 where its root leaves
+  1e-19 to 1e19; the cosine is then not known, and does not hold a layer.
   """
   threshold = margin * gradient_norm * distance
-  return (-inner < threshold) & jnp.isfinite(inner) & jnp.isfinite(threshold)
-
-
-def measured(gradient_norm: jax.Array, distance: jax.Array) -> jax.Array:
-  """Whether ‖g‖ and ‖d‖ are within the range of their dtype: neither 0 nor infinite.
-
-  A square leaves float32 where its root leaves 1e-19 to 1e19. The cosine is then not known,
-  and a layer is not to be held by it.
-  """
-  return (gradient_norm > 0) & (distance > 0) & jnp.isfinite(gradient_norm + distance)
+  measured = (gradient_norm > 0) & (distance > 0) & jnp.isfinite(gradient_norm + distance)
+  return (-inner < threshold) & jnp.isfinite(inner) & jnp.isfinite(threshold) & measured
 
 
 def projection_ratio(distance: jax.Array, distance_after: jax.Array) -> jax.Array:
@@ -75,6 +67,6 @@ def projection_ratio(distance: jax.Array, distance_after: jax.Array) -> jax.Arra
   return divide(growth, jnp.where(jnp.isfinite(distance_after), distance_after, 0))
 
 
-def pull(cos: jax.Array, margin: ArrayLike) -> jax.Array:
-  """φ = max(0, cos + m): form 1's pull toward the anchor relative to ‖g‖, at strength 1."""
+def pull(cos: jax.Array, margin: chex.Numeric) -> jax.Array:
+  """φ = max(0, cos + m): the pull toward the anchor relative to ‖g‖, at strength 1."""
   return jnp.maximum(cos + margin, 0)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from spd_optax import anchors, fingerprints, readout, trees
+from spd_optax.engine import ProjectionDecayState
 from spd_optax.fingerprints import is_dropped
-from spd_optax.layers import Group, StackAxis, find_layers, layer_key
-from spd_optax.step import ProjectionDecayState
+from spd_optax.layers import Arrangement, Group, StackAxis, layer_key
 
 
 def anchor_norms(
@@ -57,13 +57,13 @@ def _members(
   if stack_axis is None and group is None:
     stored, found = list(map(layer_key, flat.paths)), _evident(flat, layers)
   else:
-    made = find_layers(flat, [True] * len(flat.leaves), stack_axis, group)
+    made = Arrangement(stack_axis, group).find_layers(flat, range(len(flat.leaves)))
     trees.match_shapes(
-      {name: layers[name] for name in map(layer_key, made.names) if name in layers},
-      made.named(made.shapes),
+      {name: layers[name] for name in made.keys if name in layers},
+      made.by_key(made.shapes),
       'stack_axis and group must be those of the transformation; the shapes of the layers differ:',
     )
-    stored = [layer_key(made.names[at]) for at in made.layer_of]
+    stored = [made.keys[at] for at in made.layer_of]
     found = list(zip(stored, flat.leaves, made.stack_axes, strict=True))
   if not set(stored) <= set(layers):
     return []  # some leaves are in groups, perhaps in one that has the name of another leaf
@@ -103,7 +103,7 @@ def _squares(members: Sequence[tuple[jax.Array, int | None]]) -> list[np.ndarray
 @functools.partial(jax.jit, static_argnums=1)
 def _sum_of_squares(array: jax.Array, stack_axis: int | None) -> jax.Array:
   axes = [i for i in range(array.ndim) if i != stack_axis]
-  total: jax.Array = jnp.sum(jnp.square(jnp.abs(anchors.wide(array))), axis=axes)
+  total: jax.Array = jnp.sum(jnp.square(jnp.abs(anchors.at_least_float32(array))), axis=axes)
   return total
 
 

@@ -1,17 +1,26 @@
-"""Selective Projection Decay in its two forms: in a chain, and around an optimizer."""
+"""Selective Projection Decay in a chain, and around an optimizer."""
 
-from collections.abc import Callable
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
+import chex
 import jax
-import jax.numpy as jnp
 import optax
 
-from spd_optax import checks, formulas, step
-from spd_optax.anchors import Anchoring, wide
-from spd_optax.checks import Number, NumberOrSchedule
-from spd_optax.layers import AxisName, Group, StackAxis
-from spd_optax.step import Decay, Norms, ProjectionDecayState
+from spd_optax import checks, rules, trees
+from spd_optax.anchors import Anchoring, at_least_float32, like_param
+from spd_optax.engine import (
+  Engine,
+  ProjectionDecayState,
+  Step,
+  check_state,
+  deviation,
+  fusion_barrier,
+  taken_back,
+)
+from spd_optax.layers import Arrangement, AxisName, Group, StackAxis
+from spd_optax.rules import GradientTurn, Projection, Rule
 
 
 class WithProjectionDecayState(NamedTuple):
@@ -23,34 +32,192 @@ class WithProjectionDecayState(NamedTuple):
   """
 
   projection_decay: ProjectionDecayState
-  inner_state: Any
+  inner_state: optax.OptState
 
 
 class ProjectionDecayOptimizer(optax.GradientTransformationExtraArgs):  # type: ignore[misc]  # no py.typed
-  """An optax optimizer that can write the params itself.
+  """An optax optimizer that can write the params itself."""
 
-  ``params, state = optimizer.apply(gradients, state, params, **extra_args)`` is `update`
-  and `optax.apply_updates` in one, θ̃ − λ r (θ̃ − θ_0) instead of θ + (u − λ r (θ̃ − θ_0)):
-  equal but for rounding, and it stores no copy of the params on the way. On CPU it
-  takes some 60 % of the time where the anchor is passed; elsewhere there is little between them.
-  """
+  def apply(
+    self,
+    gradients: optax.Updates,
+    state: WithProjectionDecayState,
+    params: optax.Params,
+    **extra_args: Any,
+  ) -> tuple[optax.Params, WithProjectionDecayState]:
+    """`update` and `optax.apply_updates` in one.
 
-  apply: Callable[..., tuple[Any, Any]]
+    It computes θ̃ − λ r (θ̃ − θ_0) instead of θ + (u − λ r (θ̃ − θ_0)). The two are equal but
+    for rounding, and `apply` stores no copy of the params on the way.
+
+    Args:
+      gradients: g, a tree like the params.
+      state: what `init`, or the last step, returned.
+      params: θ.
+      **extra_args: for the inner optimizer.
+
+    Returns:
+      The next params and the next state.
+    """
+    around = getattr(self.update, '__self__', None)
+    if isinstance(around, _Around):
+      return around.apply(gradients, state, params, **extra_args)
+    updates, state = self.update(gradients, state, params, **extra_args)
+    return optax.apply_updates(params, updates), state
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Link:
+  """A link of a chain: changes the gradients of held layers."""
+
+  engine: Engine
+
+  def update(
+    self,
+    updates: optax.Updates,
+    state: ProjectionDecayState,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, ProjectionDecayState]:
+    del extra_args
+    step, state = self.engine.decide(state, *self.engine.view(updates, state, params))
+    if not rules.is_zero(self.engine.strength):
+      updates = _replaced(updates, step, step.view.gradients, _turned_back)
+    return updates, state
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Around:
+  """An optimizer and SPD around it: shortens the steps of held layers."""
+
+  engine: Engine
+  inner: optax.GradientTransformationExtraArgs
+
+  def init(self, params: optax.Params) -> WithProjectionDecayState:
+    return WithProjectionDecayState(self.engine.init(params), self.inner.init(params))
+
+  def _decide(
+    self, gradients: optax.Updates, state: Any, params: Any, extra_args: dict[str, Any]
+  ) -> tuple[Step, optax.Updates, list[jax.Array], WithProjectionDecayState]:
+    """The step, the inner optimizer's updates, θ̃ of the constrained leaves, the next state."""
+    check_state(state, WithProjectionDecayState)
+    view, layers = self.engine.view(gradients, state.projection_decay, params)
+    try:
+      updates, inner_state = self.inner.update(gradients, state.inner_state, params, **extra_args)
+    except Exception:
+      _check_inner_state(state.inner_state, jax.eval_shape(self.inner.init, params))
+      raise
+    leaves = trees.leaves_like(updates, view.flat, 'updates of the inner optimizer')
+    moved = [_sum(p, leaves[i]) for i, p in zip(view.at, view.params, strict=True)]  # θ̃
+    step, own = self.engine.decide(state.projection_decay, view, layers, moved)
+    return step, updates, moved, WithProjectionDecayState(own, inner_state)
+
+  def update(
+    self,
+    updates: optax.Updates,
+    state: WithProjectionDecayState,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, WithProjectionDecayState]:
+    step, updates, _, state = self._decide(updates, state, params, extra_args)
+    if not rules.is_zero(self.engine.strength):
+      leaves = jax.tree.leaves(updates)
+      own = [like_param(leaves[i], p) for i, p in zip(step.view.at, step.view.params, strict=True)]
+      updates = _replaced(updates, step, own, _shortened)
+    return updates, state
+
+  def apply(
+    self,
+    gradients: optax.Updates,
+    state: WithProjectionDecayState,
+    params: optax.Params,
+    **extra_args: Any,
+  ) -> tuple[optax.Params, WithProjectionDecayState]:
+    step, updates, moved, state = self._decide(gradients, state, params, extra_args)
+    after = optax.apply_updates(params, updates)
+    if not rules.is_zero(self.engine.strength):
+      after = _replaced(after, step, moved, _projected)
+    return after, state
+
+
+def _replaced(tree: Any, step: Step, leaves: list[jax.Array], function: Any) -> Any:
+  """The tree with function(leaf, param, anchor, active, scale) for each constrained leaf."""
+  every, treedef = jax.tree.flatten(tree)
+  each = zip(
+    step.view.at, leaves, step.view.params, step.view.anchors, step.per_leaf(), strict=True
+  )
+  for i, leaf, param, anchor, (active, scale, axis) in each:
+    every[i] = function(leaf, param, anchor, active, scale, axis=axis)
+  return jax.tree.unflatten(treedef, every)
+
+
+_jit = functools.partial(jax.jit, static_argnames='axis')
+
+
+@jax.jit
+def _sum(param: jax.Array, update: jax.Array) -> jax.Array:
+  """θ̃ = θ + u, in float32 or wider."""
+  return at_least_float32(param) + at_least_float32(update)
+
+
+@_jit
+def _turned_back(gradient, param, anchor, active, scale, *, axis):  # type: ignore[no-untyped-def]
+  """g + scale · d."""
+  return taken_back(gradient, deviation(param, anchor), active, scale, axis)
+
+
+@_jit
+def _shortened(update, param, anchor, active, scale, *, axis):  # type: ignore[no-untyped-def]
+  """u − scale · (θ̃ − θ_0)."""
+  update, active, scale = map(fusion_barrier, (update, active, scale))
+  return taken_back(update, deviation(_sum(param, update), anchor), active, -scale, axis)
+
+
+@_jit
+def _projected(after, param, anchor, active, scale, *, axis):  # type: ignore[no-untyped-def]
+  """θ̃ − scale · (θ̃ − θ_0), in the dtype of the param."""
+  after, active, scale = map(fusion_barrier, (after, active, scale))
+  shifted = taken_back(after, deviation(after, anchor), active, -scale, axis)
+  return shifted.astype(param.dtype)
+
+
+def _check_inner_state(value: Any, expected: Any) -> None:
+  """After the inner optimizer failed: raises a TypeError if its state was made by another."""
+  found, wanted = str(jax.tree.structure(value)), str(jax.tree.structure(expected))
+  if found != wanted:
+    raise TypeError(
+      'the inner_state is not of this inner optimizer; restore checkpoints into the structure of '
+      f'init(params):\n  found {found[:300]}\n  expected {wanted[:300]}'
+    )
+
+
+def _checked_rule(rule: Rule | None, default: type[Rule], margin: chex.Numeric) -> Rule:
+  """The rule that was passed, or the default with its margin."""
+  if rule is None:
+    checks.fraction('margin', margin)
+    return default(margin=margin)  # type: ignore[call-arg]
+  if isinstance(margin, int | float) and margin != default.margin:  # type: ignore[attr-defined]
+    raise TypeError(
+      f'margin={margin!r} belongs to the default rule; give it to the rule that you pass, as in '
+      f'rule=spd.{default.__name__}(margin={margin!r})'
+    )
+  return rule
 
 
 def projection_decay(
-  anchor: Any = None,
-  strength: NumberOrSchedule = 1.0,
+  anchor: optax.Params | None = None,
+  strength: optax.ScalarOrSchedule = 1.0,
   *,
-  margin: Number = 0.05,
+  margin: chex.Numeric = 0.05,
+  rule: Rule | None = None,
   stack_axis: StackAxis = None,
   group: Group = None,
   axis_name: AxisName = None,
-  anchor_dtype: Any = None,
+  anchor_dtype: jax.typing.DTypeLike | None = None,
   anchor_memory_kind: str | None = None,
-  anchor_ema: Number | None = None,
+  anchor_ema: chex.Numeric | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Selective Projection Decay in gradient space, the first link of a chain.
+  r"""Selective Projection Decay of the gradients: the first link of a chain.
 
   Per layer, with gradient g, deviation d = θ − θ_0 from the anchor,
   cos = ⟨g, d⟩ / (‖g‖ ‖d‖), strength λ and margin m:
@@ -58,54 +225,52 @@ def projection_decay(
       g' = g + λ (cos + m) ‖g‖ d / ‖d‖     where cos > −m
       g' = g                               otherwise
 
-  A layer whose gradient points clearly away from the anchor (−g outward) moves
-  freely; the gradient of any other is turned toward the anchor before the
-  optimizer sees it. The rule is scale-free: multiplying the loss changes nothing
-  but the scale of g', and ‖g'‖ ≤ (1 + λ (1 + m)) ‖g‖.
+  A layer moves freely while −g points clearly away from the anchor. The gradient of any
+  other layer is turned toward the anchor before the optimizer sees it. The rule is scale-free:
+  multiplying the loss changes only the scale of g', and ‖g'‖ ≤ (1 + λ (1 + m)) ‖g‖.
 
-  This is *not* the paper's rule, which projects the optimizer's output; that is
-  `with_projection_decay`. Change ``optax.adam(lr)`` to
+  This is *not* the paper's rule, which projects the optimizer's output. `with_projection_decay`
+  is the paper's rule. Change ``optax.adam(lr)`` to
   ``optax.chain(spd.projection_decay(), optax.adam(lr))``.
 
   Args:
     anchor: θ_0, a tree like the params or a prefix of it. An array leaf is the
-      anchor of that param, `0` the zero anchor (nothing is stored), `None` at a
-      leaf or subtree leaves it free, and a `jax.ShapeDtypeStruct` captures that param
-      at the first update. `None` as a whole captures all, so that pre-trained weights
-      may be put in after `init`. Arrays are copied into the state with the sharding
-      of the params.
-    strength: λ, a number ≥ 0 or a schedule of the step. 0 changes no bit, 0.3 is gentle, 1
-      counts the homeward part of a turned gradient twice, 10 holds firmly.
-    margin: m in [0, 1). 0 asks whether the gradient points back at all; a small
-      margin, 0.05 or 0.1, also holds layers that walk out sideways, the more so the
-      larger they are and the noisier their gradients.
+      anchor of that param. `0` is the zero anchor, for which nothing is stored. `None` at a
+      leaf or subtree leaves it free. A `jax.ShapeDtypeStruct` captures that param at the first
+      update. `None` as a whole captures all, so that pre-trained weights may be put in after
+      `init`. Arrays are copied into the state with the sharding of the params.
+    strength: λ ≥ 0, a number or a schedule of the step. 0 changes no bit, 0.3 is gentle, 1
+      counts the homeward part of a turned gradient twice, 10 holds firmly. At a step where a
+      schedule gives a negative number, infinity or NaN, no layer is held.
+    margin: m in [0, 1). 0 asks whether the gradient points back at all. A small margin, 0.05
+      or 0.1, also holds layers that walk out sideways. It holds a layer the more, the larger
+      the layer is and the noisier its gradients are.
+    rule: a `Rule` in place of `GradientTurn`, the equation above.
     stack_axis: the axis that stacks layers in a leaf (nn.scan): an int, a prefix
-      tree of ints and None, or ``(path, leaf) -> int | None``. Each slice is a
-      layer.
+      tree of ints and None, or ``(path, leaf) -> int | None``. Each slice is a layer.
     group: ``path -> key | None``; leaves with one key are one layer. Paths are
       '/'-joined, as in 'encoder/block_0/kernel'.
     axis_name: inside `shard_map` or `pmap`, the mapped axes over which one layer is
       split: a name, a tuple of names, or a prefix tree or function like
       `stack_axis` where leaves differ. Leave out an axis over which a leaf is
-      replicated, or over which the layers of `stack_axis` are dealt out. Not
-      needed under `jit`, where sums over sharded arrays are global.
+      replicated, or over which the layers of `stack_axis` are dealt out. Under `jit` nothing
+      is needed, because sums over sharded arrays are global there.
     anchor_dtype: dtype to store the anchor in, such as `jnp.bfloat16`.
     anchor_memory_kind: 'pinned_host' keeps the anchor in the host's memory and streams
-      it to the device in each step; a warning says where a backend has no such memory, as a CPU,
-      and the anchor then stays on the device. None: the memory of the params.
-    anchor_ema: β in [0, 1): the stored anchor follows the params slowly, θ_0 ← β θ_0 + (1 − β) θ
-      after each step, θ the params before it, for streams that drift. An anchor of zero stays
-      there. `drop_anchor` is then of no use: nothing but the state has the anchor. `reanchor`
-      moves it all at once.
+      it to the device in each step. A backend without such memory, as a CPU, warns, and the
+      anchor stays on the device. None: the memory of the params.
+    anchor_ema: β in [0, 1): the stored anchor follows the params slowly, for streams that
+      drift: θ_0 ← β θ_0 + (1 − β) θ after each step, with the params θ before it. An anchor of
+      zero stays there. `drop_anchor` is then of no use, because nothing but the state has the
+      anchor. `reanchor` moves it all at once.
 
   Returns:
     A transformation whose state is a `ProjectionDecayState`.
 
   Raises:
-    ValueError, TypeError: at construction for a bad `strength`, `margin`,
-      `anchor_dtype` or `anchor_memory_kind`; in `init` and `update`, at trace time, for an anchor,
-      gradients, `stack_axis` or `group` that do not fit the params. The message
-      names every such leaf.
+    ValueError, TypeError: at construction for a bad argument; in `init` and `update`, at trace
+      time, for an anchor, gradients, `stack_axis` or `group` that do not fit the params. The
+      message names every such leaf.
 
   References:
     Tian et al., `Rethinking Weight Decay for Robust Fine-Tuning of Foundation
@@ -123,49 +288,39 @@ def projection_decay(
     >>> optax.tree.get(state, 'condition')
     {'bias': Array(False, dtype=bool), 'kernel': Array(False, dtype=bool)}
   """
-  decay = Decay(
-    Anchoring(anchor, anchor_dtype, anchor_memory_kind, anchor_ema),
-    strength,
-    margin,
-    stack_axis,
-    group,
-    axis_name,
+  return link(
+    Engine(
+      _checked_rule(rule, GradientTurn, margin),
+      strength,
+      Anchoring(anchor, anchor_dtype, anchor_memory_kind, anchor_ema),
+      Arrangement(stack_axis, group, axis_name),
+    )
   )
 
-  def update(
-    updates: Any, state: ProjectionDecayState, params: Any = None, **extra_args: Any
-  ) -> tuple[Any, ProjectionDecayState]:
-    del extra_args
-    view, layers = decay.view(updates, state, params)
-    strength_now = checks.at_step('strength', strength, state.count)
 
-    def rule(condition: jax.Array, norms: Norms) -> tuple[jax.Array, jax.Array]:
-      inner, size, distance = norms['inner'], norms['gradient_norm'], norms['distance']
-      pull = formulas.pull(formulas.cosine(inner, size, distance), margin)
-      ratio = jnp.where(condition, pull, 0)
-      return ratio, strength_now * ratio * formulas.divide(size, distance)
-
-    sums = decay.sums(view, layers, gradient_norm=view.gradients)
-    decisions = decay.decide(state, layers, sums, rule)
-    if not checks.is_zero(strength):
-      updates = step.shift(view, layers, updates, decisions, lambda g, p, a: p - a, ['cpu'])
-    return updates, decay.next_state(state, view, layers, decisions)
-
-  return optax.GradientTransformationExtraArgs(decay.init, update)
+def link(engine: Engine) -> optax.GradientTransformationExtraArgs:
+  """A link of a chain that changes the gradients of held layers."""
+  if 'after' in engine.rule.sums:
+    raise ValueError(
+      f"rule: {type(engine.rule).__name__} needs 'after', the weights after the optimizer's step. "
+      'A link of a chain never sees them; use with_projection_decay(optimizer, rule=…)'
+    )
+  return optax.GradientTransformationExtraArgs(engine.init, _Link(engine).update)
 
 
 def with_projection_decay(
   optimizer: optax.GradientTransformation,
-  anchor: Any = None,
-  strength: NumberOrSchedule = 1.0,
+  anchor: optax.Params | None = None,
+  strength: optax.ScalarOrSchedule = 1.0,
   *,
-  margin: Number = 0.0,
+  margin: chex.Numeric = 0.0,
+  rule: Rule | None = None,
   stack_axis: StackAxis = None,
   group: Group = None,
   axis_name: AxisName = None,
-  anchor_dtype: Any = None,
+  anchor_dtype: jax.typing.DTypeLike | None = None,
   anchor_memory_kind: str | None = None,
-  anchor_ema: Number | None = None,
+  anchor_ema: chex.Numeric | None = None,
 ) -> ProjectionDecayOptimizer:
   r"""The paper's Selective Projection Decay, exactly, around any complete optimizer.
 
@@ -178,25 +333,25 @@ def with_projection_decay(
       θ ← θ̃ − λ r (θ̃ − θ_0)     where c < 0
       θ ← θ̃                      otherwise
 
-  c < 0 says that the loss wants to go back toward the anchor, r > 0 that the
-  optimizer's momentum still carries the layer away from it; such a layer is
-  held. λ = 1 projects it onto the sphere that it stood on. λ is not multiplied
-  by the learning rate. On a smooth problem without noise or a change of
-  direction it never acts.
+  c < 0 says that the loss wants to go back toward the anchor. r > 0 says that the optimizer's
+  momentum still carries the layer away from it. Such a layer is held. λ = 1 projects it onto the
+  sphere that it stood on. λ is not multiplied by the learning rate. On a smooth problem without
+  noise or a change of direction the rule never acts.
 
-  Change ``optimizer`` to ``spd.with_projection_decay(optimizer)``; SPD replaces
-  weight decay.
+  Change ``optimizer`` to ``spd.with_projection_decay(optimizer)``. SPD replaces weight decay.
 
   Args:
     optimizer: the inner optimizer, complete with its learning rate: `optax.adam`,
       `optax.lion`, a chain with clipping, … Extra arguments of `update` reach it.
-      `optax.MultiSteps` belongs around the result: within, c would be of one micro-batch.
+      `optax.MultiSteps` belongs around the result: inside, c would be of one micro-batch.
     anchor: θ_0, a tree like the params or a prefix of it; see `projection_decay`.
-    strength: λ, a number ≥ 0 or a schedule of the step. 0 is the inner optimizer,
-      bit for bit. Up to 1 the distance never exceeds that of θ̃; where λ r is above 1 the
-      layer goes past its anchor.
+    strength: λ ≥ 0, a number or a schedule of the step. 0 is the inner optimizer,
+      bit for bit. Up to 1 the distance never exceeds that of θ̃. Where λ r is above 1 the
+      layer goes past its anchor. At a step where a schedule gives a negative number, infinity
+      or NaN, no layer is held.
     margin: m in [0, 1): a layer is held where c < m ‖g‖ ‖θ − θ_0‖. 0 is the paper's
       condition.
+    rule: a `Rule` in place of `Projection`, the equations above.
     stack_axis: the axis that stacks layers in a leaf; see `projection_decay`.
     group: which leaves are one layer; see `projection_decay`.
     axis_name: mapped axes that the leaves are sharded over; see `projection_decay`.
@@ -230,72 +385,19 @@ def with_projection_decay(
     [ 1.29 -0.71] False
     [ 1.29 -0.71] True
   """
-  checks.optimizer(optimizer)
+  if not all(callable(getattr(optimizer, name, None)) for name in ('init', 'update')):
+    advice = '; call it: optax.adam(1e-3), say' if callable(optimizer) else ''
+    raise TypeError(
+      'with_projection_decay(optimizer, anchor): expected an optax optimizer first, '
+      f'found {checks.kind_of(optimizer)}{advice}'
+    )
   if isinstance(optimizer, optax.MultiSteps):
     optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
-  inner = optax.with_extra_args_support(optimizer)
-  decay = Decay(
-    Anchoring(anchor, anchor_dtype, anchor_memory_kind, anchor_ema),
+  engine = Engine(
+    _checked_rule(rule, Projection, margin),
     strength,
-    margin,
-    stack_axis,
-    group,
-    axis_name,
+    Anchoring(anchor, anchor_dtype, anchor_memory_kind, anchor_ema),
+    Arrangement(stack_axis, group, axis_name),
   )
-
-  def init(params: Any) -> WithProjectionDecayState:
-    return WithProjectionDecayState(decay.init(params), inner.init(params))
-
-  def decide(gradients: Any, state: Any, params: Any, extra_args: Any, *later: str) -> Any:
-    checks.state(state, WithProjectionDecayState)
-    own = state.projection_decay
-    view, layers = decay.view(gradients, own, params)
-    try:
-      updates, inner_state = inner.update(gradients, state.inner_state, params, **extra_args)
-    except Exception:
-      checks.inner_state(state.inner_state, jax.eval_shape(inner.init, params))
-      raise
-    steps = jax.tree.leaves(updates)
-    moved = [p + wide(steps[i]) for i, p in zip(view.at, view.params, strict=True)]  # θ̃
-    strength_now = checks.at_step('strength', strength, own.count)
-
-    def rule(condition: jax.Array, norms: Norms) -> tuple[jax.Array, jax.Array]:
-      del condition
-      ratio = formulas.projection_ratio(norms['distance'], norms['after'])
-      return ratio, -strength_now * ratio
-
-    sums = decay.sums(view, layers, *later, after=view.deviations(moved))
-    decisions = decay.decide(own, layers, sums, rule)
-    own = decay.next_state(own, view, layers, decisions)
-    return view, layers, updates, moved, decisions, WithProjectionDecayState(own, inner_state)
-
-  def update(
-    updates: Any, state: WithProjectionDecayState, params: Any = None, **extra_args: Any
-  ) -> tuple[Any, WithProjectionDecayState]:
-    view, layers, updates, _, decisions, state = decide(updates, state, params, extra_args)
-    if not checks.is_zero(strength):
-      updates = step.shift(
-        view, layers, updates, decisions, lambda u, p, a: (p + u) - a, ['cpu', 'tpu']
-      )
-    return updates, state
-
-  def apply(
-    gradients: Any, state: WithProjectionDecayState, params: Any, **extra_args: Any
-  ) -> tuple[Any, WithProjectionDecayState]:
-    # Once the other sums are known θ is not read again, and may be overwritten with θ̃.
-    view, layers, updates, moved, decisions, state = decide(
-      gradients, state, params, extra_args, 'after'
-    )
-    after = optax.apply_updates(params, updates)
-    if checks.is_zero(strength):
-      return after, state
-    leaves, treedef = jax.tree.flatten(after)
-    for i, leaf in zip(view.at, moved, strict=True):
-      leaves[i] = leaf  # not yet rounded to a narrow dtype
-    whole = jax.tree.unflatten(treedef, leaves)
-    shifted = step.shift(view, layers, whole, decisions, lambda t, p, a: t - a, ['cpu', 'tpu'])
-    return jax.tree.map(lambda t, p: t.astype(p.dtype), shifted, after), state
-
-  whole: ProjectionDecayOptimizer = ProjectionDecayOptimizer(init, update)
-  whole.apply = apply
-  return whole
+  around = _Around(engine, optax.with_extra_args_support(optimizer))
+  return ProjectionDecayOptimizer(around.init, around.update)

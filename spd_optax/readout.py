@@ -16,9 +16,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from spd_optax import trees
+from spd_optax.engine import PER_LAYER, ProjectionDecayState
 from spd_optax.fingerprints import is_dropped
 from spd_optax.layers import SEPARATOR, layer_key
-from spd_optax.step import PER_LAYER, ProjectionDecayState
 
 States = Mapping[str, ProjectionDecayState]  # by their path in the optimizer state
 Shapes = dict[str, tuple[int, ...]]  # of a layer's values, by its name

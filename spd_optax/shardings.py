@@ -16,7 +16,7 @@ def is_shard(array: Any) -> bool:
   return AxisType.Manual in _mesh_axes(array)
 
 
-def is_typed(array: Any) -> bool:
+def is_explicit(array: Any) -> bool:
   """Whether the array's type has its sharding, as on an explicit mesh only."""
   return AxisType.Explicit in _mesh_axes(array)
 
@@ -26,9 +26,9 @@ def _mesh_axes(array: Any) -> tuple[AxisType, ...]:
   return () if sharding is None else sharding.mesh.axis_types
 
 
-def typed_like(array: jax.Array, like: Any) -> jax.Array:
+def explicitly_like(array: jax.Array, like: Any) -> jax.Array:
   """The array with the sharding that the type of `like` has."""
-  if not is_typed(like):
+  if not is_explicit(like):
     return array
   resharded: jax.Array = jax.sharding.reshard(array, jax.typeof(like).sharding)
   return resharded
@@ -36,7 +36,7 @@ def typed_like(array: jax.Array, like: Any) -> jax.Array:
 
 def sharded_like(array: jax.Array, leaf: jax.Array) -> jax.Array:
   """The array, inside jit, with the sharding that the compiler gives the leaf."""
-  array = typed_like(array, leaf)
+  array = explicitly_like(array, leaf)
   # A choice that the compiler cannot foresee has all its operands sharded alike.
   always = jax.lax.optimization_barrier(jnp.array(True))
   return jnp.where(always, array, leaf.astype(array.dtype))

@@ -1,39 +1,48 @@
-"""Trees as lists of (path, leaf), and values given for prefixes of a tree.
+"""Trees as lists of paths and leaves, and values given for prefixes of a tree.
 
-Paths, not tree structures, decide what belongs together. So a plain dict read
-from a checkpoint fits FrozenDict, dataclass or ``nnx.State`` parameters, and
-transformations that hide leaves (``optax.masked``, ``optax.partition``) or
-wrap them (``flax.nnx``) need no special case.
+Paths decide what belongs together, not tree structures. So a plain dict from a checkpoint
+fits FrozenDict, dataclass, Equinox or ``nnx.State`` params. Transformations that hide leaves
+(``optax.masked``, ``optax.partition``) or box them (``flax.nnx``) need no special case.
 """
 
+import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+from jax.tree_util import GetAttrKey, keystr
 
 from spd_optax import checks
 
 Keys = tuple[str, ...]
 
 
-class Flat(NamedTuple):
-  """A tree taken apart."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Flat:
+  """A tree taken apart.
 
-  keys: tuple[Keys, ...]  # one per leaf
+  Attributes:
+    keys: the path of each leaf, as a tuple of strings.
+    leaves: the leaves.
+    treedef: the structure, to put the tree together again.
+    holes: paths of the nodes without leaves that stand for something left out.
+  """
+
+  keys: tuple[Keys, ...]
   leaves: list[Any]
   treedef: Any
-  holes: tuple[Keys, ...]  # nodes without leaves that stand for something left out
+  holes: tuple[Keys, ...]
 
-  @property
+  @functools.cached_property
   def paths(self) -> list[str]:
-    """'/'-joined paths, one per leaf."""
+    """'/'-joined paths of the leaves."""
     return [join(keys) for keys in self.keys]
 
-  @property
+  @functools.cached_property
   def by_path(self) -> dict[str, Any]:
     """Leaves by their '/'-joined paths."""
     return dict(zip(self.paths, self.leaves, strict=True))
@@ -44,20 +53,9 @@ def join(keys: Keys) -> str:
   return '/'.join(keys)
 
 
-def shown(keys: Keys) -> str:
-  """The path for messages, where the root has a name."""
-  return join(keys) or '(root)'
-
-
-def _name(entry: Any) -> str:
-  match entry:
-    case DictKey() | FlattenedIndexKey():
-      return str(entry.key)
-    case GetAttrKey():
-      return str(entry.name)
-    case SequenceKey():
-      return str(entry.idx)
-  return str(entry)
+def shown(path: str | Keys) -> str:
+  """A path for messages, where the root has a name."""
+  return (path if isinstance(path, str) else join(path)) or '(root)'
 
 
 def _entries(tree: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[Keys, Any]]:
@@ -68,15 +66,14 @@ def _entries(tree: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[Keys, Any]
   arrays to update.
   """
   entries = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
-  below = Counter(path[:i] for path, _ in entries for i in range(len(path)))
-
-  def keys(path: Sequence[Any]) -> Keys:
-    boxed = path and isinstance(path[-1], GetAttrKey) and path[-1].name == 'value'
-    if boxed and below[tuple(path[:-1])] == 1:
-      path = path[:-1]
-    return tuple(_name(entry) for entry in path)
-
-  return [(keys(path), leaf) for path, leaf in entries]
+  boxed = {path[:-1] for path, _ in entries if path and path[-1] == GetAttrKey('value')}
+  if boxed:
+    inside = Counter(path[:i] for path, _ in entries for i in range(len(path)))
+    boxed = {path for path in boxed if inside[path] == 1}
+  return [
+    (tuple(keystr((key,), simple=True) for key in (path[:-1] if path[:-1] in boxed else path)), x)
+    for path, x in entries
+  ]
 
 
 def _is_hole(node: Any) -> bool:
@@ -104,8 +101,8 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] = lambda node: False) -> F
     treedef=jax.tree.structure(tree, is_leaf=is_leaf),
     holes=tuple(keys for keys, leaf in found if _is_hole(leaf)),
   )
-  twice = sorted(path for path, count in Counter(flat.paths).items() if count > 1)
-  if twice:
+  if len(flat.by_path) < len(flat.paths):
+    twice = sorted(path for path, count in Counter(flat.paths).items() if count > 1)
     raise ValueError(f'several leaves have the same path, rename one of each: {", ".join(twice)}')
   return flat
 
@@ -118,8 +115,10 @@ def raise_all(problems: Sequence[str], summary: str) -> None:
 
 def match_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], summary: str) -> None:
   """Raises a ValueError that lists, by path, where the state has other shapes than expected."""
+  if found == expected:
+    return
   problems = [
-    f'{name or "(root)"}: {found.get(name, "nothing")} in the state, '
+    f'{shown(name)}: {found.get(name, "nothing")} in the state, '
     f'{expected.get(name, "nothing")} expected'
     for name in sorted(found.keys() | expected.keys())
     if found.get(name) != expected.get(name)
@@ -149,7 +148,7 @@ def prefix_values(
     for keys in entries.keys() - set(used.values()) - {()}
     if _covering(left_out, keys) is None and not any(h[: len(keys)] == keys for h in left_out)
   }
-  hint = _shifted(name, missing, unknown) if len(missing) == len(used) else ''
+  hint = _shifted(missing, unknown) if len(missing) == len(used) else ''
   raise_all(
     sorted(
       [f'{shown(keys)}: in the params, missing in {name}' for keys in missing]
@@ -166,7 +165,7 @@ def _covering(entries: Any, keys: Keys) -> Keys | None:
   return next((keys[:i] for i in range(len(keys) + 1) if keys[:i] in entries), None)
 
 
-def _shifted(name: str, missing: set[Keys], unknown: set[Keys]) -> str:
+def _shifted(missing: set[Keys], unknown: set[Keys]) -> str:
   """A hint, where one tree is a part of the other: `variables` given for `variables['params']`."""
   if above := _above(missing, unknown):
     return f'; its part below {join(above)!r} is like the params, so pass that'
@@ -183,57 +182,53 @@ def _above(paths: set[Keys], longer: set[Keys]) -> Keys | None:
   return found[0] if len(found) == 1 else None
 
 
-def rule_values(rule: Any, params: Flat, name: str, is_value: Callable[[Any], bool]) -> list[Any]:
+def values_for(rule: Any, params: Flat, name: str, is_value: Callable[[Any], bool]) -> list[Any]:
   """One value per leaf from a value for all, a prefix tree, or `(path, leaf) -> value`."""
-  if callable(rule):
-    checks.accepts(name, rule, 'path', 'leaf')
-    return [rule(path, leaf) for path, leaf in zip(params.paths, params.leaves, strict=True)]
   if rule is None or is_value(rule):
     return [rule] * len(params.leaves)
+  if checks.is_function(rule):
+    checks.accepts(name, rule, 'path', 'leaf')
+    return [rule(path, leaf) for path, leaf in zip(params.paths, params.leaves, strict=True)]
   return prefix_values(rule, params, name, is_value)
 
 
-def _is_gradient_of(gradient: Any, param: Any) -> bool:
+def _fits(update: Any, param: Any) -> bool:
   """Whether the shapes agree, and for a floating param the kinds of numbers; not the widths."""
-  found, wanted = jnp.result_type(gradient), jnp.result_type(param)
-  if jnp.shape(gradient) != jnp.shape(param):
+  if jnp.shape(update) != jnp.shape(param):
     return False
-  if not jnp.issubdtype(wanted, jnp.inexact):
+  found, wanted = checks.dtype_of(update), checks.dtype_of(param)
+  if found == wanted or not jnp.issubdtype(wanted, jnp.inexact):
     return True  # of an integer jax.grad gives float0, other tools zeros
-  return bool(
-    jnp.issubdtype(found, jnp.floating)
-    or (jnp.issubdtype(found, jnp.inexact) and jnp.issubdtype(wanted, jnp.complexfloating))
-  )
+  kinds = jnp.inexact if jnp.issubdtype(wanted, jnp.complexfloating) else jnp.floating
+  return bool(jnp.issubdtype(found, kinds))
 
 
-def match_leaves(updates: Any, params: Flat) -> Flat:
-  """Takes the gradients apart and checks them against the params.
+def leaves_like(updates: Any, params: Flat, name: str) -> list[Any]:
+  """The leaves of the updates, in the order of the params, after a check that they fit.
 
   Raises:
     TypeError: naming every leaf that is no array.
     ValueError: naming every leaf that only one of them has, every shape that differs, and every
-      integer or complex gradient of a floating param.
+      integer or complex update of a floating param.
   """
   flat = flatten(updates)
-  checks.arrays('gradients', flat.by_path)
-  ours, theirs = set(params.keys), set(flat.keys)
-  problems = [f'{shown(k)}: in the params, missing in the gradients' for k in sorted(ours - theirs)]
+  checks.arrays(name, flat.by_path)
+  ours, theirs = params.by_path, flat.by_path
+  problems = [f'{shown(at)}: in the params, missing in the {name}' for at in ours.keys() - theirs]
+  problems += [f'{shown(at)}: in the {name}, missing in the params' for at in theirs.keys() - ours]
   problems += [
-    f'{shown(k)}: in the gradients, missing in the params' for k in sorted(theirs - ours)
+    f'{shown(at)}: param {checks.kind_of(ours[at])}, {name} {checks.kind_of(leaf)}'
+    for at, leaf in theirs.items()
+    if at in ours and not _fits(leaf, ours[at])
   ]
-  param_at = dict(zip(params.keys, params.leaves, strict=True))
-  problems += [
-    f'{shown(keys)}: param {checks.kind_of(param_at[keys])}, gradient {checks.kind_of(leaf)}'
-    for keys, leaf in zip(flat.keys, flat.leaves, strict=True)
-    if keys in ours and not _is_gradient_of(leaf, param_at[keys])
-  ]
-  if not problems and flat.keys != params.keys:
-    here, there = next(
-      pair for pair in zip(flat.keys, params.keys, strict=True) if pair[0] != pair[1]
-    )
+  if not problems and flat.paths != params.paths:
+    pairs = zip(flat.paths, params.paths, strict=True)
+    here, there = next((a, b) for a, b in pairs if a != b)
     problems = [
       f'{shown(here)}: in the place of {shown(there)} of the params; the leaves come in another '
       'order (are keys strings in one tree, and numbers in the other?)'
     ]
-  raise_all(problems, 'the gradients must have the structure, shapes and kinds of the params:')
-  return flat
+  raise_all(
+    sorted(problems), f'the {name} must have the structure, shapes and kinds of the params:'
+  )
+  return flat.leaves

@@ -1,0 +1,347 @@
+"""The step that all transformations of the library share, and its state.
+
+One step, from the gradients g, the params θ and the state:
+
+1. The leaves of θ are matched by path with g and with the anchor, and arranged
+   into layers; all of this happens at trace time.
+2. θ_0 comes from the state, is 0, or is captured from θ at the first update.
+3. Sums over each layer: ⟨g, d⟩, ‖d‖² with d = θ − θ_0, and what the rule needs
+   besides. This is the only reduction, and the only communication.
+4. From them the rule decides, per layer, whether it is held and how far it is taken back.
+5. A held layer is taken back: in a chain its gradient, around an optimizer its step.
+
+What is computed for one leaf or one layer is a jitted function of this module. So a second
+leaf of the same shape costs no second trace, and a step without jit compiles nothing anew.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from spd_optax import checks, formulas, trees
+from spd_optax.anchors import Anchoring, Kind, View, at_least_float32
+from spd_optax.layers import Arrangement, Layers, Sums, broadcast_to_leaf, sum_of
+from spd_optax.rules import Decision, Rule
+
+
+class ProjectionDecayState(NamedTuple):
+  """State of Selective Projection Decay; structure, shapes and dtypes never change.
+
+  The per-layer fields are dicts. The key of a layer is the path of its leaf joined by '~', as
+  in 'encoder~block_0~kernel', or the key of its group. (Writers of checkpoints join paths by
+  '/' or '.'.) A stacked layer has one value per slice.
+
+  Attributes:
+    count: int32[], updates so far.
+    anchor: tree like the params: θ_0, or `optax.MaskedNode()` where none is stored.
+    condition: bool[] or bool[L] per layer: whether the rule held the layer at the last update.
+      The layer was moved only where `ratio` > 0, too.
+    ratio: float32, same shapes. Around an optimizer: r, the part of the deviation from the
+      anchor by which the last step grew (eq. 9), whether held or not. In a chain: the
+      size of the pull relative to the gradient at strength 1; 0 where there is none.
+    distance: float32, same shapes: ‖θ − θ_0‖ before the last update.
+    constrained: int32, same shapes: updates so far with a true `condition`.
+    rule_state: the rule's own numbers, by name; each a dict of float32, same shapes.
+  """
+
+  count: jax.Array  # type: ignore[assignment]  # optax's name; hides tuple.count
+  anchor: optax.Params
+  condition: dict[str, jax.Array]
+  ratio: dict[str, jax.Array]
+  distance: dict[str, jax.Array]
+  constrained: dict[str, jax.Array]
+  rule_state: dict[str, dict[str, jax.Array]]
+
+
+class Outcome(NamedTuple):
+  """What one step decides for one layer; every array has shape [] or [L].
+
+  Attributes:
+    condition, ratio, distance, constrained, numbers: as in the next state.
+    scale: how far the layer is taken back.
+    active: bool, whether it is taken back at all.
+  """
+
+  condition: jax.Array
+  ratio: jax.Array
+  distance: jax.Array
+  constrained: jax.Array
+  numbers: dict[str, jax.Array]
+  scale: jax.Array
+  active: jax.Array
+
+
+PER_LAYER = ('condition', 'ratio', 'distance', 'constrained')
+
+
+class Step(NamedTuple):
+  """One step, decided: the constrained leaves, their layers, and what becomes of these."""
+
+  view: View
+  layers: Layers
+  outcomes: list[Outcome]
+
+  def per_leaf(self) -> list[tuple[jax.Array, jax.Array, Any]]:
+    """For each constrained leaf, whether it is taken back, how far, and its stack axis."""
+    pairs = zip(self.layers.layer_of, self.layers.stack_axes, strict=True)
+    return [(self.outcomes[i].active, self.outcomes[i].scale, axis) for i, axis in pairs]
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+  """A rule, its strength, and the arguments that all transformations have."""
+
+  rule: Rule
+  strength: optax.ScalarOrSchedule
+  anchoring: Anchoring
+  arrangement: Arrangement
+
+  def __post_init__(self) -> None:
+    checks.number_or_schedule('strength', self.strength)
+    if not isinstance(self.rule, Rule):
+      advice = '; call it' if isinstance(self.rule, type) and issubclass(self.rule, Rule) else ''
+      raise TypeError(f'rule: expected a spd.Rule, found {checks.kind_of(self.rule)}{advice}')
+
+  def init(self, params: optax.Params) -> ProjectionDecayState:
+    """The state before the first update."""
+    stored = self.anchoring.init(params)
+    flat = trees.flatten(params)
+    if trees.is_placeholder(params):
+      # optax.tree.map_params calls init with a placeholder to learn which parts
+      # of the state are like the params. Bare leaves say: these are not.
+      leaf: Any = jnp.zeros([])
+      return ProjectionDecayState(leaf, stored, leaf, leaf, leaf, leaf, leaf)
+    at = [i for i, kind in enumerate(self.anchoring.kinds(flat)) if kind is not Kind.FREE]
+    layers = self.arrangement.find_layers(flat, at)
+    _warn_of_narrow({flat.paths[i]: flat.leaves[i] for i in at})
+    zeros = layers.zeros([flat.leaves[i] for i in at])
+
+    def filled(value: float, dtype: Any) -> dict[str, jax.Array]:
+      return layers.by_key([(x + value).astype(dtype) for x in zeros])
+
+    return ProjectionDecayState(
+      count=jnp.zeros([], jnp.int32),
+      anchor=stored,
+      condition=filled(0, jnp.bool_),
+      ratio=filled(0, jnp.float32),
+      distance=filled(0, jnp.float32),
+      constrained=filled(0, jnp.int32),
+      rule_state={name: filled(value, jnp.float32) for name, value in self.rule.init.items()},
+    )
+
+  def view(
+    self, gradients: optax.Updates, state: ProjectionDecayState, params: optax.Params
+  ) -> tuple[View, Layers]:
+    """The constrained leaves, and their arrangement into layers; checks all arguments."""
+    check_state(state, ProjectionDecayState)
+    view = self.anchoring.view(gradients, state.anchor, state.count, params)
+    layers = self.arrangement.find_layers(view.flat, view.at)
+    trees.match_shapes(
+      {name: steps.shape for name, steps in state.constrained.items()},
+      layers.by_key(layers.shapes),
+      'the layers in the optimizer state do not fit `group` and `stack_axis`; '
+      'the shapes of their conditions differ:',
+    )
+    return view, layers
+
+  def decide(
+    self,
+    state: ProjectionDecayState,
+    view: View,
+    layers: Layers,
+    after: Sequence[jax.Array] | None = None,
+  ) -> tuple[Step, ProjectionDecayState]:
+    """What becomes of each layer, and the next state.
+
+    `after` has θ̃ for each constrained leaf, where the rule is around an optimizer.
+    """
+    needed = tuple(self.rule.sums)
+    each = zip(
+      view.gradients,
+      view.params,
+      view.anchors,
+      after if after is not None else [None] * len(view.at),
+      layers.stack_axes,
+      strict=True,
+    )
+    per_leaf = [_sums(*arrays, stack_axis=axis, needed=needed) for *arrays, axis in each]
+    strength = checks.at_step('strength', self.strength, state.count)
+    outcomes = [
+      _outcome(
+        self.rule,
+        sums,
+        {name: values[key] for name, values in state.rule_state.items()},
+        strength,
+        state.constrained[key],
+      )
+      for key, sums in zip(layers.keys, layers.totals(per_leaf), strict=True)
+    ]
+    next_state = ProjectionDecayState(
+      count=optax.safe_increment(state.count),
+      anchor=self.anchoring.following(view),
+      **{name: layers.by_key([getattr(one, name) for one in outcomes]) for name in PER_LAYER},
+      rule_state={
+        name: layers.by_key([one.numbers[name] for one in outcomes]) for name in state.rule_state
+      },
+    )
+    return Step(view, layers, outcomes), next_state
+
+
+def check_state(value: Any, expected: type) -> None:
+  """Raises a TypeError unless it is the state that init returned."""
+  name = expected.__name__
+  if not isinstance(value, expected):
+    raise TypeError(
+      f'expected the {name} that init returns, found {type(value).__name__}; '
+      'restore checkpoints into the structure of init(params)'
+    )
+  if not isinstance(value, ProjectionDecayState):
+    return
+  if (problem := checks.without_values(value.count)) or jnp.ndim(value.count):
+    raise TypeError(
+      f'expected the {name} that init returns, found one whose count is '
+      f'{problem or checks.kind_of(value.count)}; a state of several runs needs vmap or pmap'
+    )
+  other = [key for key, flag in value.condition.items() if flag.dtype != bool]
+  if other:
+    raise TypeError(
+      f'expected the {name} that init returns, found one whose condition has the dtype '
+      f'{value.condition[other[0]].dtype}, not bool. optax.contrib.sam mixes the states of two '
+      'steps as if all numbers were floats; there pass opaque_mode=True'
+    )
+
+
+def _warn_of_narrow(params: dict[str, Any]) -> None:
+  """Warns of params, by path, whose dtype is too coarse to add small steps to."""
+  dtypes = {path: checks.dtype_of(x) for path, x in params.items()}
+  narrow = {path: dtype for path, dtype in dtypes.items() if jnp.finfo(dtype).bits < 32}
+  if narrow:
+    path, dtype = next(iter(narrow.items()))
+    checks.warn(
+      f'{len(narrow)} of {len(params)} constrained params are narrower than float32 (first: '
+      f'{trees.shown(path)!r}, {dtype.name}). Adding an update to them rounds away steps below '
+      f'about {25 * float(jnp.finfo(dtype).eps):.2g} % of a weight, those of SPD among them: '
+      'layers drift or stand still, whatever `condition` and `ratio` say. Keep float32 params and '
+      'cast them inside the loss; anchor_dtype still stores the anchor in the dtype of the '
+      'checkpoint.'
+    )
+
+
+def deviation(param: jax.Array, anchor: jax.Array | None) -> jax.Array:
+  """d = θ − θ_0, in float32 or wider; None is the zero anchor."""
+  param = at_least_float32(param)
+  return param if anchor is None else param - at_least_float32(anchor)
+
+
+def _products(x: jax.Array, y: jax.Array) -> jax.Array:
+  """The elementwise terms of the real inner product Re⟨x, y⟩."""
+  if jnp.iscomplexobj(x):
+    return x.real * y.real + x.imag * y.imag
+  return x * y
+
+
+@functools.partial(jax.jit, static_argnames=('stack_axis', 'needed'))
+def _sums(
+  gradient: jax.Array,
+  param: jax.Array,
+  anchor: jax.Array | None,
+  after: jax.Array | None,
+  *,
+  stack_axis: int | None,
+  needed: tuple[str, ...],
+) -> Sums:
+  """⟨g, d⟩ as 'inner', and the squared norms that are needed, of one leaf."""
+  gradient, d = at_least_float32(gradient), deviation(param, anchor)
+  terms = {'inner': _products(gradient, d), 'distance': _products(d, d)}
+  if 'gradient_norm' in needed:
+    terms['gradient_norm'] = _products(gradient, gradient)
+  if after is not None and 'after' in needed:
+    d_after = deviation(after, anchor)
+    terms['after'] = _products(d_after, d_after)
+  return {name: sum_of(x, stack_axis) for name, x in terms.items()}
+
+
+@jax.jit
+def _outcome(
+  rule: Rule,
+  sums: Sums,
+  numbers: dict[str, jax.Array],
+  strength: chex.Numeric,
+  constrained: jax.Array,
+) -> Outcome:
+  """What the rule decides for one layer.
+
+  A strength that is negative or not finite holds nothing.
+  """
+  norms = {name: x if name == 'inner' else formulas.norm(x) for name, x in sums.items()}
+  usable = (strength >= 0) & jnp.isfinite(strength)
+  decision = rule.decide(norms, numbers, jnp.where(usable, strength, 0))
+  _check_decision(rule, decision, norms['inner'])
+  condition, scale = decision.condition & usable, decision.scale
+  return Outcome(
+    condition=condition,
+    ratio=decision.ratio.astype(jnp.float32),
+    distance=norms['distance'].astype(jnp.float32),
+    constrained=jnp.where(condition, optax.safe_increment(constrained), constrained),
+    numbers={name: decision.numbers[name].astype(jnp.float32) for name in numbers},
+    scale=scale,
+    # scale == 0 (a schedule at 0, say) must leave every bit alone, also of a NaN or −0;
+    # a scale that is not finite comes from norms beyond the range of the dtype.
+    active=condition & (scale != 0) & jnp.isfinite(scale),
+  )
+
+
+def _check_decision(rule: Rule, decision: Any, like: jax.Array) -> None:
+  """Raises an error that names the rule, unless its decision has the right form."""
+  name = f'{type(rule).__name__}.decide'
+  if not isinstance(decision, Decision):
+    raise TypeError(f'{name}: expected a spd.Decision, found {checks.kind_of(decision)}')
+  missing = set(rule.init) ^ set(decision.numbers)
+  if missing:
+    raise ValueError(
+      f'{name}: expected the numbers of `init`, {sorted(rule.init)}, found '
+      f'{sorted(decision.numbers)}'
+    )
+  fields = decision._asdict()
+  arrays = {'condition': bool, 'ratio': jnp.floating, 'scale': jnp.floating}
+  found = {field: (fields[field], kind) for field, kind in arrays.items()}
+  found |= {f'numbers[{key!r}]': (x, jnp.floating) for key, x in decision.numbers.items()}
+  trees.raise_all(
+    [
+      f'{field}: {checks.kind_of(x)}'
+      for field, (x, kind) in found.items()
+      if not isinstance(x, jax.Array) or x.shape != like.shape or not jnp.issubdtype(x.dtype, kind)
+    ],
+    f'{name}: expected a bool condition and floating ratio, scale and numbers of shape '
+    f'{list(like.shape)}, found',
+  )
+
+
+def taken_back(
+  leaf: jax.Array, direction: jax.Array, active: jax.Array, scale: jax.Array, axis: int | None
+) -> jax.Array:
+  """leaf + scale · direction where the layer is held, and the leaf's own bits elsewhere."""
+  active, scale = (broadcast_to_leaf(x, leaf, axis) for x in (active, scale))
+  shifted = (at_least_float32(leaf) + scale * direction).astype(leaf.dtype)
+  return jnp.where(active, shifted, leaf)
+
+
+def fusion_barrier(array: jax.Array) -> jax.Array:
+  """The array, computed once, on TPU.
+
+  XLA:TPU computes an optimizer's step twice, once for the sums and once for the result, unless
+  a barrier keeps it on the chip. XLA:GPU and XLA:CPU do best without barriers.
+  """
+  return jax.lax.platform_dependent(
+    array, tpu=jax.lax.optimization_barrier, default=_without_barrier
+  )
+
+
+def _without_barrier(array: jax.Array) -> jax.Array:
+  return array
