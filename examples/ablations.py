@@ -9,12 +9,10 @@ tasks, rates and seeds, ± its standard error over tasks (of the mean over rates
 """
 
 import argparse
-import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +22,6 @@ import optax
 import compare
 import reporting
 import spd_optax as spd
-from spd_optax import formulas
 from suite import choice, jobs
 from suite.methods import Method
 
@@ -32,16 +29,7 @@ RATES = (1e-3, 3e-3)
 TASKS = ('digits_mlp', 'digits_cnn', 'tumours', 'code_to_prose')
 Optimizer = optax.GradientTransformation
 Make = Callable[[Any], Optimizer]  # learning rate -> optimizer
-
-
-def with_formulas(optimizer: Optimizer, **replaced: Callable[..., Any]) -> Optimizer:
-  """The optimizer, with other equations in place of the library's of these names."""
-
-  def update(*args: Any) -> Any:
-    with mock.patch.multiple(formulas, **replaced):
-      return optimizer.update(*args)
-
-  return optax.GradientTransformation(optimizer.init, update)
+Condition = Callable[[Any], jax.Array]  # norms of a layer -> whether it is held
 
 
 def from_momentum(decay: Optimizer) -> Optimizer:
@@ -68,23 +56,58 @@ def exact(**options: Any) -> Make:
   return lambda rate: spd.adam_spd(rate, **options)
 
 
-def replaced(make: Make, **formulas: Callable[..., Any]) -> Make:
-  """With other equations."""
-  return lambda rate: with_formulas(make(rate), **formulas)
+def inner(norms: Any) -> jax.Array:
+  """⟨g, d⟩."""
+  return norms['inner']
 
 
-def when(condition: Callable[[jax.Array], jax.Array]) -> dict[str, Callable[..., Any]]:
-  """Another condition on ⟨g, d⟩, with a margin or without."""
-  return {
-    'turned_back': condition,
-    'not_clearly_outward': lambda inner, *others: condition(inner),
-  }
+def always(norms: Any) -> jax.Array:
+  """In every step."""
+  return jnp.isfinite(inner(norms))
 
 
-def at_random(inner: jax.Array, share: float) -> jax.Array:
-  """True in a share of the steps, by the last bits of ⟨g, d⟩; false where it is 0."""
-  bits = jax.lax.bitcast_convert_type(inner.astype(jnp.float32), jnp.int32) & 1023
-  return (bits < share * 1024) & (inner != 0)
+def inverted(norms: Any) -> jax.Array:
+  """Where the gradient has not turned."""
+  return inner(norms) < 0
+
+
+def at_random(share: float) -> Condition:
+  """In a share of the steps, by the last bits of ⟨g, d⟩; never where it is 0."""
+
+  def condition(norms: Any) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(inner(norms).astype(jnp.float32), jnp.int32) & 1023
+    return (bits < share * 1024) & (inner(norms) != 0)
+
+  return condition
+
+
+def projection(condition: Condition | None = None, ratio: float | None = None) -> Make:
+  """The paper's rule with another condition, or with an r that is always the same."""
+
+  class Changed(spd.Projection):
+    def condition(self, norms: Any) -> jax.Array:
+      return super().condition(norms) if condition is None else condition(norms)
+
+    def ratio(self, norms: Any) -> jax.Array:
+      whole = super().ratio(norms)
+      return whole if ratio is None else jnp.full_like(whole, ratio)
+
+  return exact(rule=Changed())
+
+
+def turn(
+  condition: Condition | None = None, pull: Callable[[jax.Array], jax.Array] | None = None
+) -> Make:
+  """The chain link's rule with another condition, or with another pull φ(cos)."""
+
+  class Changed(spd.GradientTurn):
+    def condition(self, norms: Any) -> jax.Array:
+      return super().condition(norms) if condition is None else condition(norms)
+
+    def pull(self, cos: jax.Array) -> jax.Array:
+      return super().pull(cos) if pull is None else pull(cos)
+
+  return chain(rule=Changed())
 
 
 def module(path: str) -> str:
@@ -114,20 +137,9 @@ class Variant(NamedTuple):
 ADAM, CHAIN, EXACT = 'Adam', 'form 1', 'exact'
 
 
-ALWAYS, INVERTED = when(jnp.isfinite), when(lambda inner: inner < 0)
-ABSOLUTE = {'pull': lambda cos, margin: jnp.abs(cos)}  # φ where the condition may be any
-ROOT = {'pull': lambda cos, margin: jnp.sqrt(jnp.maximum(cos + margin, 0))}
-STEP = {'pull': lambda cos, margin: jnp.ones_like(cos)}
-
-
-def ratio(value: float) -> dict[str, Callable[..., Any]]:
-  """Another r: always the same."""
-  return {'projection_ratio': lambda before, after: jnp.full_like(after, value)}
-
-
-def random(share: float) -> dict[str, Callable[..., Any]]:
-  """A condition that is true in a share of the steps, and does not look at them."""
-  return when(functools.partial(at_random, share=share))
+def root(cos: jax.Array) -> jax.Array:
+  """φ = √(cos + m) at the default margin."""
+  return jnp.sqrt(jnp.maximum(cos + spd.GradientTurn().margin, 0))
 
 
 def of_both(make: Callable[..., Make]) -> dict[str, Make]:
@@ -143,28 +155,28 @@ def of_both(make: Callable[..., Make]) -> dict[str, Make]:
 def of_exact() -> dict[str, Make]:
   """Changes of the exact rule."""
   return {
-    'always held': replaced(exact(), **ALWAYS),
-    'condition inverted': replaced(exact(), **INVERTED),
-    'held at random, 40 %': replaced(exact(), **random(0.4)),
+    'always held': projection(always),
+    'condition inverted': projection(inverted),
+    'held at random, 40 %': projection(at_random(0.4)),
     **of_both(exact),
     **{f'm = {m:g}': exact(margin=m) for m in (0.05, 0.1)},
     **{f'λ = {x:g}': exact(strength=x) for x in (0.5, 1.5, 2.0, 3.0)},
-    **{f'r = {r:g} when held': replaced(exact(), **ratio(r)) for r in (0.01, 0.1)},
+    **{f'r = {r:g} when held': projection(ratio=r) for r in (0.01, 0.1)},
   }
 
 
 def of_chain() -> dict[str, Make]:
   """Changes of form 1."""
   return {
-    'always held, φ = abs cos': replaced(chain(), **ALWAYS, **ABSOLUTE),
-    'condition inverted, φ = abs cos': replaced(chain(), **INVERTED, **ABSOLUTE),
-    'held at random, 55 %, φ = abs cos': replaced(chain(), **random(0.55), **ABSOLUTE),
+    'always held, φ = abs cos': turn(always, jnp.abs),
+    'condition inverted, φ = abs cos': turn(inverted, jnp.abs),
+    'held at random, 55 %, φ = abs cos': turn(at_random(0.55), jnp.abs),
     'from momentum': chain(from_momentum(spd.projection_decay())),
     **of_both(chain),
     **{f'm = {m:g}': chain(margin=m) for m in (0.0, 0.1)},
     **{f'λ = {x:g}': chain(strength=x) for x in (0.1, 0.3, 3.0, 10.0)},
-    'φ = √(cos + m)': replaced(chain(), **ROOT),
-    'φ = 1': replaced(chain(), **STEP),
+    'φ = √(cos + m)': turn(pull=root),
+    'φ = 1': turn(pull=jnp.ones_like),
   }
 
 

@@ -6,7 +6,6 @@ state's anchor tree ``optax.MaskedNode()`` stands where nothing is stored.
 """
 
 import dataclasses
-import enum
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,14 +16,6 @@ import numpy as np
 import optax
 
 from spd_optax import checks, shardings, trees
-
-
-class Kind(enum.Enum):
-  """What holds a leaf."""
-
-  STORED = 'an array in the state'
-  ZERO = 'zero, not stored'
-  FREE = 'nothing'
 
 
 def at_least_float32(array: Any) -> jax.Array:
@@ -76,37 +67,36 @@ class Anchoring:
     if self.ema is not None:
       checks.fraction('anchor_ema', self.ema, ', or None')
 
-  def kinds(self, params: trees.Flat) -> list[Kind]:
-    """What holds each leaf of the params, by structure alone.
+  def given(self, params: trees.Flat) -> list[Any]:
+    """For each leaf of the params None (free), 0 (zero), an array, or its struct (captured).
 
-    Inside shard_map a param is a shard, so the shape of the anchor that the user
-    gave says nothing; `init` has checked it.
+    Goes by structure alone. Inside shard_map a param is a shard, and the shape of the
+    anchor that the user gave says nothing; `init` has checked it.
 
     Raises:
       ValueError: naming every leaf that only the anchor or only the params have.
     """
+    if self.anchor is None:
+      values = [jax.ShapeDtypeStruct(jnp.shape(x), checks.dtype_of(x)) for x in params.leaves]
+    else:
+      values = trees.prefix_values(self.anchor, params, 'anchor')
     return [
-      Kind.FREE if never_held(leaf) else Kind.STORED if self.anchor is None else kind(value)
-      for leaf, value in zip(params.leaves, self._values(params), strict=True)
+      None if never_held(leaf) else 0 if is_zero(value) else value
+      for leaf, value in zip(params.leaves, values, strict=True)
     ]
 
-  def _values(self, params: trees.Flat) -> list[Any]:
-    if self.anchor is None:
-      return params.leaves
-    return trees.prefix_values(self.anchor, params, 'anchor')
-
-  def resolve(self, params: trees.Flat) -> list[tuple[Kind, Any]]:
-    """What holds each leaf of the params, and the value given for it.
+  def checked(self, params: trees.Flat) -> list[Any]:
+    """What is `given`, after a check against the params.
 
     Raises:
       ValueError: naming every leaf where anchor and params differ in
         structure, shape or dtype.
     """
-    values = self._values(params)
+    values = self.given(params)
     problems = [
       f'{trees.shown(path)}: {problem}'
       for path, leaf, value in zip(params.paths, params.leaves, values, strict=True)
-      if self.anchor is not None and (problem := _mismatch(leaf, value, self.dtype))
+      if is_stored(value) and (problem := _mismatch(leaf, value, self.dtype))
     ]
     hint = ''
     if isinstance(self.anchor, jax.Array) and self.anchor.ndim == 0:
@@ -118,16 +108,16 @@ class Anchoring:
       'each leaf of the anchor must be an array like the param, its jax.ShapeDtypeStruct '
       f'(captured), 0, or None (free){hint}:',
     )
-    return list(zip(self.kinds(params), values, strict=True))
+    return values
 
   def init(self, params: Any) -> Any:
     """The anchor tree for the state: copies with the shardings of the params."""
     flat = flat_params(params)
     found = [
       copy(leaf if _is_captured(value) else value, leaf, self._store_dtype(leaf))
-      if kind is Kind.STORED
+      if is_stored(value)
       else optax.MaskedNode()
-      for (kind, value), leaf in zip(self.resolve(flat), flat.leaves, strict=True)
+      for value, leaf in zip(self.checked(flat), flat.leaves, strict=True)
     ]
     stored = jax.tree.unflatten(flat.treedef, found)
     if self.memory_kind is None or not _have_pinned_host(jax.tree.leaves(stored)):
@@ -154,22 +144,20 @@ class Anchoring:
       )
     flat = flat_params(params)
     gradient_leaves = trees.leaves_like(gradients, flat, 'gradients')
-    kinds = self.kinds(flat)
-    at = [i for i, kind in enumerate(kinds) if kind is not Kind.FREE]
-    stored = self._placed(self._captured(stored, flat, kinds, count))
+    values = self.given(flat)
+    stored = self._placed(self._captured(stored, flat, values, count))
     by_path = trees.flatten(stored).by_path
-
-    def anchor(i: int) -> Any:
-      if kinds[i] is Kind.ZERO:
-        return None
-      return shardings.explicitly_like(on_device(by_path[flat.paths[i]]), flat.leaves[i])
-
+    at = [i for i, value in enumerate(values) if value is not None]
+    found = [by_path.get(flat.paths[i]) for i in at]
     return View(
       flat=flat,
       at=at,
       gradients=[like_param(gradient_leaves[i], flat.leaves[i]) for i in at],
       params=[flat.leaves[i] for i in at],
-      anchors=[anchor(i) for i in at],
+      anchors=[
+        None if a is None else shardings.explicitly_like(on_device(a), flat.leaves[i])
+        for i, a in zip(at, found, strict=True)
+      ],
       stored=stored,
     )
 
@@ -201,26 +189,24 @@ class Anchoring:
     return jax.tree.unflatten(flat.treedef, _cast(moved, flat.leaves))
 
   def _captured(
-    self, stored: Any, params: trees.Flat, kinds: Sequence[Kind], count: jax.Array
+    self, stored: Any, params: trees.Flat, values: Sequence[Any], count: jax.Array
   ) -> Any:
     """The anchor in the state, after it was captured where that is asked for.
 
     The params at the first update replace what `init` saw: many training
     stacks load the pre-trained weights in between.
     """
-    pairs = zip(params.paths, params.leaves, kinds, strict=True)
-    starts = {path: leaf for path, leaf, kind in pairs if kind is Kind.STORED}
     flat = trees.flatten(stored)
+    given = list(zip(params.paths, params.leaves, values, strict=True))
     trees.match_shapes(
       {path: jnp.shape(a) for path, a in flat.by_path.items()},
-      {path: jnp.shape(p) for path, p in starts.items()},
+      {path: jnp.shape(leaf) for path, leaf, value in given if is_stored(value)},
       'the anchor in the optimizer state does not fit the params; was the state made by another '
       'transformation, for other params, or has its anchor been dropped and is to be put back '
       'by put_anchor?',
     )
-    values = zip(params.paths, self._values(params), strict=True)
-    asked = {path for path, value in values if self.anchor is None or _is_captured(value)}
-    at = [i for i, path in enumerate(flat.paths) if path in asked]
+    starts = {path: leaf for path, leaf, value in given if _is_captured(value)}
+    at = [i for i, path in enumerate(flat.paths) if path in starts]
     if not at:
       return stored
     old, new = [flat.leaves[i] for i in at], [starts[flat.paths[i]] for i in at]
@@ -330,18 +316,17 @@ def never_held(leaf: Any) -> bool:
   return not jnp.issubdtype(checks.dtype_of(leaf), jnp.inexact) or np.size(leaf) == 0
 
 
-def kind(value: Any) -> Kind:
-  """What a value given as an anchor asks for."""
-  if value is None:
-    return Kind.FREE
-  if isinstance(value, int | float) and not isinstance(value, bool) and value == 0:
-    return Kind.ZERO
-  return Kind.STORED
+def is_zero(value: Any) -> bool:
+  """Whether a value given as an anchor is the zero anchor, a number and no array."""
+  return isinstance(value, int | float) and not isinstance(value, bool) and value == 0
+
+
+def is_stored(value: Any) -> bool:
+  """Whether a value given as an anchor is neither zero nor free."""
+  return value is not None and not is_zero(value)
 
 
 def _mismatch(leaf: Any, value: Any, anchor_dtype: Any) -> str | None:
-  if kind(value) is not Kind.STORED:
-    return None
   if isinstance(value, optax.MaskedNode):
     return (
       'found MaskedNode, which stands in a state for a zero and for a free leaf; give 0 or None'

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from spd_optax import anchors, checks
-from spd_optax.anchors import Anchoring, Kind
+from spd_optax.anchors import Anchoring
 from spd_optax.engine import Engine
 from spd_optax.layers import Arrangement
 from spd_optax.projection_decay import link
@@ -88,20 +88,17 @@ def interpolate(anchor: optax.Params, params: optax.Params, alpha: chex.Numeric)
   checks.scalar('alpha', alpha, 'a number', lambda v: bool(jnp.isfinite(v)))
   flat = anchors.flat_params(params)
 
-  def between(kind: Kind, start: Any, leaf: Any) -> Any:
-    if kind is Kind.FREE:
+  def between(start: Any, leaf: Any) -> Any:
+    if start is None:
       return leaf
     if isinstance(start, jax.ShapeDtypeStruct):
       raise TypeError('interpolate(anchor, params, alpha): the anchor has no values, only shapes')
-    start = 0.0 if kind is Kind.ZERO else anchors.at_least_float32(start)
+    start = 0.0 if anchors.is_zero(start) else anchors.at_least_float32(start)
     end = anchors.at_least_float32(leaf)
     mixed = (1 - alpha) * start + alpha * end
     # 0 · ∞ is NaN.
     exact = jnp.where(jnp.equal(alpha, 0), start, jnp.where(jnp.equal(alpha, 1), end, mixed))
     return exact.astype(checks.dtype_of(leaf))
 
-  pairs = Anchoring(anchor).resolve(flat)
-  return jax.tree.unflatten(
-    flat.treedef,
-    [between(kind, start, leaf) for (kind, start), leaf in zip(pairs, flat.leaves, strict=True)],
-  )
+  pairs = zip(Anchoring(anchor).checked(flat), flat.leaves, strict=True)
+  return jax.tree.unflatten(flat.treedef, [between(start, leaf) for start, leaf in pairs])

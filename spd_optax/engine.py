@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import optax
 
 from spd_optax import checks, formulas, trees
-from spd_optax.anchors import Anchoring, Kind, View, at_least_float32
+from spd_optax.anchors import Anchoring, View, at_least_float32
 from spd_optax.layers import Arrangement, Layers, Sums, broadcast_to_leaf, sum_of
 from spd_optax.rules import Decision, Rule
 
@@ -104,9 +104,10 @@ class Engine:
 
   def __post_init__(self) -> None:
     checks.number_or_schedule('strength', self.strength)
-    if not isinstance(self.rule, Rule):
-      advice = '; call it' if isinstance(self.rule, type) and issubclass(self.rule, Rule) else ''
-      raise TypeError(f'rule: expected a spd.Rule, found {checks.kind_of(self.rule)}{advice}')
+    rule: Any = self.rule
+    if not isinstance(rule, Rule):
+      advice = '; call it' if isinstance(rule, type) and issubclass(rule, Rule) else ''
+      raise TypeError(f'rule: expected a spd.Rule, found {checks.kind_of(rule)}{advice}')
 
   def init(self, params: optax.Params) -> ProjectionDecayState:
     """The state before the first update."""
@@ -117,7 +118,7 @@ class Engine:
       # of the state are like the params. Bare leaves say: these are not.
       leaf: Any = jnp.zeros([])
       return ProjectionDecayState(leaf, stored, leaf, leaf, leaf, leaf, leaf)
-    at = [i for i, kind in enumerate(self.anchoring.kinds(flat)) if kind is not Kind.FREE]
+    at = [i for i, value in enumerate(self.anchoring.given(flat)) if value is not None]
     layers = self.arrangement.find_layers(flat, at)
     _warn_of_narrow({flat.paths[i]: flat.leaves[i] for i in at})
     zeros = layers.zeros([flat.leaves[i] for i in at])
@@ -338,9 +339,10 @@ def fusion_barrier(array: jax.Array) -> jax.Array:
   XLA:TPU computes an optimizer's step twice, once for the sums and once for the result, unless
   a barrier keeps it on the chip. XLA:GPU and XLA:CPU do best without barriers.
   """
-  return jax.lax.platform_dependent(
+  kept: jax.Array = jax.lax.platform_dependent(
     array, tpu=jax.lax.optimization_barrier, default=_without_barrier
   )
+  return kept
 
 
 def _without_barrier(array: jax.Array) -> jax.Array:

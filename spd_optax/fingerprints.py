@@ -74,7 +74,7 @@ def words_of(anchor: Any) -> np.ndarray:
     if is_dropped(leaf):
       total = total + np.asarray(leaf.fingerprint)
       continue
-    if anchors.kind(leaf) is anchors.Kind.STORED and not anchors.never_held(leaf):
+    if anchors.is_stored(leaf) and not anchors.never_held(leaf):
       total = total + np.asarray(of_leaf(path, leaf))
   return total
 

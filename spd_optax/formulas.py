@@ -56,8 +56,10 @@ def not_clearly_outward(
   ‖g‖ or ‖d‖ is 0, or where a sum is not finite. A square leaves float32 where its root leaves
   1e-19 to 1e19; the cosine is then not known, and does not hold a layer.
   """
-  threshold = margin * gradient_norm * distance
-  measured = (gradient_norm > 0) & (distance > 0) & jnp.isfinite(gradient_norm + distance)
+  threshold: jax.Array = margin * gradient_norm * distance
+  measured: jax.Array = (
+    (gradient_norm > 0) & (distance > 0) & jnp.isfinite(gradient_norm + distance)
+  )
   return (-inner < threshold) & jnp.isfinite(inner) & jnp.isfinite(threshold) & measured
 
 

@@ -216,13 +216,6 @@ def _layer_names(group: Group, paths: Sequence[str]) -> list[str]:
     [f'{key}: a leaf, and a key of `group`' for key in taken],
     'a group needs a key that is no ungrouped leaf; return that key for the leaf, too, to join it:',
   )
-  both = {str(key) for key in keys if isinstance(key, int)} & {
-    k for k in keys if isinstance(k, str)
-  }
-  trees.raise_all(
-    [f'{key} and {key!r}' for key in sorted(both)],
-    'group: keys that differ would be one layer; return strings alone, or ints alone:',
-  )
   return [path if key is None else str(key) for path, key in zip(paths, keys, strict=True)]
 
 

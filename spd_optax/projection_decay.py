@@ -248,8 +248,8 @@ def projection_decay(
     rule: a `Rule` in place of `GradientTurn`, the equation above.
     stack_axis: the axis that stacks layers in a leaf (nn.scan): an int, a prefix
       tree of ints and None, or ``(path, leaf) -> int | None``. Each slice is a layer.
-    group: ``path -> key | None``; leaves with one key are one layer. Paths are
-      '/'-joined, as in 'encoder/block_0/kernel'.
+    group: ``path -> key | None``; leaves with one key, a string or an int, are one layer. Paths
+      are '/'-joined, as in 'encoder/block_0/kernel'. 1 and '1' are the same key.
     axis_name: inside `shard_map` or `pmap`, the mapped axes over which one layer is
       split: a name, a tuple of names, or a prefix tree or function like
       `stack_axis` where leaves differ. Leave out an axis over which a leaf is

@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 from stacks_test import every_form
 
 import spd_optax as spd
-from spd_optax import layers
 
 # Eight stacked layers; `shift` has them whole on every device.
 SPECS = {'kernel': P('x', 'y'), 'scale': P('x'), 'shift': P()}
@@ -59,12 +58,8 @@ def types(tree):
 @pytest.mark.parametrize('options', LAYERS.values(), ids=LAYERS)
 @pytest.mark.parametrize('jit_init', [True, False])
 @every_form
-def test_explicit_mesh(make, jit_init, options, shape, monkeypatch):
-  """Catches zeros of another type than the sums, a group split in two ways, and a reshape.
-
-  On one CPU alone the sums of a leaf share a loop over a reshaped leaf.
-  """
-  monkeypatch.setattr(layers, 'only_a_cpu', lambda: shape == (1, 1))
+def test_explicit_mesh(make, jit_init, options, shape):
+  """Catches zeros of another type than the sums, and a group split in two ways."""
   on = mesh(AxisType.Explicit, *shape)
   tx = make(normal(2), **options)
   expected = scanned(tx, normal(0), tx.init(normal(0)), normal(1))

@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import pkgutil
 import platform
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ import comparison
 import digits
 import finetune_t5
 import prose
+import spd_optax
 import training
 from suite import adapters, classifiers, jobs, models, tasks, text
 
@@ -25,7 +27,6 @@ SHARED = (
   *(adapters, classifiers, comparison, digits, finetune_t5),
   *(jobs, models, prose, tasks, text, training),
 )
-LIBRARY = ('anchors', 'baselines', 'formulas', 'layers', 'projection_decay', 'step', 'trees')
 VERSIONS = ('flax', 'jax', 'optax', 'scikit-learn', 'transformers')
 
 
@@ -43,7 +44,8 @@ def digest(*functions: Callable[..., Any], **settings: Any) -> str:
 @functools.cache
 def shared() -> tuple[str, ...]:
   """The modules and versions that every job depends on."""
-  library = [importlib.import_module(f'spd_optax.{name}') for name in LIBRARY]
+  names = [module.name for module in pkgutil.iter_modules(spd_optax.__path__)]
+  library = [importlib.import_module(f'spd_optax.{name}') for name in names if name != 'audit']
   versions = [platform.python_version(), *map(metadata.version, VERSIONS)]
   return (*(bare(module) for module in (*SHARED, *library)), *versions)
 

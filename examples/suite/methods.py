@@ -44,6 +44,7 @@ def adamw(learning_rate: Scalar, blocks: Any, decay: Scalar) -> optax.GradientTr
 def cautious(learning_rate: Scalar, blocks: Any, decay: Scalar) -> optax.GradientTransformation:
   """Cautious Weight Decay: decay but where the step leads away from 0 (arXiv 2510.12402)."""
 
+  # Each weight has a condition of its own, so this is no `spd.Rule`, whose layers have one.
   def decayed(updates: Any, params: Any) -> Any:
     return jax.tree.map(lambda u, p: u + decay * p * (u * p >= 0), updates, params)
 
@@ -103,27 +104,27 @@ def freezing(
   return optax.chain(optax.adam(learning_rate), thaw(blocks, frozen, steps))
 
 
-def digrap(learning_rate: Scalar, blocks: Any, strength: Scalar) -> optax.GradientTransformation:
-  """DiGraP: takes a share of the gradient that leads away from the start out of each layer's.
+class DiGraP(spd.Rule):
+  """Takes a share of the gradient that leads away from the start out of each layer's.
 
-  The share is fixed, and swept; the paper learns one for each layer as it trains.
+      g' = g − λ min(0, ⟨g, d⟩) / ‖d‖² d
+
+  The share λ is fixed, and swept; the paper learns one for each layer as it trains.
 
   Huang, Tian, et al., Directional Gradient Projection for Robust Fine-Tuning of Foundation
   Models, 2025, https://arxiv.org/abs/2502.15895.
   """
 
-  def init(params: Any) -> Any:
-    return jax.tree.map(jnp.copy, params)
+  def decide(self, norms: Any, numbers: Any, strength: Any) -> spd.Decision:
+    outward = -jnp.minimum(norms['inner'], 0)
+    ratio = strength * outward / jnp.maximum(norms['distance'] ** 2, 1e-30)
+    return spd.Decision(outward > 0, ratio, ratio)
 
-  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-    def projected(g: jax.Array, p: jax.Array, start: jax.Array) -> jax.Array:
-      d = p - start
-      outward = jnp.minimum(0, jnp.vdot(g, d)) / jnp.maximum(jnp.vdot(d, d), 1e-30)
-      return g - strength * outward * d
 
-    return jax.tree.map(projected, updates, params, state), state
-
-  return optax.chain(optax.GradientTransformation(init, update), optax.adam(learning_rate))
+def digrap(learning_rate: Scalar, blocks: Any, strength: Scalar) -> optax.GradientTransformation:
+  """DiGraP in front of Adam."""
+  link = spd.projection_decay(strength=strength, rule=DiGraP())
+  return optax.chain(link, optax.adam(learning_rate))
 
 
 def sgd(learning_rate: Scalar, blocks: Any = None) -> optax.GradientTransformation:
