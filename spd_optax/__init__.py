@@ -12,14 +12,14 @@ from spd_optax.engine import ProjectionDecayState
 from spd_optax.exchange import drop_anchor, put_anchor, reanchor
 from spd_optax.fingerprints import DroppedLeaf, fingerprint
 from spd_optax.loading import load_anchor
-from spd_optax.projection_decay import (
-  ProjectionDecayOptimizer,
-  WithProjectionDecayState,
-  projection_decay,
-  with_projection_decay,
-)
+from spd_optax.projection_decay import projection_decay
 from spd_optax.reports import LayerRecord, layer_report, scalars
 from spd_optax.rules import L2SP, Decision, GradientTurn, Projection, Rule
+from spd_optax.with_projection_decay import (
+  ProjectionDecayOptimizer,
+  WithProjectionDecayState,
+  with_projection_decay,
+)
 
 __version__ = '0.1.0'
 

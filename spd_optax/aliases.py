@@ -6,8 +6,8 @@ import optax
 
 from spd_optax import checks
 from spd_optax.layers import AxisName, Group, StackAxis
-from spd_optax.projection_decay import ProjectionDecayOptimizer, with_projection_decay
 from spd_optax.rules import Rule
+from spd_optax.with_projection_decay import ProjectionDecayOptimizer, with_projection_decay
 
 
 def adam_spd(

@@ -15,13 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from spd_optax import checks, shardings, trees
-
-
-def at_least_float32(array: Any) -> jax.Array:
-  """The array in float32 (complex64) or wider."""
-  dtype = checks.dtype_of(array)
-  return jnp.asarray(array, dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
+from spd_optax import checks, leafwise, memory, shardings, trees
 
 
 class View(NamedTuple):
@@ -120,9 +114,9 @@ class Anchoring:
       for value, leaf in zip(self.checked(flat), flat.leaves, strict=True)
     ]
     stored = jax.tree.unflatten(flat.treedef, found)
-    if self.memory_kind is None or not _have_pinned_host(jax.tree.leaves(stored)):
+    if self.memory_kind is None or not memory.have_pinned_host(jax.tree.leaves(stored)):
       return stored
-    return jax.tree.map(_on_host, stored)
+    return jax.tree.map(memory.on_host, stored)
 
   def _store_dtype(self, leaf: Any) -> Any:
     dtype = checks.dtype_of(leaf)
@@ -152,10 +146,10 @@ class Anchoring:
     return View(
       flat=flat,
       at=at,
-      gradients=[like_param(gradient_leaves[i], flat.leaves[i]) for i in at],
+      gradients=[leafwise.like_param(gradient_leaves[i], flat.leaves[i]) for i in at],
       params=[flat.leaves[i] for i in at],
       anchors=[
-        None if a is None else shardings.explicitly_like(on_device(a), flat.leaves[i])
+        None if a is None else shardings.explicitly_like(memory.on_device(a), flat.leaves[i])
         for i, a in zip(at, found, strict=True)
       ],
       stored=stored,
@@ -163,9 +157,9 @@ class Anchoring:
 
   def _placed(self, stored: Any) -> Any:
     """In the host's memory again, after a checkpoint was restored onto the device."""
-    if self.memory_kind is None or 'pinned_host' not in memory_kinds(jax.local_devices()[0]):
+    if self.memory_kind is None or 'pinned_host' not in memory.memory_kinds(jax.local_devices()[0]):
       return stored
-    return jax.tree.map(lambda a: a if _is_on_host(a) else _on_host(a), stored)
+    return jax.tree.map(lambda a: a if memory.is_on_host(a) else memory.on_host(a), stored)
 
   def following(self, view: View) -> Any:
     """The anchor tree for the next state: 1 − β of the way to the params, where asked for.
@@ -185,7 +179,7 @@ class Anchoring:
     )
     pairs = zip(view.at, view.params, view.anchors, strict=True)
     ends = {view.flat.paths[i]: (p, a) for i, p, a in pairs}
-    moved = [_followed(*ends[path], self.ema) for path in flat.paths]
+    moved = [leafwise.followed(*ends[path], self.ema) for path in flat.paths]
     return jax.tree.unflatten(flat.treedef, _cast(moved, flat.leaves))
 
   def _captured(
@@ -231,20 +225,6 @@ def _cast_of_second(old: list[Any], new: list[Any]) -> list[Any]:
   return _cast(new, old)
 
 
-@jax.jit
-def _followed(param: jax.Array, anchor: jax.Array, ema: chex.Numeric) -> jax.Array:
-  anchor, param = at_least_float32(anchor), at_least_float32(param)
-  return jnp.where(jnp.isfinite(param), anchor + (1 - ema) * (param - anchor), anchor)
-
-
-def like_param(update: Any, param: Any) -> jax.Array:
-  """The gradient or update; complex where the param is."""
-  dtype = checks.dtype_of(update)
-  if jnp.iscomplexobj(param) and not jnp.issubdtype(dtype, jnp.complexfloating):
-    dtype = jnp.promote_types(dtype, jnp.complex64)
-  return jnp.asarray(update, dtype)
-
-
 def flat_params(params: Any) -> trees.Flat:
   """The params, taken apart.
 
@@ -261,49 +241,7 @@ def flat_params(params: Any) -> trees.Flat:
 
 def _cast(params: Sequence[Any], like: Sequence[jax.Array]) -> list[jax.Array]:
   cast = [jnp.asarray(p, a.dtype) for p, a in zip(params, like, strict=True)]
-  return [_on_host(p) if _is_on_host(a) else p for p, a in zip(cast, like, strict=True)]
-
-
-def memory_kinds(device: jax.Device) -> set[str]:
-  """The kinds of memory that a device can use; none of a CPU, whose are all the host's.
-
-  XLA:CPU aborts where a donated array of one kind is paired with a result of another.
-  """
-  if device.platform == 'cpu':
-    return set()
-  return {memory.kind for memory in device.addressable_memories()}
-
-
-def _have_pinned_host(stored: Sequence[jax.Array]) -> bool:
-  """Whether the devices of all arrays have this memory; warns where they do not."""
-  devices = jax.local_devices()[:1]
-  if not any(isinstance(array, jax.core.Tracer) for array in stored):
-    devices = [device for array in stored for device in array.sharding.addressable_devices]
-  missing = [device for device in devices if 'pinned_host' not in memory_kinds(device)]
-  if missing:
-    checks.warn(
-      f"anchor_memory_kind='pinned_host': {missing[0].platform} device {missing[0]} has no such "
-      'memory beside its own, where the anchor stays. anchor_memory_kind=None says the same.'
-    )
-  return not missing
-
-
-def _is_on_host(array: Any) -> bool:
-  space = getattr(jax.typeof(array), 'memory_space', None)
-  return space is not None and space == jax.memory.Space.Host
-
-
-def on_device(array: Any) -> Any:
-  """The array, out of the host's memory if it is there."""
-  return jax.device_put(array, jax.memory.Space.Device) if _is_on_host(array) else array
-
-
-def _on_host(array: jax.Array) -> jax.Array:
-  if isinstance(array, jax.core.Tracer):
-    placed: jax.Array = jax.device_put(array, jax.memory.Space.Host)
-  else:
-    placed = jax.device_put(array, array.sharding.with_memory_kind('pinned_host'))
-  return placed
+  return [memory.on_host(p) if memory.is_on_host(a) else p for p, a in zip(cast, like, strict=True)]
 
 
 def _is_captured(value: Any) -> bool:
@@ -353,7 +291,7 @@ def copied_like(value: Any, like: Any, dtype: Any) -> jax.Array:
   """
   own = isinstance(value, jax.core.Tracer) or getattr(value, 'committed', False)
   new = copy(value, value if own else like, dtype)
-  return _on_host(new) if _is_on_host(like) else new
+  return memory.on_host(new) if memory.is_on_host(like) else new
 
 
 def copy(value: Any, leaf: Any, dtype: Any) -> jax.Array:

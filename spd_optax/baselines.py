@@ -11,6 +11,7 @@ from spd_optax import anchors, checks
 from spd_optax.anchors import Anchoring
 from spd_optax.engine import Engine
 from spd_optax.layers import Arrangement
+from spd_optax.leafwise import at_least_float32
 from spd_optax.projection_decay import link
 from spd_optax.rules import L2SP
 
@@ -93,8 +94,8 @@ def interpolate(anchor: optax.Params, params: optax.Params, alpha: chex.Numeric)
       return leaf
     if isinstance(start, jax.ShapeDtypeStruct):
       raise TypeError('interpolate(anchor, params, alpha): the anchor has no values, only shapes')
-    start = 0.0 if anchors.is_zero(start) else anchors.at_least_float32(start)
-    end = anchors.at_least_float32(leaf)
+    start = 0.0 if anchors.is_zero(start) else at_least_float32(start)
+    end = at_least_float32(leaf)
     mixed = (1 - alpha) * start + alpha * end
     # 0 · ∞ is NaN.
     exact = jnp.where(jnp.equal(alpha, 0), start, jnp.where(jnp.equal(alpha, 1), end, mixed))

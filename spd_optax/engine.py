@@ -15,7 +15,6 @@ leaf of the same shape costs no second trace, and a step without jit compiles no
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spd_optax import checks, formulas, trees
-from spd_optax.anchors import Anchoring, View, at_least_float32
-from spd_optax.layers import Arrangement, Layers, Sums, broadcast_to_leaf, sum_of
+from spd_optax import checks, formulas, leafwise, trees
+from spd_optax.anchors import Anchoring, View
+from spd_optax.layers import Arrangement, Layers, Sums
 from spd_optax.rules import Decision, Rule
 
 
@@ -171,7 +170,7 @@ class Engine:
       layers.stack_axes,
       strict=True,
     )
-    per_leaf = [_sums(*arrays, stack_axis=axis, needed=needed) for *arrays, axis in each]
+    per_leaf = [leafwise.sums(*arrays, stack_axis=axis, needed=needed) for *arrays, axis in each]
     strength = checks.at_step('strength', self.strength, state.count)
     outcomes = [
       _outcome(
@@ -234,40 +233,6 @@ def _warn_of_narrow(params: dict[str, Any]) -> None:
     )
 
 
-def deviation(param: jax.Array, anchor: jax.Array | None) -> jax.Array:
-  """d = θ − θ_0, in float32 or wider; None is the zero anchor."""
-  param = at_least_float32(param)
-  return param if anchor is None else param - at_least_float32(anchor)
-
-
-def _products(x: jax.Array, y: jax.Array) -> jax.Array:
-  """The elementwise terms of the real inner product Re⟨x, y⟩."""
-  if jnp.iscomplexobj(x):
-    return x.real * y.real + x.imag * y.imag
-  return x * y
-
-
-@functools.partial(jax.jit, static_argnames=('stack_axis', 'needed'))
-def _sums(
-  gradient: jax.Array,
-  param: jax.Array,
-  anchor: jax.Array | None,
-  after: jax.Array | None,
-  *,
-  stack_axis: int | None,
-  needed: tuple[str, ...],
-) -> Sums:
-  """⟨g, d⟩ as 'inner', and the squared norms that are needed, of one leaf."""
-  gradient, d = at_least_float32(gradient), deviation(param, anchor)
-  terms = {'inner': _products(gradient, d), 'distance': _products(d, d)}
-  if 'gradient_norm' in needed:
-    terms['gradient_norm'] = _products(gradient, gradient)
-  if after is not None and 'after' in needed:
-    d_after = deviation(after, anchor)
-    terms['after'] = _products(d_after, d_after)
-  return {name: sum_of(x, stack_axis) for name, x in terms.items()}
-
-
 @jax.jit
 def _outcome(
   rule: Rule,
@@ -324,26 +289,12 @@ def _check_decision(rule: Rule, decision: Any, like: jax.Array) -> None:
   )
 
 
-def taken_back(
-  leaf: jax.Array, direction: jax.Array, active: jax.Array, scale: jax.Array, axis: int | None
-) -> jax.Array:
-  """leaf + scale · direction where the layer is held, and the leaf's own bits elsewhere."""
-  active, scale = (broadcast_to_leaf(x, leaf, axis) for x in (active, scale))
-  shifted = (at_least_float32(leaf) + scale * direction).astype(leaf.dtype)
-  return jnp.where(active, shifted, leaf)
-
-
-def fusion_barrier(array: jax.Array) -> jax.Array:
-  """The array, computed once, on TPU.
-
-  XLA:TPU computes an optimizer's step twice, once for the sums and once for the result, unless
-  a barrier keeps it on the chip. XLA:GPU and XLA:CPU do best without barriers.
-  """
-  kept: jax.Array = jax.lax.platform_dependent(
-    array, tpu=jax.lax.optimization_barrier, default=_without_barrier
+def replaced(tree: Any, step: Step, leaves: list[jax.Array], function: Any) -> Any:
+  """The tree with function(leaf, param, anchor, active, scale) for each constrained leaf."""
+  every, treedef = jax.tree.flatten(tree)
+  each = zip(
+    step.view.at, leaves, step.view.params, step.view.anchors, step.per_leaf(), strict=True
   )
-  return kept
-
-
-def _without_barrier(array: jax.Array) -> jax.Array:
-  return array
+  for i, leaf, param, anchor, (active, scale, axis) in each:
+    every[i] = function(leaf, param, anchor, active, scale, axis=axis)
+  return jax.tree.unflatten(treedef, every)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from spd_optax import anchors, checks, trees
+from spd_optax import anchors, checks, memory, trees
 from spd_optax.engine import ProjectionDecayState
 
 WORDS = 4  # of 32 bits
@@ -103,7 +103,7 @@ def is_dropped(node: Any) -> bool:
 
 def of_leaf(path: str, array: Any) -> jax.Array:
   """The fingerprint of one array at a path: uint32[4]; also under jit."""
-  array = anchors.on_device(jnp.asarray(array))
+  array = memory.on_device(jnp.asarray(array))
   described = f'{path} {array.dtype.name} {list(array.shape)}'.encode()
   seeds = np.frombuffer(hashlib.sha256(described).digest(), '<u4')[:WORDS]
   words: jax.Array = _hash(array, jnp.asarray(seeds))

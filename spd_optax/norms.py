@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spd_optax import anchors, fingerprints, readout, trees
+from spd_optax import fingerprints, leafwise, memory, readout, trees
 from spd_optax.engine import ProjectionDecayState
 from spd_optax.fingerprints import is_dropped
 from spd_optax.layers import Arrangement, Group, StackAxis, layer_key
@@ -90,7 +90,7 @@ def _squares(members: Sequence[tuple[jax.Array, int | None]]) -> list[np.ndarray
   """‖θ_0‖² of each array, or of each slice; kept as long as the array is."""
   keys = [(id(array), axis) for array, axis in members]
   new = {key: member for key, member in zip(keys, members, strict=True) if key not in _KNOWN}
-  sums = [_sum_of_squares(anchors.on_device(array), axis) for array, axis in new.values()]
+  sums = [_sum_of_squares(memory.on_device(array), axis) for array, axis in new.values()]
   values = np.split(readout.finish(readout.start(sums))[0][2], np.cumsum([x.size for x in sums]))
   found = dict(zip(new, values, strict=False))  # what is behind the last end is empty
   for key, (array, _) in new.items():
@@ -103,7 +103,7 @@ def _squares(members: Sequence[tuple[jax.Array, int | None]]) -> list[np.ndarray
 @functools.partial(jax.jit, static_argnums=1)
 def _sum_of_squares(array: jax.Array, stack_axis: int | None) -> jax.Array:
   axes = [i for i in range(array.ndim) if i != stack_axis]
-  total: jax.Array = jnp.sum(jnp.square(jnp.abs(anchors.at_least_float32(array))), axis=axes)
+  total: jax.Array = jnp.sum(jnp.square(jnp.abs(leafwise.at_least_float32(array))), axis=axes)
   return total
 
 

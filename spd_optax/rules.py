@@ -12,7 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from spd_optax import formulas
+from spd_optax import checks, formulas
 
 Numbers = Mapping[str, jax.Array]
 
@@ -174,3 +174,16 @@ class L2SP(Rule):
   ) -> Decision:
     ones = jnp.ones_like(norms['distance'])
     return Decision(ones > 0, ones, strength * ones)
+
+
+def chosen(rule: Rule | None, default: type[Rule], margin: chex.Numeric) -> Rule:
+  """The rule that was passed, or the default with its margin."""
+  if rule is None:
+    checks.fraction('margin', margin)
+    return default(margin=margin)  # type: ignore[call-arg]
+  if isinstance(margin, int | float) and margin != default.margin:  # type: ignore[attr-defined]
+    raise TypeError(
+      f'margin={margin!r} belongs to the default rule; give it to the rule that you pass, as in '
+      f'rule=spd.{default.__name__}(margin={margin!r})'
+    )
+  return rule

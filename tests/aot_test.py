@@ -15,7 +15,7 @@ import pytest
 
 import spd_optax as spd
 from benchmarks import compiled, methods, shapes
-from spd_optax import anchors
+from spd_optax import memory
 
 pytestmark = pytest.mark.aot
 
@@ -89,7 +89,7 @@ def test_bytes_per_parameter(make, options, expected, monkeypatch):
   Of params, gradients, Adam's moments and the anchor: on the device, on its host.
   """
   # The library asks the devices of this machine, on which there is no TPU.
-  monkeypatch.setattr(anchors, 'memory_kinds', lambda device: {'device', 'pinned_host'})
+  monkeypatch.setattr(memory, 'memory_kinds', lambda device: {'device', 'pinned_host'})
   tree = shapes.deeper(shapes.t5_base()['encoder']['block']['1'], 2)
   options = {'anchor': compiled.nowhere(tree)} | options
   one, _ = compiled.compile_step(make(**options), tree, compiled.TARGETS['v5e'])

@@ -9,7 +9,7 @@ from contract_test import ANCHORS, loop, make_step, noise, normal
 from stacks_test import every_form
 
 import spd_optax as spd
-from spd_optax import anchors
+from spd_optax import memory
 
 STEPS = 6
 pytestmark = pytest.mark.skipif(
@@ -24,7 +24,7 @@ def like_an_accelerator(monkeypatch):
   def memory_kinds(device):
     return {memory.kind for memory in device.addressable_memories()}
 
-  monkeypatch.setattr(anchors, 'memory_kinds', memory_kinds)
+  monkeypatch.setattr(memory, 'memory_kinds', memory_kinds)
 
 
 def kinds(state):

@@ -1,0 +1,95 @@
+"""What is computed for one leaf.
+
+These are jitted functions of the module. So a second leaf of the same shape costs no second
+trace, and a step without jit compiles nothing anew.
+"""
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from spd_optax import checks
+from spd_optax.layers import Sums, broadcast_to_leaf, sum_of
+
+
+def at_least_float32(array: Any) -> jax.Array:
+  """The array in float32 (complex64) or wider."""
+  dtype = checks.dtype_of(array)
+  return jnp.asarray(array, dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
+
+
+def like_param(update: Any, param: Any) -> jax.Array:
+  """The gradient or update; complex where the param is."""
+  dtype = checks.dtype_of(update)
+  if jnp.iscomplexobj(param) and not jnp.issubdtype(dtype, jnp.complexfloating):
+    dtype = jnp.promote_types(dtype, jnp.complex64)
+  return jnp.asarray(update, dtype)
+
+
+def deviation(param: jax.Array, anchor: jax.Array | None) -> jax.Array:
+  """d = θ − θ_0, in float32 or wider; None is the zero anchor."""
+  param = at_least_float32(param)
+  return param if anchor is None else param - at_least_float32(anchor)
+
+
+def _products(x: jax.Array, y: jax.Array) -> jax.Array:
+  """The elementwise terms of the real inner product Re⟨x, y⟩."""
+  if jnp.iscomplexobj(x):
+    return x.real * y.real + x.imag * y.imag
+  return x * y
+
+
+@functools.partial(jax.jit, static_argnames=('stack_axis', 'needed'))
+def sums(
+  gradient: jax.Array,
+  param: jax.Array,
+  anchor: jax.Array | None,
+  after: jax.Array | None,
+  *,
+  stack_axis: int | None,
+  needed: tuple[str, ...],
+) -> Sums:
+  """⟨g, d⟩ as 'inner', and the squared norms that are needed, of one leaf."""
+  gradient, d = at_least_float32(gradient), deviation(param, anchor)
+  terms = {'inner': _products(gradient, d), 'distance': _products(d, d)}
+  if 'gradient_norm' in needed:
+    terms['gradient_norm'] = _products(gradient, gradient)
+  if after is not None and 'after' in needed:
+    d_after = deviation(after, anchor)
+    terms['after'] = _products(d_after, d_after)
+  return {name: sum_of(x, stack_axis) for name, x in terms.items()}
+
+
+@jax.jit
+def followed(param: jax.Array, anchor: jax.Array, ema: chex.Numeric) -> jax.Array:
+  """β θ_0 + (1 − β) θ; a param that is not finite is not followed."""
+  anchor, param = at_least_float32(anchor), at_least_float32(param)
+  return jnp.where(jnp.isfinite(param), anchor + (1 - ema) * (param - anchor), anchor)
+
+
+def taken_back(
+  leaf: jax.Array, direction: jax.Array, active: jax.Array, scale: jax.Array, axis: int | None
+) -> jax.Array:
+  """leaf + scale · direction where the layer is held, and the leaf's own bits elsewhere."""
+  active, scale = (broadcast_to_leaf(x, leaf, axis) for x in (active, scale))
+  shifted = (at_least_float32(leaf) + scale * direction).astype(leaf.dtype)
+  return jnp.where(active, shifted, leaf)
+
+
+def fusion_barrier(array: jax.Array) -> jax.Array:
+  """The array, computed once, on TPU.
+
+  XLA:TPU computes an optimizer's step twice, once for the sums and once for the result, unless
+  a barrier keeps it on the chip. XLA:GPU and XLA:CPU do best without barriers.
+  """
+  kept: jax.Array = jax.lax.platform_dependent(
+    array, tpu=jax.lax.optimization_barrier, default=_without_barrier
+  )
+  return kept
+
+
+def _without_barrier(array: jax.Array) -> jax.Array:
+  return array

@@ -1,0 +1,242 @@
+"""Selective Projection Decay around an optimizer."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import optax
+
+from spd_optax import checks, rules, trees
+from spd_optax.anchors import Anchoring
+from spd_optax.engine import Engine, ProjectionDecayState, Step, check_state, replaced
+from spd_optax.layers import Arrangement, AxisName, Group, StackAxis
+from spd_optax.leafwise import at_least_float32, deviation, fusion_barrier, like_param, taken_back
+from spd_optax.rules import Projection, Rule
+
+
+class WithProjectionDecayState(NamedTuple):
+  """State of `with_projection_decay`.
+
+  Attributes:
+    projection_decay: its own `ProjectionDecayState`.
+    inner_state: the inner optimizer's.
+  """
+
+  projection_decay: ProjectionDecayState
+  inner_state: optax.OptState
+
+
+class ProjectionDecayOptimizer(optax.GradientTransformationExtraArgs):  # type: ignore[misc]  # no py.typed
+  """An optax optimizer that can write the params itself."""
+
+  def apply(
+    self,
+    gradients: optax.Updates,
+    state: WithProjectionDecayState,
+    params: optax.Params,
+    **extra_args: Any,
+  ) -> tuple[optax.Params, WithProjectionDecayState]:
+    """`update` and `optax.apply_updates` in one.
+
+    It computes θ̃ − λ r (θ̃ − θ_0) instead of θ + (u − λ r (θ̃ − θ_0)). The two are equal but
+    for rounding, and `apply` stores no copy of the params on the way.
+
+    Args:
+      gradients: g, a tree like the params.
+      state: what `init`, or the last step, returned.
+      params: θ.
+      **extra_args: for the inner optimizer.
+
+    Returns:
+      The next params and the next state.
+    """
+    around = getattr(self.update, '__self__', None)
+    if isinstance(around, _Around):
+      return around.apply(gradients, state, params, **extra_args)
+    updates, state = self.update(gradients, state, params, **extra_args)
+    return optax.apply_updates(params, updates), state
+
+
+def with_projection_decay(
+  optimizer: optax.GradientTransformation,
+  anchor: optax.Params | None = None,
+  strength: optax.ScalarOrSchedule = 1.0,
+  *,
+  margin: chex.Numeric = 0.0,
+  rule: Rule | None = None,
+  stack_axis: StackAxis = None,
+  group: Group = None,
+  axis_name: AxisName = None,
+  anchor_dtype: jax.typing.DTypeLike | None = None,
+  anchor_memory_kind: str | None = None,
+  anchor_ema: chex.Numeric | None = None,
+) -> ProjectionDecayOptimizer:
+  r"""The paper's Selective Projection Decay, exactly, around any complete optimizer.
+
+  Per layer, with raw gradient g, the inner optimizer's whole update u (learning
+  rate included), anchor θ_0 and strength λ:
+
+      θ̃ = θ + u
+      c = −⟨g, θ − θ_0⟩
+      r = max(0, ‖θ̃ − θ_0‖ − ‖θ − θ_0‖) / ‖θ̃ − θ_0‖
+      θ ← θ̃ − λ r (θ̃ − θ_0)     where c < 0
+      θ ← θ̃                      otherwise
+
+  c < 0 says that the loss wants to go back toward the anchor. r > 0 says that the optimizer's
+  momentum still carries the layer away from it. Such a layer is held. λ = 1 projects it onto the
+  sphere that it stood on. λ is not multiplied by the learning rate. On a smooth problem without
+  noise or a change of direction the rule never acts.
+
+  Change ``optimizer`` to ``spd.with_projection_decay(optimizer)``. SPD replaces weight decay.
+
+  Args:
+    optimizer: the inner optimizer, complete with its learning rate: `optax.adam`,
+      `optax.lion`, a chain with clipping, … Extra arguments of `update` reach it.
+      `optax.MultiSteps` belongs around the result: inside, c would be of one micro-batch.
+    anchor: θ_0, a tree like the params or a prefix of it; see `projection_decay`.
+    strength: λ ≥ 0, a number or a schedule of the step. 0 is the inner optimizer,
+      bit for bit. Up to 1 the distance never exceeds that of θ̃. Where λ r is above 1 the
+      layer goes past its anchor. At a step where a schedule gives a negative number, infinity
+      or NaN, no layer is held.
+    margin: m in [0, 1): a layer is held where c < m ‖g‖ ‖θ − θ_0‖. 0 is the paper's
+      condition.
+    rule: a `Rule` in place of `Projection`, the equations above.
+    stack_axis: the axis that stacks layers in a leaf; see `projection_decay`.
+    group: which leaves are one layer; see `projection_decay`.
+    axis_name: mapped axes that the leaves are sharded over; see `projection_decay`.
+    anchor_dtype: dtype to store the anchor in; see `projection_decay`.
+    anchor_memory_kind: see `projection_decay`.
+    anchor_ema: see `projection_decay`.
+
+  Returns:
+    A `ProjectionDecayOptimizer` whose state is a `WithProjectionDecayState`.
+
+  Raises:
+    ValueError, TypeError: as `projection_decay`.
+
+  References:
+    Tian et al., `Rethinking Weight Decay for Robust Fine-Tuning of Foundation
+    Models <https://arxiv.org/abs/2411.01713>`_, 2024, equations 3, 4 and 9.
+
+  Example:
+    A gradient that turns while momentum carries on:
+
+    >>> import jax.numpy as jnp, optax
+    >>> import spd_optax as spd
+    >>> params = jnp.array([1.0, -1.0])
+    >>> optimizer = spd.with_projection_decay(optax.sgd(0.1, momentum=0.9))
+    >>> state = optimizer.init(params)
+    >>> for gradient in [-1.0, -1.0, 0.2]:
+    ...   updates, state = optimizer.update(jnp.full(2, gradient), state, params)
+    ...   params = optax.apply_updates(params, updates)
+    ...   print(params, *optax.tree.get(state, 'condition').values())
+    [ 1.1 -0.9] False
+    [ 1.29 -0.71] False
+    [ 1.29 -0.71] True
+  """
+  if not all(callable(getattr(optimizer, name, None)) for name in ('init', 'update')):
+    advice = '; call it: optax.adam(1e-3), say' if callable(optimizer) else ''
+    raise TypeError(
+      'with_projection_decay(optimizer, anchor): expected an optax optimizer first, '
+      f'found {checks.kind_of(optimizer)}{advice}'
+    )
+  if isinstance(optimizer, optax.MultiSteps):
+    optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+  engine = Engine(
+    rules.chosen(rule, Projection, margin),
+    strength,
+    Anchoring(anchor, anchor_dtype, anchor_memory_kind, anchor_ema),
+    Arrangement(stack_axis, group, axis_name),
+  )
+  around = _Around(engine, optax.with_extra_args_support(optimizer))
+  return ProjectionDecayOptimizer(around.init, around.update)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Around:
+  """An optimizer and SPD around it: shortens the steps of held layers."""
+
+  engine: Engine
+  inner: optax.GradientTransformationExtraArgs
+
+  def init(self, params: optax.Params) -> WithProjectionDecayState:
+    return WithProjectionDecayState(self.engine.init(params), self.inner.init(params))
+
+  def _decide(
+    self, gradients: optax.Updates, state: Any, params: Any, extra_args: dict[str, Any]
+  ) -> tuple[Step, optax.Updates, list[jax.Array], WithProjectionDecayState]:
+    """The step, the inner optimizer's updates, θ̃ of the constrained leaves, the next state."""
+    check_state(state, WithProjectionDecayState)
+    view, layers = self.engine.view(gradients, state.projection_decay, params)
+    try:
+      updates, inner_state = self.inner.update(gradients, state.inner_state, params, **extra_args)
+    except Exception:
+      _check_inner_state(state.inner_state, jax.eval_shape(self.inner.init, params))
+      raise
+    leaves = trees.leaves_like(updates, view.flat, 'updates of the inner optimizer')
+    moved = [_sum(p, leaves[i]) for i, p in zip(view.at, view.params, strict=True)]  # θ̃
+    step, own = self.engine.decide(state.projection_decay, view, layers, moved)
+    return step, updates, moved, WithProjectionDecayState(own, inner_state)
+
+  def update(
+    self,
+    updates: optax.Updates,
+    state: WithProjectionDecayState,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, WithProjectionDecayState]:
+    step, updates, _, state = self._decide(updates, state, params, extra_args)
+    if not rules.is_zero(self.engine.strength):
+      leaves = jax.tree.leaves(updates)
+      own = [like_param(leaves[i], p) for i, p in zip(step.view.at, step.view.params, strict=True)]
+      updates = replaced(updates, step, own, _shortened)
+    return updates, state
+
+  def apply(
+    self,
+    gradients: optax.Updates,
+    state: WithProjectionDecayState,
+    params: optax.Params,
+    **extra_args: Any,
+  ) -> tuple[optax.Params, WithProjectionDecayState]:
+    step, updates, moved, state = self._decide(gradients, state, params, extra_args)
+    after = optax.apply_updates(params, updates)
+    if not rules.is_zero(self.engine.strength):
+      after = replaced(after, step, moved, _projected)
+    return after, state
+
+
+_jit = functools.partial(jax.jit, static_argnames='axis')
+
+
+@jax.jit
+def _sum(param: jax.Array, update: jax.Array) -> jax.Array:
+  """θ̃ = θ + u, in float32 or wider."""
+  return at_least_float32(param) + at_least_float32(update)
+
+
+@_jit
+def _shortened(update, param, anchor, active, scale, *, axis):  # type: ignore[no-untyped-def]
+  """u − scale · (θ̃ − θ_0)."""
+  update, active, scale = map(fusion_barrier, (update, active, scale))
+  return taken_back(update, deviation(_sum(param, update), anchor), active, -scale, axis)
+
+
+@_jit
+def _projected(after, param, anchor, active, scale, *, axis):  # type: ignore[no-untyped-def]
+  """θ̃ − scale · (θ̃ − θ_0), in the dtype of the param."""
+  after, active, scale = map(fusion_barrier, (after, active, scale))
+  shifted = taken_back(after, deviation(after, anchor), active, -scale, axis)
+  return shifted.astype(param.dtype)
+
+
+def _check_inner_state(value: Any, expected: Any) -> None:
+  """After the inner optimizer failed: raises a TypeError if its state was made by another."""
+  found, wanted = str(jax.tree.structure(value)), str(jax.tree.structure(expected))
+  if found != wanted:
+    raise TypeError(
+      'the inner_state is not of this inner optimizer; restore checkpoints into the structure of '
+      f'init(params):\n  found {found[:300]}\n  expected {wanted[:300]}'
+    )
