@@ -11,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from spd_optax import checks
+from spd_optax import checks, shardings
 from spd_optax.layers import Sums, broadcast_to_leaf, sum_of
 
 
@@ -79,17 +79,24 @@ def taken_back(
   return jnp.where(active, shifted, leaf)
 
 
-def fusion_barrier(array: jax.Array) -> jax.Array:
-  """The array, computed once, on TPU.
+def fusion_barrier(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """The arrays, computed once, on TPU.
 
   XLA:TPU computes an optimizer's step twice, once for the sums and once for the result, unless
   a barrier keeps it on the chip. XLA:GPU and XLA:CPU do best without barriers.
   """
-  kept: jax.Array = jax.lax.platform_dependent(
-    array, tpu=jax.lax.optimization_barrier, default=_without_barrier
+  if any(map(shardings.is_shard, arrays)):
+    # All results of one barrier vary over the mapped axes of any operand.
+    return tuple(_on_tpu(array)[0] for array in arrays)
+  return _on_tpu(*arrays)
+
+
+def _on_tpu(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+  kept: tuple[jax.Array, ...] = jax.lax.platform_dependent(
+    arrays, tpu=jax.lax.optimization_barrier, default=_without_barrier
   )
   return kept
 
 
-def _without_barrier(array: jax.Array) -> jax.Array:
-  return array
+def _without_barrier(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+  return arrays

@@ -220,14 +220,14 @@ def _sum(param: jax.Array, update: jax.Array) -> jax.Array:
 @_jit
 def _shortened(update, param, anchor, active, scale, *, axis):  # type: ignore[no-untyped-def]
   """u − scale · (θ̃ − θ_0)."""
-  update, active, scale = map(fusion_barrier, (update, active, scale))
+  update, active, scale = fusion_barrier(update, active, scale)
   return taken_back(update, deviation(_sum(param, update), anchor), active, -scale, axis)
 
 
 @_jit
 def _projected(after, param, anchor, active, scale, *, axis):  # type: ignore[no-untyped-def]
   """θ̃ − scale · (θ̃ − θ_0), in the dtype of the param."""
-  after, active, scale = map(fusion_barrier, (after, active, scale))
+  after, active, scale = fusion_barrier(after, active, scale)
   shifted = taken_back(after, deviation(after, anchor), active, -scale, axis)
   return shifted.astype(param.dtype)
 
