@@ -148,6 +148,11 @@ class Engine:
       'the layers in the optimizer state do not fit `group` and `stack_axis`; '
       'the shapes of their conditions differ:',
     )
+    if set(state.rule_state) != set(self.rule.init):
+      raise ValueError(
+        f'the optimizer state is of another rule: {type(self.rule).__name__} keeps '
+        f'{sorted(self.rule.init)}, the state has {sorted(state.rule_state)}'
+      )
     return view, layers
 
   def decide(
@@ -255,7 +260,11 @@ def _outcome(
     ratio=decision.ratio.astype(jnp.float32),
     distance=norms['distance'].astype(jnp.float32),
     constrained=jnp.where(condition, optax.safe_increment(constrained), constrained),
-    numbers={name: decision.numbers[name].astype(jnp.float32) for name in numbers},
+    # A single NaN gradient must not stay in a running mean for good.
+    numbers={
+      name: jnp.where(jnp.isfinite(x), x, numbers[name]).astype(jnp.float32)
+      for name, x in decision.numbers.items()
+    },
     scale=scale,
     # scale == 0 (a schedule at 0, say) must leave every bit alone, also of a NaN or −0;
     # a scale that is not finite comes from norms beyond the range of the dtype.

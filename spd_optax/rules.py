@@ -45,7 +45,8 @@ class Rule:
     sums: the sums over a layer that `decide` needs besides 'inner' and 'distance': of
       'gradient_norm' and 'after'. Only a rule around an optimizer may ask for 'after'.
     init: the numbers of its own that the rule keeps for each layer, by name, and their
-      values before the first update. They are float32, and reports show them by name.
+      values before the first update. They are float32, and reports show them by name. Where a
+      new value is not finite, as after a NaN gradient, the old one stays.
 
   Example:
     Hold a layer while the running mean of ⟨g, d⟩ / ‖d‖ is not below −z standard errors:
