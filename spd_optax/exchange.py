@@ -72,9 +72,6 @@ def put_anchor(opt_state: State, anchor: optax.Params) -> State:
     ValueError: if its anchor has not been dropped; naming every leaf that the anchor lacks, or
       whose fingerprint is not that of the anchor that was dropped.
     TypeError: if there is no state of SPD or `l2_sp`; under jit.
-
-  Example:
-    See `drop_anchor`.
   """
   leaves = trees.flatten(anchor).by_path
   problems: list[str] = []
@@ -155,9 +152,7 @@ def reanchor(opt_state: State, params: optax.Params) -> State:
   found = _with_anchors('reanchor', opt_state, replaced)
   trees.raise_all(problems, 'reanchor(opt_state, params): the params do not fit the anchor:')
   if not stored:
-    raise ValueError(
-      'reanchor(opt_state, params): the state stores no anchor; every anchor is zero or free'
-    )
+    raise ValueError('reanchor(opt_state, params): the state stores no anchor, only zero or free')
   return found
 
 
@@ -177,9 +172,9 @@ def _problem(path: str, new: Any, old: Any) -> str | None:
 
 
 def _lengths(leaf: DroppedLeaf) -> tuple[int | str, ...]:
-  """The shape of the array that was dropped; '?' under jit for each of its axes."""
+  """The shape of the array that was dropped; without values, as under jit, '?' for each axis."""
   count = leaf.dimensions.shape[-1] - 1
-  unknown = isinstance(leaf.dimensions, jax.core.Tracer)
+  unknown = isinstance(leaf.dimensions, jax.core.Tracer | jax.ShapeDtypeStruct)
   own = ['?'] * count if unknown else np.ravel(leaf.dimensions)[1 : count + 1].tolist()
   return (*leaf.zero.shape, *own)  # the zero has the axes of vmap
 

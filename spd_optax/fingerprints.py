@@ -34,9 +34,6 @@ def fingerprint(anchor: optax.Params) -> str:
     anchor: a tree of arrays, as passed to `projection_decay` or found in its state, where it
       may have been dropped.
 
-  Returns:
-    32 hexadecimal digits.
-
   Raises:
     TypeError: under jit, where there are no values, and for a leaf that is no array.
 
@@ -57,8 +54,6 @@ def fingerprint(anchor: optax.Params) -> str:
 def words_of(anchor: optax.Params) -> np.ndarray:
   """The fingerprint of an anchor as uint32[4]; those of anchors of other leaves may be added."""
   leaves = trees.flatten(anchor, is_dropped).by_path
-  if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(anchor)):
-    raise TypeError('fingerprint(anchor): call it outside jit; it returns a string')
   known = {path: x.fingerprint for path, x in leaves.items() if is_dropped(x)}
   checks.arrays('fingerprint(anchor)', leaves | known)
   words = list(known.values())

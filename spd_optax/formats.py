@@ -23,7 +23,6 @@ Struct = jax.ShapeDtypeStruct
 T = TypeVar('T')
 
 NPY_HEADER = 12_000  # bytes; NumPy refuses a longer one, too
-
 UNKNOWN = np.dtype('V1')  # kinds of numbers that NumPy does not hold
 SAFETENSORS = {
   'BF16': np.dtype(jnp.bfloat16),
@@ -48,13 +47,7 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(path: Any) -> Checkpoint:
-  """Opens an Orbax directory, safetensors (a file or a directory of shards), msgpack or npz.
-
-  Raises:
-    FileNotFoundError: if nothing is there.
-    ValueError: if it is none of these, more than one, or damaged.
-    ImportError: naming the extra to install, if the library for the format is missing.
-  """
+  """Opens an Orbax directory, safetensors (a file or a directory of shards), msgpack or npz."""
   if not path.exists():
     raise FileNotFoundError(f'{path}: no such file or directory')
   _check_regular(path)
@@ -109,10 +102,11 @@ def _orbax(path: Any) -> Checkpoint:
 
   def read(wanted: Mapping[str, Struct]) -> dict[str, jax.Array]:
     structs = {at: x.update(sharding=x.sharding or here) for at, x in wanted.items()}
-    asked = [structs.get(at, ocp.PLACEHOLDER) for at in flat.paths]
-    found = ocp.load(root, jax.tree.unflatten(flat.treedef, asked), checkpointable_name=name)
-    arrays = trees.flatten(found).by_path
-    return {at: arrays[at] for at in wanted}
+    asked = jax.tree.unflatten(
+      flat.treedef, [structs.get(at, ocp.PLACEHOLDER) for at in flat.paths]
+    )
+    found = trees.flatten(ocp.load(root, asked, checkpointable_name=name)).by_path
+    return {at: found[at] for at in wanted}
 
   return Checkpoint(entries, read)
 
@@ -167,7 +161,6 @@ def _check_msgpack(content: bytes) -> None:
 
   def whole(code: int, packed: bytes) -> None:
     """An extension is an array (its shape, dtype and bytes) or a number, packed once more."""
-    del code
     msgpack.Unpacker(io.BytesIO(packed), max_buffer_size=len(packed) + 1).skip()
 
   whole(0, content)
@@ -205,5 +198,4 @@ def _place(source: Any, struct: Struct) -> jax.Array:
 
   if struct.sharding is None:
     return jnp.array(part((slice(None),) * len(struct.shape)))
-  placed: jax.Array = jax.make_array_from_callback(struct.shape, struct.sharding, part)
-  return placed
+  return jax.make_array_from_callback(struct.shape, struct.sharding, part)

@@ -2,9 +2,8 @@
 
 import importlib
 import os
-import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import optax
 
 from spd_optax import anchors, checks, formats, trees
 from spd_optax.formats import Struct
+
+SAME = "cannot be told apart, as '.' and '/' are one separator"
 
 
 def load_anchor(
@@ -60,33 +61,28 @@ def load_anchor(
   where = _located(path)
   flat = trees.flatten(like)
   wanted = _wanted(flat)
+  paths = _told_apart({at: _canonical(at) for at in wanted}, f'like: leaves that {SAME}:')
   checkpoint = formats.open_checkpoint(where)
-  names = _names(where, checkpoint.entries, key, wanted)
-  found = {at: names[at] for at in wanted if at in names}
-  missing = [at for at in wanted if at not in names]
-  unasked = {*map(_canonical, [*flat.paths, *map(trees.join, flat.holes)])} - wanted.keys()
+  names = _told_apart(_under(key, checkpoint.entries, paths), f'{where}: entries that {SAME}:')
+  found = {path: names[at] for at, path in paths.items() if at in names}
+  missing = [at for at in paths if at not in names]
+  unasked = {*map(_canonical, [*flat.paths, *map(trees.join, flat.holes)])} - paths.keys()
   below = tuple(f'{at}/' for at in unasked)  # None in `like`, and integers
-  extra = [at for at in names if at not in wanted and not f'{at}/'.startswith(below)]
+  extra = [at for at in names if at not in paths and not f'{at}/'.startswith(below)]
   _check_origin(where, missing, extra)
   if not found:
-    raise ValueError(_nothing(where, key, wanted, list(map(_canonical, checkpoint.entries))))
-  _check(where, wanted, {at: checkpoint.entries[name] for at, name in found.items()})
-  lines = [f'{at or "(root)"}: in the params, not in the checkpoint' for at in missing]
-  lines += [f'{at or "(root)"}: in the checkpoint, not in the params' for at in extra]
-  if strict:
-    trees.raise_all(lines, f'{where}: the checkpoint and the params have not the same leaves:')
-  if lines:
-    free = 'params that the checkpoint lacks have no anchor and stay free'
-    warnings.warn(
-      f'{where}: {free if missing else "not all of the checkpoint is used"} '
-      '(strict=True makes this an error):\n  ' + '\n  '.join(lines),
-      stacklevel=2,
-    )
+    raise ValueError(_nothing(where, key, list(paths), list(map(_canonical, checkpoint.entries))))
+  problems = {at: _mismatch(wanted[at], checkpoint.entries[name]) for at, name in found.items()}
+  trees.raise_all(
+    [f'{at}: {problem}' for at, problem in problems.items() if problem],
+    f'{where}: the checkpoint does not fit the params (None in `like` leaves one free):',
+  )
+  _report(where, missing, extra, strict)
   asked = {name: wanted[at] for at, name in found.items()}
   arrays = formats.reading(where, checkpoint.read, asked)
   leaves = {at: arrays[name] for at, name in found.items()}
   _check_finite(where, leaves)
-  return jax.tree.unflatten(flat.treedef, [leaves.get(_canonical(at)) for at in flat.paths])
+  return jax.tree.unflatten(flat.treedef, map(leaves.get, flat.paths))
 
 
 def _located(path: str | os.PathLike[str]) -> Any:
@@ -101,11 +97,7 @@ def _canonical(name: str) -> str:
 
 
 def _told_apart(names: Mapping[str, str], summary: str) -> dict[str, str]:
-  """Names by their canonical paths, from the paths by name.
-
-  Raises:
-    ValueError: naming those that share a path.
-  """
+  """Names by their canonical paths, from the paths by name; raises for those that share one."""
   found: dict[str, list[str]] = {}
   for name, path in names.items():
     found.setdefault(path, []).append(name)
@@ -114,21 +106,18 @@ def _told_apart(names: Mapping[str, str], summary: str) -> dict[str, str]:
 
 
 def _wanted(flat: trees.Flat) -> dict[str, Struct]:
-  """What the params need, by canonical path."""
+  """What the params need, by path."""
   if any(isinstance(leaf, jax.core.Tracer) for leaf in flat.leaves):
     raise TypeError('load_anchor(path, like): call it outside jit; it reads files')
   if not flat.leaves:
     raise ValueError('like: expected the params, found a tree without leaves')
-  values = {at: x for at, x in flat.by_path.items() if not isinstance(x, Struct)}
+  leaves = flat.by_path
+  values = {at: x for at, x in leaves.items() if not isinstance(x, Struct)}
   checks.arrays('load_anchor(path, like): like', values)
-  held = {at: x for at, x in flat.by_path.items() if not anchors.never_held(x)}
-  paths = _told_apart(
-    {at: _canonical(at) for at in held},
-    "like: leaves that cannot be told apart, as '.' and '/' are one separator; rename one of each:",
-  )
   return {
-    path: Struct(jnp.shape(held[at]), jnp.result_type(held[at]), sharding=_sharding_of(held[at]))
-    for path, at in paths.items()
+    at: Struct(jnp.shape(x), jnp.result_type(x), sharding=_sharding_of(x))
+    for at, x in leaves.items()
+    if not anchors.never_held(x)
   }
 
 
@@ -138,34 +127,28 @@ def _sharding_of(leaf: Any) -> Any:
   return getattr(leaf, 'sharding', None) if committed else None
 
 
-def _names(
-  path: Path, entries: Mapping[str, Struct], key: str, wanted: Mapping[str, Struct]
-) -> dict[str, str]:
-  """The checkpoint's names under `key`, by canonical path."""
+def _under(key: str, names: Iterable[str], wanted: Mapping[str, str]) -> dict[str, str]:
+  """Canonical paths under `key`, by the names in the checkpoint."""
   prefix = _canonical(key).strip('/') + '/'
   found: dict[str, str] = {}
-  for name in entries:
+  for name in names:
     at = ('' if key else '/') + _canonical(name)
     if f'{at}/'.startswith(prefix):
       at = at[len(prefix) :]
       bare = at.removesuffix('/value')  # of an nnx.Variable
       found[name] = bare if at not in wanted and bare in wanted else at
-  return _told_apart(found, f'{path}: entries that cannot be told apart:')
+  return found
 
 
-def _nothing(path: Path, key: str, wanted: Mapping[str, Struct], names: Sequence[str]) -> str:
+def _nothing(path: Path, key: str, wanted: Sequence[str], names: Sequence[str]) -> str:
   """The message where no leaf was found, with the keys that would find some."""
   depths = sorted({at.count('/') + 1 for at in wanted})
   split = [name.rsplit('/', depth) for name in names for depth in depths]
   keys = {key: None for key, *rest in split if '/'.join(rest) in wanted}
   hint = f'; some are under key={" or ".join(f"{key!r:.200}" for key in keys)}' if keys else ''
-  params, entries = (
-    textwrap.shorten(', '.join(some) or 'no arrays', 500, placeholder=f' … ({len(some)} in all)')
-    for some in (wanted, names)
-  )
   return (
     f'{path}: none of the params is in this checkpoint{f" under {key!r}" if key else ""}{hint}.\n'
-    f'  params: {params}\n  checkpoint: {entries}'
+    f'  params: {", ".join(wanted):.500}\n  checkpoint: {", ".join(names) or "no arrays":.500}'
   )
 
 
@@ -179,20 +162,23 @@ def _check_origin(path: Path, missing: Sequence[str], extra: Sequence[str]) -> N
     )
 
 
-def _check(path: Path, wanted: Mapping[str, Struct], found: Mapping[str, Struct]) -> None:
-  trees.raise_all(
-    [f'{at}: {problem}' for at in found if (problem := _mismatch(wanted[at], found[at]))],
-    f'{path}: the checkpoint does not fit the params (None instead of a leaf of `like` leaves '
-    'it free):',
-  )
+def _report(path: Path, missing: Sequence[str], extra: Sequence[str], strict: bool) -> None:
+  """Warns of leaves that only one side has; with `strict` raises."""
+  lines = [f'{at or "(root)"}: in the params, not in the checkpoint' for at in missing]
+  lines += [f'{at or "(root)"}: in the checkpoint, not in the params' for at in extra]
+  differ = f'{path}: the checkpoint and the params have not the same leaves'
+  if strict:
+    trees.raise_all(lines, f'{differ}:')
+  if lines:
+    free = 'params that the checkpoint lacks stay free (strict=True makes this an error)'
+    warnings.warn(f'{differ}; {free}:\n  ' + '\n  '.join(lines), stacklevel=3)
 
 
 def _mismatch(wanted: Struct, found: Struct) -> str | None:
   floating = jnp.issubdtype(found.dtype, jnp.floating)
   both_complex = jnp.issubdtype(found.dtype, jnp.inexact) and jnp.iscomplexobj(wanted)
   if wanted.shape != found.shape or not (floating or both_complex):
-    unknown = found.dtype.kind == 'V' and not floating
-    kind = 'a kind of number that cannot be read, ' if unknown else found.dtype
+    kind = 'an unknown kind of number, ' if found.dtype == formats.UNKNOWN else found.dtype
     return f'params {wanted.dtype}{list(wanted.shape)}, checkpoint {kind}{list(found.shape)}'
   try:
     if wanted.sharding is not None:

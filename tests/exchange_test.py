@@ -147,6 +147,7 @@ def test_reanchor_knows_the_shapes_of_what_was_dropped(shape):
   with pytest.raises(ValueError, match=r'(?s)do not fit.* s: .*float32\[\], dr.* w: '):
     spd.reanchor(slim, {'s': jnp.ones(2), 'w': other['w']})
   if len(shape) == 2:  # under jit the lengths are not known yet; the next update knows them
+    chex.assert_shape(jax.eval_shape(spd.reanchor, slim, other).projection_decay.anchor['w'], shape)
     moved = jax.jit(spd.reanchor)(slim, other)
     with pytest.raises(ValueError, match='does not fit the params'):
       tx.update(params, moved, params)

@@ -187,7 +187,7 @@ def test_all_mismatches_are_one_error(save, tmp_path):
   """Catches a broadcast anchor, imaginary parts thrown away, and one error at a time."""
   like = {'a': jnp.zeros((8, 4)), 'b': jnp.zeros(3), 'c': jnp.zeros(2), 'fits': jnp.zeros(2)}
   tree = {
-    'a': np.zeros((4, 8), np.float32),
+    'a': np.zeros((4, 8), jnp.bfloat16),
     'b': np.zeros(3, np.complex64),
     'c': np.zeros(2, np.int32),
     'fits': np.zeros(2, np.float32),
@@ -198,7 +198,7 @@ def test_all_mismatches_are_one_error(save, tmp_path):
     spd.load_anchor(save(tmp_path / 'checkpoint', tree), like)
   lines = str(error.value).splitlines()
   assert [line.strip().partition(':')[0] for line in lines[1:]] == ['a', 'b', 'c']
-  assert 'params float32[8, 4], checkpoint float32[4, 8]' in lines[1]
+  assert 'params float32[8, 4], checkpoint bfloat16[4, 8]' in lines[1]
 
 
 @each_format
@@ -259,13 +259,14 @@ def test_paths_that_differ_in_a_dot_alone(names, tmp_path):
   path = npz(tmp_path / 'a', {name: np.full(2, i, np.float32) for i, name in enumerate(names)})
   for length in (2, 3):
     like = {'a.b': jnp.zeros(length), 'a': {'b': jnp.zeros(2)}}
-    with pytest.raises(ValueError, match=r'(?s)like: .* cannot be told apart.*\n  a/b, a\.b$'):
+    with pytest.raises(ValueError, match=r'(?s)like: .* cannot be told apart.*:\n  a/b, a\.b$'):
       spd.load_anchor(path, like)
   like = {'a.b': jnp.zeros(2, int), 'a': {'b': jnp.zeros(2)}}  # an integer asks for nothing
   if len(names) == 1:
-    chex.assert_trees_all_equal(spd.load_anchor(path, like)['a']['b'], jnp.zeros(2))
+    anchor = spd.load_anchor(path, like)
+    chex.assert_trees_all_equal(anchor, {'a.b': None, 'a': {'b': jnp.zeros(2)}})
     return
-  with pytest.raises(ValueError, match=r'a\.npz: entries that .* told apart:\n  a\.b, a/b$'):
+  with pytest.raises(ValueError, match=r'a\.npz: entries that .* told apart, .*:\n  a\.b, a/b$'):
     spd.load_anchor(path, like)
 
 
@@ -323,11 +324,11 @@ def test_a_dtype_that_cannot_be_held(tmp_path):
   """Catches a file called corrupt for an entry that nobody asked for."""
   body, narrow = np.ones(2, np.float32), jnp.ones(2, jnp.float8_e4m3fn)
   flax_save({'body': body, 'narrow': narrow, 'empty': jnp.ones((0, 2))}, tmp_path / 'a.safetensors')
-  with pytest.warns(UserWarning, match='not all of the checkpoint is used'):
+  with pytest.warns(UserWarning, match='have not the same leaves'):
     anchor = spd.load_anchor(tmp_path / 'a.safetensors', {'body': jnp.zeros(2)})
   chex.assert_trees_all_equal(anchor['body'], body)
   with pytest.raises(
-    ValueError, match=r'narrow: params float32\[2\], checkpoint a kind .* cannot be read'
+    ValueError, match=r'narrow: params float32\[2\], checkpoint an unknown kind of number, \[2\]$'
   ):
     spd.load_anchor(tmp_path / 'a.safetensors', {'body': body, 'narrow': jnp.zeros(2)})
 
