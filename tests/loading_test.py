@@ -251,6 +251,9 @@ def test_none_in_like_asks_for_nothing(tmp_path, recwarn):
   anchor = spd.load_anchor(path, {'body': jnp.zeros(2), 'head': None}, strict=True)
   assert anchor['head'] is None
   assert not recwarn
+  np.savez(tmp_path / 'b.npz', **{'body': np.ones(2), 'body/more': np.ones(2)})
+  with pytest.warns(UserWarning, match='body/more: in the checkpoint, not in the params'):
+    spd.load_anchor(tmp_path / 'b.npz', {'body': jnp.zeros(2)})
 
 
 @pytest.mark.parametrize('names', [['a/b'], ['a.b', 'a/b']])
