@@ -6,10 +6,10 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from spd_optax import anchors, checks, fingerprints, trees
-from spd_optax.engine import ProjectionDecayState
-from spd_optax.fingerprints import DroppedLeaf, is_dropped
+from spd_optax.fingerprints import DroppedLeaf, has_anchor, is_dropped
 
 State = TypeVar('State')
 
@@ -17,12 +17,12 @@ State = TypeVar('State')
 def drop_anchor(opt_state: State) -> State:
   """The optimizer state without its anchor, for a checkpoint without a second copy of the model.
 
-  Change ``save(opt_state)`` to ``save(spd.drop_anchor(opt_state))``, and on resuming put the
+  Change ``save(opt_state)`` to ``save(spd.drop_anchor(opt_state))``. On resuming put the
   pre-trained weights back by `put_anchor`; the run goes on bit for bit. In place of each
-  array its fingerprint is kept (`DroppedLeaf`).
+  array its fingerprint, dtype and shape are kept (`DroppedLeaf`).
 
   Args:
-    opt_state: the state of any optimizer with SPD or `l2_sp` in it, at any depth, also of
+    opt_state: the state of any optimizer with SPD or `l2_sp` in it, at any depth. It may be of
       `jax.ShapeDtypeStruct`, for the structure to restore into:
       ``jax.eval_shape(spd.drop_anchor, jax.eval_shape(tx.init, params))``.
 
@@ -47,19 +47,21 @@ def drop_anchor(opt_state: State) -> State:
     if is_dropped(leaf):
       raise ValueError('drop_anchor(opt_state): its anchor has been dropped already')
     words = fingerprints.of_leaf(path, leaf)
-    return DroppedLeaf(words, (words[0] & 0).astype(leaf.dtype))  # both on all the leaf's devices
+    zero = words[0] & 0  # on all the leaf's devices, and so is what is made of it
+    dimensions = np.array([leaf.ndim, *leaf.shape], np.uint32)
+    return DroppedLeaf(words, zero.astype(leaf.dtype), zero + dimensions)
 
   return _with_anchors('drop_anchor', opt_state, dropped)
 
 
-def put_anchor(opt_state: State, anchor: Any) -> State:
+def put_anchor(opt_state: State, anchor: optax.Params) -> State:
   """The optimizer state with its anchor again, after `drop_anchor`.
 
   Args:
     opt_state: a state whose anchor has been dropped.
     anchor: the same anchor: the pre-trained params, or what `load_anchor` gives. It may
-      have more leaves than the state asks for. Arrays are copied, keep their sharding (so give
-      JAX arrays that lie where they shall, not NumPy's, for a model over several devices), and
+      have more leaves than the state asks for. Arrays are copied and keep their sharding. For a
+      model over several devices give JAX arrays that lie where they shall, not NumPy's. They
       get the dtype that the anchor had in the state (`anchor_dtype`). An anchor of
       `anchor_memory_kind` goes to the host at the next update.
 
@@ -70,9 +72,6 @@ def put_anchor(opt_state: State, anchor: Any) -> State:
     ValueError: if its anchor has not been dropped; naming every leaf that the anchor lacks, or
       whose fingerprint is not that of the anchor that was dropped.
     TypeError: if there is no state of SPD or `l2_sp`; under jit.
-
-  Example:
-    See `drop_anchor`.
   """
   leaves = trees.flatten(anchor).by_path
   problems: list[str] = []
@@ -86,16 +85,14 @@ def put_anchor(opt_state: State, anchor: Any) -> State:
         'put_anchor(opt_state, anchor): the state has its anchor; '
         'reanchor(opt_state, params) gives it another'
       )
-    if path not in leaves:
-      problems.append(f'{path or "(root)"}: missing in the anchor')
-      return leaf
     checks.arrays('put_anchor(opt_state, anchor): fingerprints', {path: leaf.fingerprint})
-    if _other_kind(leaves[path], leaf.zero):
-      problems.append(f'{path or "(root)"}: {checks.kind_of(leaves[path])}')
+    given = leaves.get(path)
+    if problem := _problem(path, given, leaf):
+      problems.append(problem)
       return leaf
-    value = anchors.copy(leaves[path], leaves[path], leaf.zero.dtype)
+    value = anchors.copy(given, given, leaf.zero.dtype)
     if not np.array_equal(fingerprints.of_leaf(path, value), leaf.fingerprint):
-      problems.append(f'{path or "(root)"}: {checks.kind_of(leaves[path])} with other values')
+      problems.append(f'{path or "(root)"}: {checks.kind_of(given)} with other values')
     return value
 
   found = _with_anchors('put_anchor', opt_state, put)
@@ -107,20 +104,21 @@ def put_anchor(opt_state: State, anchor: Any) -> State:
   return found
 
 
-def reanchor(opt_state: State, params: Any) -> State:
+def reanchor(opt_state: State, params: optax.Params) -> State:
   """The optimizer state with other weights as its anchor: at the boundary of two tasks, say.
 
   θ_0 becomes a copy of `params` wherever an array of the anchor is stored, or was
   before `drop_anchor`. Zero and free anchors stay. Moments, counters and reports go on.
-  May be called under jit. Before the first update it has no effect where the anchor is
-  captured (`anchor=None`): that update captures.
+  May be called under jit, where of a dropped array only the number of its axes is checked.
+  Before the first update it has no effect where the anchor is captured (`anchor=None`): that
+  update captures.
 
   Args:
     opt_state: the state of any optimizer with SPD or `l2_sp` in it, at any depth.
     params: the new anchor, a tree like the params. It may have more leaves than are stored.
 
   Returns:
-    A state of the same structure, shapes and dtypes.
+    A state of the structure, shapes and dtypes that it had before an anchor was dropped.
 
   Raises:
     ValueError: naming every leaf that `params` lacks, or that has another shape or complex
@@ -144,30 +142,41 @@ def reanchor(opt_state: State, params: Any) -> State:
   def replaced(path: str, leaf: Any) -> Any:
     nonlocal stored
     stored += 1
-    dropped = is_dropped(leaf)
     new = leaves.get(path)
-    old = leaf.zero if dropped else leaf
-    if new is None or not (dropped or jnp.shape(new) == leaf.shape) or _other_kind(new, old):
-      there = 'nothing' if new is None else checks.kind_of(new)
-      was = f'{old.dtype}, dropped' if dropped else checks.kind_of(leaf)
-      problems.append(f'{path or "(root)"}: {there}, in the state {was}')
+    if problem := _problem(path, new, leaf):
+      problems.append(problem)
       return leaf
-    return anchors.copied_like(new, new if dropped else leaf, old.dtype)
+    like, dtype = (new, leaf.zero.dtype) if is_dropped(leaf) else (leaf, leaf.dtype)
+    return anchors.copied_like(new, like, dtype)
 
   found = _with_anchors('reanchor', opt_state, replaced)
   trees.raise_all(problems, 'reanchor(opt_state, params): the params do not fit the anchor:')
   if not stored:
-    raise ValueError(
-      'reanchor(opt_state, params): the state stores no anchor; every anchor is zero or free'
-    )
+    raise ValueError('reanchor(opt_state, params): the state stores no anchor, only zero or free')
   return found
 
 
-def _other_kind(new: Any, old: Any) -> bool:
-  """Whether an anchor of this kind of numbers cannot take the place of the old one."""
-  if jnp.issubdtype(jnp.result_type(new), jnp.inexact):
-    return bool(jnp.iscomplexobj(new) and not jnp.iscomplexobj(old))
-  return True  # whole numbers are no weights
+def _problem(path: str, new: Any, old: Any) -> str | None:
+  """Why an array cannot take the place of one in the anchor; None where it can."""
+  dropped = is_dropped(old)
+  dtype, shape = (old.zero.dtype, _lengths(old)) if dropped else (old.dtype, old.shape)
+  was = f'in the state {dtype}{list(shape)}{", dropped" * dropped}'
+  if new is None:
+    return f'{path or "(root)"}: nothing, {was}'
+  kind, here = jnp.result_type(new), jnp.shape(new)
+  same = len(here) == len(shape) and all(b in (a, '?') for a, b in zip(here, shape, strict=True))
+  complex_too = jnp.issubdtype(kind, jnp.inexact) and jnp.issubdtype(dtype, jnp.complexfloating)
+  if same and (jnp.issubdtype(kind, jnp.floating) or complex_too):
+    return None
+  return f'{path or "(root)"}: {checks.kind_of(new)}, {was}'
+
+
+def _lengths(leaf: DroppedLeaf) -> tuple[int | str, ...]:
+  """The shape of the array that was dropped; without values, as under jit, '?' for each axis."""
+  count = leaf.dimensions.shape[-1] - 1
+  unknown = isinstance(leaf.dimensions, jax.core.Tracer | jax.ShapeDtypeStruct)
+  own = ['?'] * count if unknown else np.ravel(leaf.dimensions)[1 : count + 1].tolist()
+  return (*leaf.zero.shape, *own)  # the zero has the axes of vmap
 
 
 def _with_anchors(name: str, opt_state: State, change: Callable[[str, Any], Any]) -> State:
@@ -176,21 +185,17 @@ def _with_anchors(name: str, opt_state: State, change: Callable[[str, Any], Any]
 
   def changed(node: Any) -> Any:
     nonlocal found
-    if not _has_anchor(node):
+    if not has_anchor(node):
       return node
     found += 1
     flat = trees.flatten(node.anchor, is_dropped)
     leaves = [change(path, leaf) for path, leaf in flat.by_path.items()]
     return node._replace(anchor=jax.tree.unflatten(flat.treedef, leaves))
 
-  result: State = jax.tree.map(changed, opt_state, is_leaf=_has_anchor)
+  result: State = jax.tree.map(changed, opt_state, is_leaf=has_anchor)
   if not found:
     raise TypeError(
       f'{name}: expected the state of an optimizer with projection_decay, with_projection_decay, '
       f'adam_spd or l2_sp in it, found {checks.kind_of(opt_state)}'
     )
   return result
-
-
-def _has_anchor(node: Any) -> bool:
-  return isinstance(node, ProjectionDecayState)

@@ -1,9 +1,8 @@
 """Fingerprints of anchors: short, and the same wherever and however the arrays are stored.
 
-An element contributes a hash of its bits and its index, and the contributions are
-added modulo 2³². Integer sums do not depend on the order of their terms. So a
-fingerprint is the same for every sharding and on every backend, is computed where the
-array lies, also under jit, and nothing is gathered.
+Each element contributes a hash of its bits and its index. The contributions are added modulo
+2³², and integer sums do not depend on the order of their terms. So a fingerprint is the same for
+every sharding and on every backend. It is computed where the array lies, and nothing is gathered.
 """
 
 import hashlib
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 
 from spd_optax import anchors, checks, memory, trees
@@ -20,7 +20,7 @@ from spd_optax.engine import ProjectionDecayState
 WORDS = 4  # of 32 bits
 
 
-def fingerprint(anchor: Any) -> str:
+def fingerprint(anchor: optax.Params) -> str:
   """A fingerprint of an anchor: 32 hexadecimal digits.
 
   It depends on the path, shape, dtype and every bit of each array, and on nothing else:
@@ -33,9 +33,6 @@ def fingerprint(anchor: Any) -> str:
     anchor: a tree of arrays, as passed to `projection_decay` or found in its state, where it
       may have been dropped.
 
-  Returns:
-    32 hexadecimal digits.
-
   Raises:
     TypeError: under jit, where there are no values, and for a leaf that is no array.
 
@@ -45,7 +42,7 @@ def fingerprint(anchor: Any) -> str:
     >>> spd.fingerprint({'kernel': jnp.ones((2, 3)), 'head': None})
     '8166681abccecf0956171050ebb7c4b0'
   """
-  if anchor is None or _holds_state(anchor):
+  if anchor is None or any(map(has_anchor, jax.tree.leaves(anchor, is_leaf=has_anchor))):
     raise TypeError(
       'fingerprint(anchor): expected a tree of arrays, found '
       + ('None' if anchor is None else "an optimizer state; optax.tree.get(state, 'anchor') has it")
@@ -53,30 +50,17 @@ def fingerprint(anchor: Any) -> str:
   return as_text(words_of(anchor))
 
 
-def _holds_state(tree: Any) -> bool:
-  def is_state(node: Any) -> bool:
-    return isinstance(node, ProjectionDecayState)
-
-  return any(map(is_state, jax.tree.leaves(tree, is_leaf=is_state)))
-
-
-def words_of(anchor: Any) -> np.ndarray:
+def words_of(anchor: optax.Params) -> np.ndarray:
   """The fingerprint of an anchor as uint32[4]; those of anchors of other leaves may be added."""
-  total = np.zeros(WORDS, np.uint32)
   leaves = trees.flatten(anchor, is_dropped).by_path
-  if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(anchor)):
-    raise TypeError('fingerprint(anchor): call it outside jit; it returns a string')
-  checks.arrays(
-    'fingerprint(anchor)',
-    {path: x.fingerprint if is_dropped(x) else x for path, x in leaves.items()},
-  )
+  known = {path: x.fingerprint for path, x in leaves.items() if is_dropped(x)}
+  checks.arrays('fingerprint(anchor)', leaves | known)
+  words = list(known.values())
   for path, leaf in leaves.items():
-    if is_dropped(leaf):
-      total = total + np.asarray(leaf.fingerprint)
-      continue
-    if anchors.is_stored(leaf) and not anchors.never_held(leaf):
-      total = total + np.asarray(of_leaf(path, leaf))
-  return total
+    stored = path not in known and anchors.is_stored(leaf)
+    if stored and not anchors.never_held(leaf):
+      words.append(of_leaf(path, leaf))
+  return np.asarray(sum(map(np.asarray, words), np.zeros(WORDS, np.uint32)))
 
 
 def as_text(words: np.ndarray) -> str:
@@ -90,15 +74,23 @@ class DroppedLeaf(NamedTuple):
   Attributes:
     fingerprint: uint32[4], see `fingerprint`.
     zero: a 0 of the array's dtype.
+    dimensions: uint32[1 + n], their number n and the length of each. (Not the lengths alone, for
+      Orbax saves no empty array.)
   """
 
   fingerprint: jax.Array
   zero: jax.Array
+  dimensions: jax.Array
 
 
 def is_dropped(node: Any) -> bool:
   """Whether this node of an anchor in a state was dropped."""
   return isinstance(node, DroppedLeaf)
+
+
+def has_anchor(node: Any) -> bool:
+  """Whether this node of an optimizer state is one that holds an anchor."""
+  return isinstance(node, ProjectionDecayState)
 
 
 def of_leaf(path: str, array: Any) -> jax.Array:

@@ -1,20 +1,20 @@
 """Checkpoint files as named arrays: what is inside, and reading a part of it.
 
-Nothing is unpickled, and nothing is read that was not asked for: a file may claim any size, so
-memory is taken only for its names and for arrays whose shapes the params have. Each library
-is imported only where its format is met.
+Nothing is unpickled. Nothing is read that was not asked for: a file may claim any size, so memory
+is taken only for its names and for arrays whose shapes the params have. A library is imported
+only where its format is met.
 """
 
 import importlib
 import io
 import re
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from spd_optax import trees
@@ -22,19 +22,13 @@ from spd_optax import trees
 Struct = jax.ShapeDtypeStruct
 T = TypeVar('T')
 
-
 NPY_HEADER = 12_000  # bytes; NumPy refuses a longer one, too
-
-# The format's names of dtypes that NumPy can hold; others are reported where they are wanted.
+UNKNOWN = np.dtype('V1')  # kinds of numbers that NumPy does not hold
 SAFETENSORS = {
-  'F64': np.dtype('float64'),
-  'F32': np.dtype('float32'),
-  'F16': np.dtype('float16'),
-  'BF16': np.dtype(jax.numpy.bfloat16),
+  'BF16': np.dtype(jnp.bfloat16),
+  **{f'F{8 * size}': np.dtype(f'f{size}') for size in (2, 4, 8)},
   **{
-    f'{kind}{bits}': np.dtype(f'{kind.lower()}{bits // 8}')
-    for kind in 'IU'
-    for bits in (8, 16, 32, 64)
+    f'{kind}{8 * size}': np.dtype(f'{kind.lower()}{size}') for kind in 'IU' for size in (1, 2, 4, 8)
   },
 }
 
@@ -44,8 +38,8 @@ class Checkpoint(NamedTuple):
 
   Attributes:
     entries: shape and dtype of each array, by its '/'-joined name.
-    read: reads arrays by name, each with the dtype and the sharding of the struct given for it
-      (no sharding: the default device).
+    read: reads arrays by name. Each gets the dtype and the sharding of the struct given for it;
+      without a sharding it goes to the default device.
   """
 
   entries: dict[str, Struct]
@@ -53,22 +47,13 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(path: Any) -> Checkpoint:
-  """Opens an Orbax directory, safetensors (a file or a directory of shards), msgpack or npz.
-
-  Raises:
-    FileNotFoundError: if nothing is there.
-    ValueError: if it is none of these, more than one, or damaged.
-    ImportError: naming what to install, if the library for the format is missing.
-  """
+  """Opens an Orbax directory, safetensors (a file or a directory of shards), msgpack or npz."""
   if not path.exists():
     raise FileNotFoundError(f'{path}: no such file or directory')
   _check_regular(path)
   if path.is_dir():
     shards = sorted(path.glob('*.safetensors'))
-    if shards:
-      _check_shards(path, shards)
-      return reading(path, _safetensors, shards)
-    return reading(path, _orbax, *_orbax_tree(path))
+    return reading(path, _safetensors, shards) if shards else reading(path, _orbax, path)
   match path.suffix:
     case '.safetensors':
       return reading(path, _safetensors, [path])
@@ -86,77 +71,15 @@ def reading(path: Any, function: Callable[..., T], *arguments: Any) -> T:
   """Calls a function that reads the checkpoint; whatever a library raises then names the path."""
   try:
     return function(*arguments)
-  except ImportError:
-    raise
+  except ImportError as error:
+    raise ImportError(
+      f"{path}: {error.name} is needed to read it: pip install 'spd_optax[checkpoints]'"
+    ) from error
   except Exception as error:
     reason = str(error).strip().partition('\n')[0] or type(error).__name__
     raise ValueError(
       f'{path}: cannot be read (truncated, corrupt, or another kind of file?): {reason}'
     ) from error
-
-
-def library(module: str, package: str, needed_for: str) -> Any:
-  """Imports an optional dependency.
-
-  Raises:
-    ImportError: naming the extra to install.
-  """
-  try:
-    return importlib.import_module(module)
-  except ImportError as error:
-    raise ImportError(
-      f"{needed_for} needs {package}: pip install 'spd_optax[checkpoints]'"
-    ) from error
-
-
-def _orbax(root: Any, name: str | None) -> Checkpoint:
-  ocp = library('orbax.checkpoint', 'orbax-checkpoint', 'an Orbax checkpoint').v1
-  tree = ocp.metadata(root, checkpointable_name=name).metadata
-  if tree is None:  # Orbax logs why
-    raise ValueError('its metadata cannot be read')
-  flat = trees.flatten(tree)
-  entries = {
-    at: Struct(x.shape, x.dtype)
-    for at, x in flat.by_path.items()
-    if hasattr(x, 'shape') and hasattr(x, 'dtype')
-  }
-  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-  def read(wanted: Mapping[str, Struct]) -> dict[str, jax.Array]:
-    def abstract(at: str) -> Any:
-      if at not in wanted:
-        return ocp.PLACEHOLDER
-      struct = wanted[at]
-      return Struct(struct.shape, struct.dtype, sharding=struct.sharding or here)
-
-    asked = jax.tree.unflatten(flat.treedef, [abstract(at) for at in flat.paths])
-    found = trees.flatten(ocp.load(root, asked, checkpointable_name=name)).by_path
-    return {at: found[at] for at in wanted}
-
-  return Checkpoint(entries, read)
-
-
-def _orbax_tree(path: Any) -> tuple[Any, str | None]:
-  """The directory and the name in it that `orbax.checkpoint.v1` loads a tree from."""
-
-  def has(directory: Any, name: str) -> bool:
-    return bool((directory / name).exists())
-
-  if has(path, '_METADATA'):
-    inside = has(path.parent, '_CHECKPOINT_METADATA')
-    return (path.parent, path.name) if inside else (path, None)
-  children = sorted(child.name for child in path.iterdir() if child.is_dir())
-  found = [name for name in children if has(path / name, '_METADATA')]
-  whole = has(path, '_CHECKPOINT_METADATA')
-  if whole and len(found) == 1:
-    return path, found[0]
-  found += [name for name in children if has(path / name, '_CHECKPOINT_METADATA')]
-  if not found:
-    raise ValueError(f'{path}: no Orbax checkpoint and no .safetensors file in this directory')
-  raise ValueError(
-    f'{path}: holds several {"trees" if whole else "checkpoints, one for each step, say"}; '
-    f'pass the path of one of them: {", ".join(dict.fromkeys(found))}'
-  )
 
 
 def _check_regular(path: Any) -> None:
@@ -167,110 +90,97 @@ def _check_regular(path: Any) -> None:
     raise ValueError(f'{path}: neither a file nor a directory: {", ".join(odd[:5])}')
 
 
-def _check_shards(path: Any, shards: Sequence[Any]) -> None:
-  """Raises where shards of a set are missing: half an anchor leaves half the model unheld."""
-  numbers = [re.search(r'-(\d+)-of-(\d+)$', shard.stem) for shard in shards]
-  wanted = {int(number[2]) for number in numbers if number}
-  here = {int(number[1]) for number in numbers if number}
-  missing = sorted(set(range(1, max(wanted, default=0) + 1)) - here)
-  if missing:
-    raise ValueError(f'{path}: of {max(wanted)} .safetensors shards these are missing: {missing}')
+def _orbax(path: Any) -> Checkpoint:
+  ocp = importlib.import_module('orbax.checkpoint').v1
+  root, name = _orbax_tree(path)
+  tree = ocp.metadata(root, checkpointable_name=name).metadata
+  if tree is None:  # Orbax logs why
+    raise ValueError('its metadata cannot be read')
+  flat = trees.flatten(tree)
+  entries = {at: Struct(x.shape, x.dtype) for at, x in flat.by_path.items() if hasattr(x, 'dtype')}
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+  def read(wanted: Mapping[str, Struct]) -> dict[str, jax.Array]:
+    structs = {at: x.update(sharding=x.sharding or here) for at, x in wanted.items()}
+    asked = jax.tree.unflatten(
+      flat.treedef, [structs.get(at, ocp.PLACEHOLDER) for at in flat.paths]
+    )
+    found = trees.flatten(ocp.load(root, asked, checkpointable_name=name)).by_path
+    return {at: found[at] for at in wanted}
+
+  return Checkpoint(entries, read)
+
+
+def _orbax_tree(path: Any) -> tuple[Any, str | None]:
+  """The directory that Orbax reads, and the name of the one tree in it."""
+  if (path / '_METADATA').exists():
+    inside = (path.parent / '_CHECKPOINT_METADATA').exists()
+    return (path.parent, path.name) if inside else (path, None)
+  found = sorted({at.parent.name for at in path.glob('*/_*METADATA')})
+  if len(found) == 1 and (path / '_CHECKPOINT_METADATA').exists():
+    return path, found[0]
+  if not found:
+    raise ValueError('no Orbax checkpoint and no .safetensors file in this directory')
+  raise ValueError(f'pass the path of one step and one tree, of which are here: {", ".join(found)}')
 
 
 def _safetensors(paths: Sequence[Any]) -> Checkpoint:
-  safetensors = library('safetensors', 'safetensors', 'a .safetensors file')
+  safe_open = importlib.import_module('safetensors').safe_open
+  sizes = [int(size) for path in paths for size in re.findall(r'-\d+-of-(\d+)$', path.stem)]
+  if sizes and len(sizes) < max(sizes):  # half an anchor would leave half the model unheld
+    raise ValueError(f'only {len(sizes)} of {max(sizes)} .safetensors shards are here')
   slices: dict[str, Any] = {}
   for path in paths:
-    file = safetensors.safe_open(path, framework='numpy')
-    twice = sorted(slices.keys() & set(file.keys()))
-    if twice:
-      raise ValueError(f'{path.name} and another file both have {twice[0]}; pass one file')
-    slices |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    file = safe_open(path, framework='numpy')
+    for name in file.keys():  # noqa: SIM118  # it is no dict
+      if name in slices:
+        raise ValueError(f'{path.name} and another file both have {name}; pass one file')
+      slices[name] = file.get_slice(name)
   entries = {
-    name: Struct(tuple(array.get_shape()), SAFETENSORS.get(array.get_dtype(), np.dtype('V1')))
+    name: Struct(tuple(array.get_shape()), SAFETENSORS.get(array.get_dtype(), UNKNOWN))
     for name, array in slices.items()
   }
-  return Checkpoint(
-    entries,
-    lambda wanted: {name: _place(slices[name], struct) for name, struct in wanted.items()},
-  )
+  return Checkpoint(entries, lambda wanted: {at: _place(slices[at], x) for at, x in wanted.items()})
 
 
 def _msgpack(path: Any) -> Checkpoint:
-  serialization = library('flax.serialization', 'flax', 'a flax msgpack file')
-  content = path.read_bytes()
-  _check_msgpack(content)
-  tree = serialization.msgpack_restore(content)
-  if not isinstance(tree, dict):
-    raise ValueError(f'expected a dict of arrays, found {type(tree).__name__}')
-  arrays = {
-    at: np.asarray(leaf)
-    for at, leaf in trees.flatten(tree).by_path.items()
-    if isinstance(leaf, np.ndarray | np.generic)
-  }
+  restore = importlib.import_module('flax.serialization').msgpack_restore
+  leaves = trees.flatten(restore(path.read_bytes())).by_path
+  arrays = {at: np.asarray(x) for at, x in leaves.items() if isinstance(x, np.ndarray | np.generic)}
   return Checkpoint(
     {at: Struct(array.shape, array.dtype) for at, array in arrays.items()},
-    lambda wanted: {at: _place(arrays[at], struct) for at, struct in wanted.items()},
+    lambda wanted: {at: _place(arrays[at], x) for at, x in wanted.items()},
   )
-
-
-def _check_msgpack(content: bytes) -> None:
-  """Raises where lists claim more than follows; an unpacker makes room for the claim at once."""
-  msgpack = library('msgpack', 'flax', 'a flax msgpack file')
-
-  def whole(code: int, packed: bytes) -> None:
-    """An extension is an array (its shape, dtype and bytes) or a number, packed once more."""
-    del code
-    unpacker = msgpack.Unpacker(io.BytesIO(packed), max_buffer_size=len(packed) + 1)
-    unpacker.skip()
-
-  whole(0, content)
-  msgpack.unpackb(content, ext_hook=whole)
 
 
 def _npz(path: Any) -> Checkpoint:
   with zipfile.ZipFile(path) as file:
-    members = file.namelist()
-    twice = Counter(members)
-    odd = [name for name in members if not name.endswith('.npy') or twice[name] > 1]
-    if odd:
-      raise ValueError(f'not an array, or twice in the file: {odd[0]!r:.200}')
-    entries = {name.removesuffix('.npy'): _npy_header(file, name) for name in members}
+    entries = {name.removesuffix('.npy'): _npy_header(file, name) for name in file.namelist()}
 
   def read(wanted: Mapping[str, Struct]) -> dict[str, jax.Array]:
     with np.load(path, allow_pickle=False) as file:
-      return {
-        name: _place(file[name].view(entries[name].dtype), struct)
-        for name, struct in wanted.items()
-      }
+      return {at: _place(file[at].view(entries[at].dtype), x) for at, x in wanted.items()}
 
   return Checkpoint(entries, read)
 
 
 def _npy_header(file: zipfile.ZipFile, name: str) -> Struct:
+  """Shape and dtype of an array, without reading it; version 2 is for headers beyond the limit."""
   with file.open(name) as member:
     start = io.BytesIO(member.read(NPY_HEADER))
-  version = np.lib.format.read_magic(start)
-  reader = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-  }.get(version)
-  if reader is None:
-    raise ValueError(f'{name} has version {version} of the npy format')
-  shape, _, dtype = reader(start)
-  if dtype.hasobject:
-    raise ValueError(f'{name} holds pickled objects, which are never read')
+  np.lib.format.read_magic(start)
+  shape, _, dtype = np.lib.format.read_array_header_1_0(start)
   # NumPy saves bfloat16 as two bytes without a meaning.
-  return Struct(shape, np.dtype(jax.numpy.bfloat16) if dtype == np.dtype('V2') else dtype)
+  return Struct(shape, np.dtype(jnp.bfloat16) if dtype == np.dtype('V2') else dtype)
 
 
 def _place(source: Any, struct: Struct) -> jax.Array:
   """Reads what each device of this process needs, and no more."""
 
   def part(index: tuple[slice, ...] | None) -> np.ndarray:
-    return np.asarray(source[index or ...]).astype(struct.dtype, copy=False)
+    with np.errstate(over='ignore'):  # `load_anchor` refuses what is infinite in the new dtype
+      return np.asarray(source[index or ...]).astype(struct.dtype, copy=False)
 
   if struct.sharding is None:
-    return jax.numpy.array(part((slice(None),) * len(struct.shape)))
-  placed: jax.Array = jax.make_array_from_callback(struct.shape, struct.sharding, part)
-  return placed
+    return jnp.array(part((slice(None),) * len(struct.shape)))
+  return jax.make_array_from_callback(struct.shape, struct.sharding, part)

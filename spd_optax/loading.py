@@ -1,26 +1,30 @@
 """Anchors from checkpoints."""
 
+import importlib
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from spd_optax import anchors, checks, formats, trees
-from spd_optax.formats import Checkpoint, Struct
+from spd_optax.formats import Struct
+
+SAME = "cannot be told apart, as '.' and '/' are one separator"
 
 
 def load_anchor(
-  path: str | os.PathLike[str], like: Any, *, key: str = '', strict: bool = False
-) -> Any:
+  path: str | os.PathLike[str], like: optax.Params, *, key: str = '', strict: bool = False
+) -> optax.Params:
   """The anchor from a checkpoint: pre-trained weights, placed like the params.
 
-  An entry of the checkpoint belongs to the leaf with the same path; '.' and '/' count as
+  An entry of the checkpoint belongs to the leaf with the same path. '.' and '/' count as
   the same separator, and a last '/value' of nnx is left out. What is read has the shape,
-  dtype and sharding of that leaf; of Orbax and safetensors each process reads what it needs.
+  dtype and sharding of that leaf. Of Orbax and safetensors each process reads what it needs.
   A leaf that the checkpoint lacks is free (None), a new head say, and a warning names it.
   Integer and empty leaves, which SPD never holds, are None without a word.
 
@@ -40,8 +44,9 @@ def load_anchor(
   Raises:
     FileNotFoundError: if there is no such file.
     ValueError: if the checkpoint is damaged, a PyTorch model's, has none of the leaves, or none
-      under `key`; naming every leaf with another shape, with complex numbers for real
-      ones, or with NaN or infinite values; with `strict`, every leaf that only one side has.
+      under `key`. It names every leaf with another shape, with complex numbers for real
+      ones, or with NaN or infinite values, and paths that differ in '.' and '/' alone. With
+      `strict` it names every leaf that only one side has.
     ImportError: naming the extra, if the library for the format is missing.
 
   Example:
@@ -53,63 +58,67 @@ def load_anchor(
     ...   anchor = spd.load_anchor(f'{folder}/vit.npz', params, key='params')
     >>> optimizer = spd.adam_spd(1e-3, anchor)
   """
-  checks.path('load_anchor(path, like): path', path)
-  checks.text('key', key)
-  checks.flag('strict', strict)
   where = _located(path)
   flat = trees.flatten(like)
   wanted = _wanted(flat)
+  paths = _told_apart({at: _canonical(at) for at in wanted}, f'like: leaves that {SAME}:')
   checkpoint = formats.open_checkpoint(where)
-  names = _names(where, checkpoint, key, wanted)
-  found = {at: names[at] for at in wanted if at in names}
-  missing, over = [at for at in wanted if at not in names], _passed_over(flat)
-  extra = [at for at in names if at not in wanted and not f'{at}/'.startswith(over)]
+  names = _told_apart(_under(key, checkpoint.entries, paths), f'{where}: entries that {SAME}:')
+  found = {path: names[at] for at, path in paths.items() if at in names}
+  missing = [at for at in paths if at not in names]
+  unasked = {*map(_canonical, [*flat.paths, *map(trees.join, flat.holes)])} - paths.keys()
+  below = tuple(f'{at}/' for at in unasked)  # None in `like`, and integers
+  extra = [at for at in names if at not in paths and not f'{at}/'.startswith(below)]
   _check_origin(where, missing, extra)
   if not found:
-    raise ValueError(_nothing(where, key, wanted, list(map(_canonical, checkpoint.entries))))
-  _check(where, wanted, {at: checkpoint.entries[name] for at, name in found.items()})
+    raise ValueError(_nothing(where, key, list(paths), list(map(_canonical, checkpoint.entries))))
+  problems = {at: _mismatch(wanted[at], checkpoint.entries[name]) for at, name in found.items()}
+  trees.raise_all(
+    [f'{at}: {problem}' for at, problem in problems.items() if problem],
+    f'{where}: the checkpoint does not fit the params (None in `like` leaves one free):',
+  )
   _report(where, missing, extra, strict)
   asked = {name: wanted[at] for at, name in found.items()}
   arrays = formats.reading(where, checkpoint.read, asked)
   leaves = {at: arrays[name] for at, name in found.items()}
   _check_finite(where, leaves)
-  return jax.tree.unflatten(flat.treedef, [leaves.get(_canonical(at)) for at in flat.paths])
+  return jax.tree.unflatten(flat.treedef, map(leaves.get, flat.paths))
 
 
-def _located(path: Any) -> Any:
+def _located(path: str | os.PathLike[str]) -> Any:
   """The path; of a bucket (gs://…), which Orbax reads too, as `etils.epath` has it."""
-  if '://' not in os.fspath(path):
+  if '://' not in str(path):
     return Path(path).absolute()
-  epath = formats.library('etils.epath', 'etils[epath]', 'a path with ://')
-  try:
-    return epath.Path(path)
-  except KeyError as error:
-    raise ValueError(f'{path}: no kind of path that can be read: {error}') from None
+  return formats.reading(path, lambda: importlib.import_module('etils.epath').Path(path))
 
 
 def _canonical(name: str) -> str:
   return name.replace('.', '/')
 
 
+def _told_apart(names: Mapping[str, str], summary: str) -> dict[str, str]:
+  """Names by their canonical paths, from the paths by name; raises for those that share one."""
+  found: dict[str, list[str]] = {}
+  for name, path in names.items():
+    found.setdefault(path, []).append(name)
+  trees.raise_all([', '.join(same) for same in found.values() if len(same) > 1], summary)
+  return {path: same[0] for path, same in found.items()}
+
+
 def _wanted(flat: trees.Flat) -> dict[str, Struct]:
-  """What the params need, by canonical path."""
+  """What the params need, by path."""
   if any(isinstance(leaf, jax.core.Tracer) for leaf in flat.leaves):
     raise TypeError('load_anchor(path, like): call it outside jit; it reads files')
   if not flat.leaves:
     raise ValueError('like: expected the params, found a tree without leaves')
-  values = {at: x for at, x in flat.by_path.items() if not isinstance(x, Struct)}
+  leaves = flat.by_path
+  values = {at: x for at, x in leaves.items() if not isinstance(x, Struct)}
   checks.arrays('load_anchor(path, like): like', values)
   return {
-    _canonical(path): Struct(jnp.shape(leaf), jnp.result_type(leaf), sharding=_sharding_of(leaf))
-    for path, leaf in flat.by_path.items()
-    if not anchors.never_held(leaf)
+    at: Struct(jnp.shape(x), jnp.result_type(x), sharding=_sharding_of(x))
+    for at, x in leaves.items()
+    if not anchors.never_held(x)
   }
-
-
-def _passed_over(flat: trees.Flat) -> tuple[str, ...]:
-  """Where the checkpoint may have what nobody asked for: None in `like`, and integers."""
-  unheld = [path for path, leaf in flat.by_path.items() if anchors.never_held(leaf)]
-  return tuple(_canonical(at) + '/' for at in [*unheld, *map(trees.join, flat.holes)])
 
 
 def _sharding_of(leaf: Any) -> Any:
@@ -118,44 +127,29 @@ def _sharding_of(leaf: Any) -> Any:
   return getattr(leaf, 'sharding', None) if committed else None
 
 
-def _names(
-  path: Path, checkpoint: Checkpoint, key: str, wanted: Mapping[str, Struct]
-) -> dict[str, str]:
-  """The checkpoint's names under `key`, by canonical path.
-
-  Raises:
-    ValueError: naming those that cannot be told apart.
-  """
+def _under(key: str, names: Iterable[str], wanted: Mapping[str, str]) -> dict[str, str]:
+  """Canonical paths under `key`, by the names in the checkpoint."""
   prefix = _canonical(key).strip('/') + '/'
-  found: dict[str, list[str]] = {}
-  for name in checkpoint.entries:
+  found: dict[str, str] = {}
+  for name in names:
     at = ('' if key else '/') + _canonical(name)
     if f'{at}/'.startswith(prefix):
       at = at[len(prefix) :]
-      boxed = at not in wanted and at.removesuffix('/value') in wanted  # an nnx.Variable
-      found.setdefault(at.removesuffix('/value') if boxed else at, []).append(name)
-  trees.raise_all(
-    [', '.join(names) for names in found.values() if len(names) > 1],
-    f'{path}: entries that cannot be told apart:',
-  )
-  return {at: names[0] for at, names in found.items()}
+      bare = at.removesuffix('/value')  # of an nnx.Variable
+      found[name] = bare if at not in wanted and bare in wanted else at
+  return found
 
 
-def _nothing(path: Path, key: str, wanted: Mapping[str, Struct], names: Sequence[str]) -> str:
+def _nothing(path: Path, key: str, wanted: Sequence[str], names: Sequence[str]) -> str:
   """The message where no leaf was found, with the keys that would find some."""
-  depths = {at.count('/') + 1 for at in wanted}
-  split = [name.rsplit('/', depth) for name in names for depth in sorted(depths)]
+  depths = sorted({at.count('/') + 1 for at in wanted})
+  split = [name.rsplit('/', depth) for name in names for depth in depths]
   keys = {key: None for key, *rest in split if '/'.join(rest) in wanted}
   hint = f'; some are under key={" or ".join(f"{key!r:.200}" for key in keys)}' if keys else ''
   return (
     f'{path}: none of the params is in this checkpoint{f" under {key!r}" if key else ""}{hint}.\n'
-    f'  params: {_some(list(wanted))}\n  checkpoint: {_some(names)}'
+    f'  params: {", ".join(wanted):.500}\n  checkpoint: {", ".join(names) or "no arrays":.500}'
   )
-
-
-def _some(names: Sequence[str]) -> str:
-  more = f', … ({len(names)} in all)' if len(names) > 5 else ''
-  return ', '.join(name[:200] for name in names[:5]) + more if names else 'no arrays'
 
 
 def _check_origin(path: Path, missing: Sequence[str], extra: Sequence[str]) -> None:
@@ -168,57 +162,37 @@ def _check_origin(path: Path, missing: Sequence[str], extra: Sequence[str]) -> N
     )
 
 
-def _check(path: Path, wanted: Mapping[str, Struct], found: Mapping[str, Struct]) -> None:
-  trees.raise_all(
-    [f'{at}: {problem}' for at in found if (problem := _mismatch(wanted[at], found[at]))],
-    f'{path}: the checkpoint does not fit the params (None instead of a leaf of `like` leaves '
-    'it free):',
-  )
-
-
 def _report(path: Path, missing: Sequence[str], extra: Sequence[str], strict: bool) -> None:
   """Warns of leaves that only one side has; with `strict` raises."""
   lines = [f'{at or "(root)"}: in the params, not in the checkpoint' for at in missing]
   lines += [f'{at or "(root)"}: in the checkpoint, not in the params' for at in extra]
+  differ = f'{path}: the checkpoint and the params have not the same leaves'
   if strict:
-    trees.raise_all(lines, f'{path}: the checkpoint and the params have not the same leaves:')
+    trees.raise_all(lines, f'{differ}:')
   if lines:
-    free = 'params that the checkpoint lacks have no anchor and stay free'
-    warnings.warn(
-      f'{path}: {free if missing else "not all of the checkpoint is used"} '
-      '(strict=True makes this an error):\n  ' + '\n  '.join(lines),
-      stacklevel=3,
-    )
+    free = 'params that the checkpoint lacks stay free (strict=True makes this an error)'
+    warnings.warn(f'{differ}; {free}:\n  ' + '\n  '.join(lines), stacklevel=3)
 
 
 def _mismatch(wanted: Struct, found: Struct) -> str | None:
-  kind = 'a kind of number that cannot be read, ' if found.dtype.kind == 'V' else found.dtype
-  both = f'params {wanted.dtype}{list(wanted.shape)}, checkpoint {kind}{list(found.shape)}'
-  if wanted.shape != found.shape or not jnp.issubdtype(found.dtype, jnp.inexact):
-    return both
-  if jnp.issubdtype(found.dtype, jnp.complexfloating) and not jnp.issubdtype(
-    wanted.dtype, jnp.complexfloating
-  ):
-    return both
-  return None if wanted.sharding is None else _unshardable(wanted)
-
-
-def _unshardable(wanted: Struct) -> str | None:
-  """Why an array cannot be made with this shape and sharding."""
-  if isinstance(getattr(wanted.sharding, 'mesh', None), jax.sharding.AbstractMesh):
-    return 'its sharding is on an abstract mesh; pass params, or structs with devices'
+  floating = jnp.issubdtype(found.dtype, jnp.floating)
+  both_complex = jnp.issubdtype(found.dtype, jnp.inexact) and jnp.iscomplexobj(wanted)
+  if wanted.shape != found.shape or not (floating or both_complex):
+    kind = 'an unknown kind of number, ' if found.dtype == formats.UNKNOWN else found.dtype
+    return f'params {wanted.dtype}{list(wanted.shape)}, checkpoint {kind}{list(found.shape)}'
   try:
-    wanted.sharding.shard_shape(wanted.shape)
-  except ValueError as error:
+    if wanted.sharding is not None:
+      wanted.sharding.devices_indices_map(wanted.shape)
+  except ValueError as error:  # it does not divide the shape, or has no devices
     return str(error).partition('\n')[0]
   return None
 
 
 def _check_finite(path: Path, leaves: Mapping[str, jax.Array]) -> None:
-  finite = jax.device_get(
-    jax.jit(lambda arrays: [jnp.isfinite(x).all() for x in arrays])(list(leaves.values()))
-  )
+  finite = jax.jit(lambda x: jnp.isfinite(x).all())  # of each leaf alone: it has its own devices
+  all_finite = jax.device_get([finite(x) for x in leaves.values()])
+  pairs = zip(leaves.items(), all_finite, strict=True)
   trees.raise_all(
-    [f'{at}, as {x.dtype}' for (at, x), ok in zip(leaves.items(), finite, strict=True) if not ok],
+    [f'{at}, as {x.dtype}' for (at, x), ok in pairs if not ok],
     f'{path}: an anchor must be finite; NaN or infinity in',
   )

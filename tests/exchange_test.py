@@ -136,6 +136,40 @@ def test_reanchor_moves_the_anchor_alone(make, jitted):
   chex.assert_trees_all_equal(reanchor(spd.drop_anchor(state), params), moved)
 
 
+@pytest.mark.parametrize('shape', [(), (6,), (3, 2), (2, 3, 1), (2, 1)])
+def test_reanchor_knows_the_shapes_of_what_was_dropped(shape):
+  """Catches params of another model, where no fingerprint can say so."""
+  params, other = ({'s': jnp.ones(()), 'w': jnp.ones(at)} for at in ((2, 3), shape))
+  tx = spd.adam_spd(1e-3)
+  slim = spd.drop_anchor(tx.init(params))
+  with pytest.raises(ValueError, match=r'do not fit.*\n  w: .*, in the state float32\[2, 3\], dr'):
+    spd.reanchor(slim, other)
+  with pytest.raises(ValueError, match=r'(?s)do not fit.* s: .*float32\[\], dr.* w: '):
+    spd.reanchor(slim, {'s': jnp.ones(2), 'w': other['w']})
+  if len(shape) == 2:  # under jit the lengths are not known yet; the next update knows them
+    chex.assert_shape(jax.eval_shape(spd.reanchor, slim, other).projection_decay.anchor['w'], shape)
+    moved = jax.jit(spd.reanchor)(slim, other)
+    with pytest.raises(ValueError, match='does not fit the params'):
+      tx.update(params, moved, params)
+  else:
+    with pytest.raises(ValueError, match=r"w: .*, in the state float32\['\?', '\?'\], dropped"):
+      jax.jit(spd.reanchor)(slim, other)
+
+
+def test_the_states_of_several_runs():
+  """Catches the axis of the runs taken for one of the array."""
+  tx, runs = spd.adam_spd(1e-3), {'w': jnp.arange(12.0).reshape(2, 2, 3)}
+  state = jax.vmap(tx.init)(runs)
+  moved = jax.tree.map(lambda x: x + 1, runs)
+  whole, each = spd.drop_anchor(state), jax.vmap(spd.drop_anchor)(state)
+  for slim, reanchors in (
+    (whole, [spd.reanchor, jax.jit(spd.reanchor)]),
+    (each, [spd.reanchor, jax.jit(spd.reanchor), jax.vmap(spd.reanchor)]),
+  ):
+    for reanchor in reanchors:
+      chex.assert_trees_all_equal(reanchor(slim, moved).projection_decay.anchor, moved)
+
+
 def test_reanchor_keeps_the_sharding_and_the_numbers():
   """Catches NumPy params that land whole on one device."""
   params = sharded({'kernel': jnp.ones((8, 16))}, (4, 2), both_axes)
@@ -170,7 +204,7 @@ def test_a_following_anchor(make, anchor):
     ):
       np.testing.assert_allclose(anchors_of(state)[name], after, rtol=1e-5, atol=1e-6)
       distance = np.linalg.norm(theta - before)
-      found = optax.tree.get(state, 'distance')[name]
+      found = optax.tree.get(state, 'distance')[name.replace('/', '~')]
       np.testing.assert_allclose(found, distance, rtol=1e-5, atol=1e-6)
 
 

@@ -82,6 +82,8 @@ def test_where_and_how_it_is_stored_does_not_count(axis_type):
   leaf = jnp.asarray(anchor()['head'])
   jitted = jax.jit(lambda x: fingerprints.of_leaf('head', x))(leaf)
   chex.assert_trees_all_equal(jitted, fingerprints.of_leaf('head', leaf))
+  with pytest.raises(TypeError, match='traced'):
+    jax.jit(spd.fingerprint)(anchor())  # it is a string
 
 
 def changed(name):

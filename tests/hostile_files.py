@@ -79,6 +79,7 @@ LOADED = {
   'bomb-beside.npz': npz(GOOD, ('x.npy', npy((1 << 23,), BOMB))),
   'bomb-behind.npz': npz(('w.npy', npy((2, 3), DATA + BOMB))),
   'outside.npz': npz(GOOD, ('../../outside.npy', npy((2, 3))), ('/etc/outside.npy', npy((2, 3)))),
+  'twice.npz': npz(GOOD, GOOD),
   'zero-byte.safetensors': safetensors(tensor('[2,3]', 24)[:-1] + NUL),
 }
 REFUSED = {
@@ -92,7 +93,6 @@ REFUSED = {
   'header-bomb.npz': npz(('w.npy', NPY2 + struct.pack('<I', len(BOMB)) + BOMB)),
   'header-nested.npz': npz(('w.npy', b'\x93NUMPY\x01\x00' + struct.pack('<H', 9000) + b'(' * 9000)),
   'subarray.npz': npz(('w.npy', npy((2, 3), descr=('<f4', (1 << 28,))))),
-  'twice.npz': npz(GOOD, GOOD),
   'no-array.npz': npz(GOOD, ('run.py', b'raise SystemExit')),
   'header-2-63.safetensors': safetensors(tensor('[2,3]', 24), 1 << 63),
   'header-2-64.safetensors': safetensors(tensor('[2,3]', 24), (1 << 64) - 1),
