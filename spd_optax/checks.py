@@ -3,13 +3,11 @@
 import inspect
 import math
 import os
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,15 +102,6 @@ def arrays(name: str, leaves: Mapping[str, Any]) -> None:
     )
 
 
-def no_module(name: str, value: Any) -> None:
-  """Raises a TypeError for a model of flax.nnx where its params are expected."""
-  nnx = sys.modules.get('flax.nnx')
-  if nnx is not None and isinstance(value, nnx.Module):
-    raise TypeError(
-      f'{name}: found the nnx module {type(value).__name__}; pass nnx.state(model, nnx.Param)'
-    )
-
-
 def scalar(name: str, value: Any, expected: str, in_range: Callable[[Any], bool]) -> None:
   """A real number; one of Python or NumPy is in range, a jax.Array may hold any.
 
@@ -140,14 +129,6 @@ def number_or_schedule(name: str, value: Any) -> None:
     non_negative(name, value, ' or a schedule')
 
 
-def at_step(name: str, value: optax.ScalarOrSchedule, count: jax.Array) -> chex.Numeric:
-  """The number itself, or what the schedule gives at a step: a scalar."""
-  if callable(value):
-    value = value(count)
-    scalar(name, value, 'a schedule that returns a number ≥ 0', lambda v: True)
-  return value
-
-
 def fraction(name: str, value: Any, otherwise: str = '') -> None:
   """A number in [0, 1), or a computed one."""
   scalar(name, value, f'a number in [0, 1){otherwise}', lambda v: 0 <= v < 1)
@@ -173,19 +154,7 @@ def is_count(value: Any) -> bool:
   return is_integer and value >= 1
 
 
-def flag(name: str, value: Any) -> None:
-  """True or False."""
-  if not isinstance(value, bool | np.bool_):
-    raise TypeError(f'{name}: expected True or False, found {kind_of(value)}')
-
-
 def text(name: str, value: Any) -> None:
   """A string."""
   if not isinstance(value, str):
     raise TypeError(f'{name}: expected a string, found {kind_of(value)}')
-
-
-def path(name: str, value: Any) -> None:
-  """A string that is not empty, or another path."""
-  if not isinstance(value, str | os.PathLike) or not os.fspath(value):
-    raise TypeError(f'{name}: expected the path of a file or directory, found {kind_of(value)}')

@@ -176,7 +176,8 @@ class Engine:
       strict=True,
     )
     per_leaf = [leafwise.sums(*arrays, stack_axis=axis, needed=needed) for *arrays, axis in each]
-    strength = checks.at_step('strength', self.strength, state.count)
+    strength = self.strength(state.count) if callable(self.strength) else self.strength
+    checks.scalar('strength', strength, 'a schedule that returns a number ≥ 0', lambda v: True)
     outcomes = [
       _outcome(
         self.rule,
