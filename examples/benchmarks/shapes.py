@@ -21,6 +21,31 @@ def vit_b16() -> Shapes:
   return _vit(width=768, hidden=3072, depth=12, patch=16, tokens=197, classes=1000)
 
 
+def vit_b16_heads() -> Shapes:
+  """The same with attention as Flax's MultiHeadDotProductAttention stores it, head by head."""
+  tree = vit_b16()
+  projection = {'kernel': (768, 12, 64), 'bias': (12, 64)}
+  output = {'kernel': (12, 64, 768), 'bias': (768,)}
+  attention = dict.fromkeys(('query', 'key', 'value'), projection) | {'output': output}
+  blocks = {i: block | {'attention': attention} for i, block in tree['encoder'].items()}
+  return tree | {'encoder': blocks}
+
+
+def vit_b16_scanned() -> Shapes:
+  """The same with the blocks stacked on axis 0, as nn.scan stores them."""
+  tree = vit_b16()
+  stacked = _map(lambda shape: (12, *shape), tree['encoder']['0'])
+  return tree | {'encoder': {SCANNED: stacked}}
+
+
+SCANNED = 'scanned'  # the key above stacked blocks
+
+
+def stack_axis(path: str, leaf: Any) -> int | None:
+  """The axis that stacks layers in a leaf."""
+  return 0 if SCANNED in path.split('/') else None
+
+
 def t5_base() -> Shapes:
   """Flax's T5-base (v1.0): ReLU, one embedding for input and output."""
   return _t5(width=768, hidden=3072, depth=12, heads=12)
@@ -39,6 +64,8 @@ def tiny() -> Shapes:
 MODELS: dict[str, Callable[[], Shapes]] = {
   'tiny': tiny,
   'vit_b16': vit_b16,
+  'vit_b16_heads': vit_b16_heads,
+  'vit_b16_scanned': vit_b16_scanned,
   't5_base': t5_base,
   't5_large': t5_large,
 }
