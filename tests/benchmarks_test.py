@@ -12,6 +12,8 @@ import smoke
 import spd_optax as spd
 from benchmarks import compiled, leaf_sizes, methods, shapes, step_time, training_step
 
+pytestmark = pytest.mark.examples
+
 SMALL = {'a': (3, 4), 'b': {'c': (5,), 'd': (2, 3, 4)}}
 
 

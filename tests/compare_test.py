@@ -17,6 +17,8 @@ import spd_optax as spd
 from spd_optax import formulas
 from suite import cache, jobs, methods
 
+pytestmark = pytest.mark.examples
+
 ARGUMENTS = ['--quick', '--tasks', 'tumours', '--out']
 SPD = {'strength': 1.0, 'margin': 0.0}
 

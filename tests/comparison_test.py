@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import comparison
 import spd_optax as spd
 from spd_optax import audit
+
+pytestmark = pytest.mark.examples
 
 PARAMS, ANCHOR = {'w': jnp.ones(3)}, {'w': jnp.zeros(3)}
 

@@ -15,6 +15,8 @@ import finetune_vit
 import spd_optax as spd
 import training
 
+pytestmark = pytest.mark.examples
+
 TINY = ['--pretrain-steps', '3', '--steps', '4', '--seeds', '2', '--batch', '4', '--shots', '8']
 TINY += ['--lr', '0.01']  # AdamW shows beside Adam
 

@@ -19,6 +19,8 @@ import comparison
 import finetune_t5
 import prose
 
+pytestmark = pytest.mark.examples
+
 TINY = ['--pretrain-steps', '3', '--steps', '2', '--seeds', '2', '--batch', '4', '--shots', '8']
 
 

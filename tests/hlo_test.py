@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks import hlo
 
+pytestmark = pytest.mark.examples
+
 # p is read from device memory into the chip, added to q there, and the sum written back.
 # 100 float32 numbers are 400 bytes.
 PROGRAM = """\
