@@ -264,6 +264,7 @@ def test_integers_and_empty_leaves_have_no_anchor(make: Any) -> None:
       assert updates['steps'].dtype == jax.dtypes.float0
 
 
+@pytest.mark.eight_devices
 @EACH
 @pytest.mark.parametrize('captured', [True, False])
 @pytest.mark.parametrize('wrap', [jax.jit, lambda function: function], ids=['jit', 'eager'])

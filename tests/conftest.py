@@ -38,11 +38,10 @@ except ImportError:  # one process then runs all tests
 ON_BOTH = {
   'anchors_test', 'apply_test', 'baselines_test', 'bfloat16_test', 'contract_test', 'eager_test',
   'faults_test', 'forms_test', 'golden_test', 'nesting_test', 'numerics_test', 'properties_test',
-  'scan_layout_test', 'stacks_test', 'sums_test', 'trees_test',
+  'scan_layout_test', 'stacks_test', 'sums_test', 'trees_test', 'typed_shardings_test',
 }  # fmt: skip
 # What splits arrays in ways that need all eight.
-ON_EIGHT = {'devices_test', 'exchange_test', 'fingerprints_test', 'loading_test'}
-ON_EIGHT |= {'reports_test', 'typed_shardings_test'}
+ON_EIGHT = {'devices_test', 'exchange_test', 'fingerprints_test', 'loading_test', 'reports_test'}
 # Few tests, but long ones: they start first.
 LONG = ('killed_run_test', 'audit_file_test', 'docs_test')
 

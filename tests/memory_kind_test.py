@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import optax
 import pytest
 from contract_test import ANCHORS, loop, make_step, noise, normal
+from host_memory import like_an_accelerator
 from stacks_test import every_form
 
 import spd_optax as spd
-from spd_optax import checks
 
 STEPS = 6
 pytestmark = pytest.mark.skipif(
@@ -18,13 +18,9 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def like_an_accelerator(monkeypatch):
-  """A CPU has the kinds of memory of an accelerator, which the library does not use there."""
-
-  def memory_kinds(device):
-    return {memory.kind for memory in device.addressable_memories()}
-
-  monkeypatch.setattr(checks, 'memory_kinds', memory_kinds)
+def host_memory(monkeypatch):
+  """Every test but the last has an accelerator."""
+  like_an_accelerator(monkeypatch)
 
 
 def kinds(state):

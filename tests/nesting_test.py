@@ -130,6 +130,7 @@ def test_hyperparameters_are_injected(case):
   chex.assert_trees_all_close(run(scheduled)[-1][0], expected[-1][0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.eight_devices
 @every_anchor
 @every_public
 def test_map_params_finds_the_anchor_and_nothing_else(case, explicit):

@@ -144,6 +144,7 @@ def mesh() -> Mesh:
   return Mesh(np.array(jax.devices()[:6]).reshape(3, 2), ('x', 'y'))
 
 
+@pytest.mark.eight_devices
 @every_form
 @pytest.mark.parametrize('jit', [False, True])
 @pytest.mark.parametrize('explicit', [False, True])
@@ -184,6 +185,7 @@ def map_over_shards(tx: Any, in_specs: Any, **options: Any) -> Any:
   return jax.jit(mapped)(normal(0), noise(0))
 
 
+@pytest.mark.eight_devices
 @every_form
 def test_inside_shard_map(make):
   """Catches conditions of single shards, and leaves that are counted once per device.
@@ -198,6 +200,7 @@ def test_inside_shard_map(make):
   chex.assert_trees_all_equal(found[1], optax.tree.get(state, 'constrained'))
 
 
+@pytest.mark.eight_devices
 @every_form
 def test_an_explicit_anchor_enters_shard_map_with_the_state(make):
   """Catches a check of the whole anchor against a shard of the params."""
@@ -222,6 +225,7 @@ def test_an_explicit_anchor_enters_shard_map_with_the_state(make):
   chex.assert_trees_all_close(found, run(make(normal(1)))[-1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.eight_devices
 @every_form
 def test_inside_pmap(make):
   """Catches an axis name that only shard_map knows."""
