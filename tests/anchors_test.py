@@ -161,7 +161,7 @@ def test_zero_and_free_leaves_store_nothing(make: Any) -> None:
   hole = optax.MaskedNode()
   assert anchor_of(state) == {'a': hole, 'b': {'x': hole, 'y': hole}, 'c': hole}
   if isinstance(state, spd.ProjectionDecayState):
-    assert {name: bool(held) for name, held in state.condition.items()} == {'a': True, 'b/y': True}
+    assert {name: bool(held) for name, held in state.condition.items()} == {'a': True, 'b~y': True}
     np.testing.assert_allclose(state.distance['a'], np.sqrt(2), rtol=1e-6)
     chex.assert_trees_all_equal((updates['b']['x'], updates['c']), (jnp.ones(2), jnp.ones(2)))
 

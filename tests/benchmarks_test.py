@@ -81,8 +81,8 @@ def test_the_timed_gradients_make_spd_take_steps_back():
   for gradients in (first, second, first, second, first, second):
     params, state = step(params, state, gradients)
   own = state.projection_decay
-  assert {name for name, held in own.condition.items() if held} == {'b/c', 'b/d'}
-  assert all(own.ratio[name] > 0 for name in ('b/c', 'b/d'))
+  assert {name for name, held in own.condition.items() if held} == {'b~c', 'b~d'}
+  assert all(own.ratio[name] > 0 for name in ('b~c', 'b~d'))
 
 
 @pytest.mark.parametrize('change', [methods.without_reports, methods.with_packed_reports])

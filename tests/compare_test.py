@@ -229,8 +229,8 @@ def test_every_variant_differs_from_its_base() -> None:
     assert sorted(found[f'{form}: a layer is the model'][1]) == ['model']
     units = found[f'{form}: a layer is an output unit'][1]
     assert {name: x.shape for name, x in units.items()} == {
-      'hidden/bias': (2,),
-      'hidden/kernel': (2,),
+      'hidden~bias': (2,),
+      'hidden~kernel': (2,),
     }
 
 

@@ -95,6 +95,7 @@ GIVEN = optax.GradientTransformationExtraArgs(
 
 
 def assert_reported(state: spd.ProjectionDecayState, report: dict[str, reference.Held]) -> None:
+  report = reference.state_keys(report)
   held = {name: np.asarray(layer.condition) for name, layer in report.items()}
   chex.assert_trees_all_equal(state.condition, held)
   chex.assert_trees_all_equal(state.constrained, jax.tree.map(lambda x: x.astype(np.int32), held))
@@ -103,6 +104,7 @@ def assert_reported(state: spd.ProjectionDecayState, report: dict[str, reference
 
 
 def ratios(report: dict[str, reference.Held]) -> dict[str, Any]:
+  report = reference.state_keys(report)
   return {name: np.asarray(layer.ratio, np.float32) for name, layer in report.items()}
 
 

@@ -53,6 +53,11 @@ def _gather(tree: Leaves, members: Any) -> np.ndarray:
   return np.concatenate([row.real, row.imag])
 
 
+def state_keys(by_path: Mapping[str, Any]) -> dict[str, Any]:
+  """Values by path, under the keys that layers have in the optimizer state: 'a/b' is 'a~b'."""
+  return {path.replace('/', '~'): value for path, value in by_path.items()}
+
+
 def _report(steps: Mapping[Any, Held]) -> dict[str, Held]:
   """Joins the slices of each layer."""
   report: dict[str, Any] = {}

@@ -98,7 +98,7 @@ def test_nnx_anchors(make):
     nnx.to_pure_dict(nnx.state(given)), nnx.to_pure_dict(nnx.state(captured))
   )
   _, state = train_nnx(make, anchor={'body': 0, 'head': None})
-  assert set(optax.tree.get(state, 'condition')) == {'body/kernel', 'body/bias'}
+  assert set(optax.tree.get(state, 'condition')) == {'body~kernel', 'body~bias'}
 
 
 @every_form

@@ -21,7 +21,8 @@ PACKAGE = Path(spd.__file__).parent
 # Made by the library, or by a user's own rule, which nothing checks before it is used.
 RESULTS = {
   'Advice', 'AuditFileError', 'AuditWarning', 'Decision', 'DroppedLeaf', 'LayerRecord',
-  'ProjectionDecayOptimizer', 'ProjectionDecayState', 'Record', 'Rule', 'Run', 'WithProjectionDecayState',
+  'ProjectionDecayOptimizer', 'ProjectionDecayState', 'Record', 'Rule', 'Run',
+  'WithProjectionDecayState',
 }  # fmt: skip
 CALLS = {
   'AuditLog.record': spd.AuditLog.record,
