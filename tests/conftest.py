@@ -43,7 +43,7 @@ ON_BOTH = {
 # What splits arrays in ways that need all eight.
 ON_EIGHT = {'devices_test', 'exchange_test', 'fingerprints_test', 'loading_test', 'reports_test'}
 # Few tests, but long ones: they start first.
-LONG = ('killed_run_test', 'audit_file_test', 'docs_test')
+LONG = ('killed_run_test', 'memory_kind_test', 'docs_test')
 
 
 def devices_of(worker):
@@ -106,9 +106,11 @@ def pytest_report_header(config):
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
   """Runs tests on a worker for each CPU, and two at least, unless `-n` or `--pdb` say otherwise."""
-  asked = {'numprocesses', 'tx', 'usepdb'} & {name for name, x in vars(config.option).items() if x}
-  if config.pluginmanager.hasplugin('xdist') and not WORKER and not asked:
-    config.option.numprocesses = 'auto'
+  if WORKER or not config.pluginmanager.hasplugin('xdist'):
+    return
+  options = config.option
+  if options.numprocesses is None and not (options.tx or options.usepdb):
+    options.numprocesses = 'auto'
 
 
 @pytest.hookimpl(optionalhook=True, wrapper=True)

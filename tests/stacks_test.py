@@ -64,8 +64,7 @@ def train_nnx(make: Any, **options: Any) -> tuple[Net, Any]:
 
   for _ in range(12):
     step(model, optimizer, *(jnp.float32(rng.standard_normal((5, n))) for n in (3, 1)))
-  pure = getattr(nnx, 'as_pure', None) or nnx.pure  # renamed in flax 0.12
-  return model, pure(nnx.state(optimizer))
+  return model, nnx.as_pure(nnx.state(optimizer))
 
 
 @every_form
