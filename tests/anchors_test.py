@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import aligned
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import spd_optax as spd
@@ -30,14 +31,6 @@ def random(seed: int, shape: Any = (3, 4)) -> dict[str, jax.Array]:
 
 def anchor_of(state: Any) -> Any:
   return optax.tree.get(state, 'anchor')
-
-
-def aligned(shape: tuple[int, ...]) -> np.ndarray:
-  """A NumPy array that XLA could take over without a copy: at a multiple of 64 bytes."""
-  size = int(np.prod(shape))
-  buffer = np.ones(size + 16, np.float32)
-  start = -buffer.ctypes.data % 64 // 4
-  return buffer[start : start + size].reshape(shape)
 
 
 @EACH

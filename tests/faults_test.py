@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from anchors_test import aligned
-from contract_test import bits
+from cases import aligned, bits
 
 import spd_optax as spd
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from cases import GIVEN
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import x64
@@ -87,11 +88,6 @@ def problems(draw: Any) -> Problem:
 
 STRENGTHS = st.sampled_from([0.0, 0.3, 1.0, 4.0])
 MARGINS = st.sampled_from([0.0, 0.1, 0.6, 0.99])
-
-# An inner optimizer whose update is given from outside, as an extra argument.
-GIVEN = optax.GradientTransformationExtraArgs(
-  lambda params: optax.EmptyState(), lambda updates, state, params, *, given: (given, state)
-)
 
 
 def assert_reported(state: spd.ProjectionDecayState, report: dict[str, reference.Held]) -> None:

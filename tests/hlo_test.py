@@ -151,6 +151,7 @@ def test_what_cannot_be_counted_is_an_error():
 
 
 def test_collectives_of_a_program_by_hand():
+  """Catches a collective that is missed, and bytes that are not those of its operands."""
   assert hlo.collectives(hlo.parse(PROGRAM)) == [('all-reduce', 1, 400)]
 
 

@@ -5,9 +5,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from contract_test import ANCHORS, loop, make_step, noise, normal
+from cases import ANCHORS, every_form, loop, make_step, noise, normal
 from host_memory import like_an_accelerator
-from stacks_test import every_form
 
 import spd_optax as spd
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract_test import ADAM, PER_LAYER, PUBLIC, STEPS, loop, make_step, noise, normal
+from cases import ADAM, PER_LAYER, PUBLIC, STEPS, loop, make_step, noise, normal
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import spd_optax as spd

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from contract_test import bits
+from cases import GIVEN, bits
 from flax import nnx
-from forms_test import GIVEN, MARGINS
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -21,6 +20,7 @@ from reference import x64
 import spd_optax as spd
 
 SEEDS = st.integers(0, 10**6)
+MARGINS = st.sampled_from([0.0, 0.1, 0.6, 0.99])
 SHAPES = {'a': (8, 3), 'b': (8,), 'c': (2, 4)}
 
 

@@ -176,7 +176,7 @@ def test_the_layout_is_that_of_linen(axis):
 
 @every_run
 def test_slices_are_held_at_different_steps(form, anchored):
-  """Without this the tests below could pass with one condition for all slices, or none true."""
+  """Catches noise under which all slices are held alike, or none: all else here would pass."""
   condition = train(form, None, anchored)[1]['condition']
   for leaf in ('dense~kernel', 'dense~bias'):
     held = np.stack([condition[f'block_{i}~{leaf}'] for i in range(BLOCKS)], axis=1)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract_test import PUBLIC, make_step
+from cases import PUBLIC, make_step
 
 STEPS, EVERY = 100_000, 20_000
 every_public = pytest.mark.parametrize('case', PUBLIC.values(), ids=PUBLIC)

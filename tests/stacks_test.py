@@ -9,19 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract_test import ADAM, loop, make_step, noise, normal
+from cases import every_form, loop, make_step, noise, normal
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
-
-import spd_optax as spd
-
-FORMS = {
-  'in the chain': lambda anchor=None, **kw: optax.chain(spd.projection_decay(anchor, **kw), ADAM),
-  'exact': lambda anchor=None, **kw: spd.with_projection_decay(ADAM, anchor, **kw),
-}
-every_form = pytest.mark.parametrize('make', FORMS.values(), ids=FORMS)
 
 
 def run(tx: Any, params: Any = None) -> list[Any]:

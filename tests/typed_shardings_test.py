@@ -6,10 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract_test import make_step
+from cases import every_form, make_step
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from stacks_test import every_form
 
 import spd_optax as spd
 

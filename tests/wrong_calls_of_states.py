@@ -74,9 +74,13 @@ GRADIENTS: dict[str, tuple[Any, Any, str]] = {
     r'enc/k: .*2, 3.*3, 2 & enc/b: .*3.*1 & gradient',
   ),
   'of other params': ({'w': jnp.ones(3)}, {'w': jnp.ones(4)}, r'w: .*\[4\].*\[3\]'),
-  'integers': (as_type(int), PARAMS, rf'{ALL} & enc/b: param float32\[3\], gradient int'),
-  'flags': (as_type(bool), PARAMS, rf'{ALL} & enc/b: param float32\[3\], gradient bool'),
-  'complex': (as_type(complex), PARAMS, rf'{ALL} & enc/b: param float32\[3\], gradient complex64'),
+  'integers': (as_type(int), PARAMS, rf'{ALL} & enc/b: param float32\[3\], gradients? int'),
+  'flags': (as_type(bool), PARAMS, rf'{ALL} & enc/b: param float32\[3\], gradients? bool'),
+  'complex': (
+    as_type(complex),
+    PARAMS,
+    rf'{ALL} & enc/b: param float32\[3\], gradients? complex64',
+  ),
 }
 NO_GRADIENTS: dict[str, tuple[Any, str]] = {
   'a function': (jax.grad(jnp.sum), rf'gradients: {NO_ARRAYS} & \(root\): function'),
