@@ -91,7 +91,11 @@ ANCHORS = {
   'zero': lambda params: 0,
   'free': lambda params: {'body': shifted(params)['body'], 'head': None},
 }
-every_case = pytest.mark.parametrize('case', CASES.values(), ids=CASES)
+# Which optimizer is inside makes no difference to the number of devices.
+ALONE_TOO = {name: () if name in PUBLIC else pytest.mark.eight_devices for name in CASES}
+every_case = pytest.mark.parametrize(
+  'case', [pytest.param(case, id=name, marks=ALONE_TOO[name]) for name, case in CASES.items()]
+)
 every_public = pytest.mark.parametrize('case', PUBLIC.values(), ids=PUBLIC)
 every_anchor = pytest.mark.parametrize('anchor', ANCHORS)
 

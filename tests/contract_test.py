@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from cases import (
+  ALONE_TOO,
   CASES,
   PER_LAYER,
   STEPS,
@@ -93,7 +94,7 @@ def test_params_and_state_can_be_donated(case, explicit):
 @pytest.mark.parametrize(
   ('case', 'dtype'),
   [
-    pytest.param(case, dtype, id=f'{name}-{dtype}')
+    pytest.param(case, dtype, id=f'{name}-{dtype}', marks=ALONE_TOO[name])
     for name, case in CASES.items()
     for dtype in case.dtypes
   ],
