@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from host_memory import like_an_accelerator
 
 import spd_optax as spd
 from benchmarks import compiled, methods, shapes
-from spd_optax import memory
 
 pytestmark = pytest.mark.aot
 
@@ -88,8 +88,7 @@ def test_bytes_per_parameter(make, options, expected, monkeypatch):
 
   Of params, gradients, Adam's moments and the anchor: on the device, on its host.
   """
-  # The library asks the devices of this machine, on which there is no TPU.
-  monkeypatch.setattr(memory, 'memory_kinds', lambda device: {'device', 'pinned_host'})
+  like_an_accelerator(monkeypatch)  # the library asks the devices of this machine, a CPU
   tree = shapes.deeper(shapes.t5_base()['encoder']['block']['1'], 2)
   options = {'anchor': compiled.nowhere(tree)} | options
   one, _ = compiled.compile_step(make(**options), tree, compiled.TARGETS['v5e'])

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract_test import ADAM, ANCHORS, always, loop, make_step, noise, normal, trained
+from cases import ADAM, ANCHORS, always, loop, make_step, noise, normal, trained
 
 import spd_optax as spd
 
@@ -47,6 +47,7 @@ def test_it_is_update_and_apply_updates(anchor, options):
 
 
 def test_strength_zero_is_the_inner_optimizer_bit_for_bit():
+  """Catches arithmetic that is left over at λ = 0."""
   tx = around(strength=0)
   params, _ = steps(tx, normal(0), tx.init(normal(0)), noise(0))[-1]
   chex.assert_trees_all_equal(params, trained(always(ADAM))[-1][0])
@@ -65,6 +66,7 @@ def test_narrow_params_are_rounded_once():
 
 
 def test_extra_arguments_reach_the_inner_optimizer():
+  """Catches an `apply` that drops arguments which `update` hands on."""
   inner = optax.GradientTransformationExtraArgs(
     lambda params: (), lambda g, s, p, *, factor: (jax.tree.map(lambda x: factor * x, g), s)
   )

@@ -14,8 +14,9 @@ import pytest
 import ablations
 import compare
 import spd_optax as spd
-from spd_optax import formulas
 from suite import cache, jobs, methods
+
+pytestmark = pytest.mark.examples
 
 ARGUMENTS = ['--quick', '--tasks', 'tumours', '--out']
 SPD = {'strength': 1.0, 'margin': 0.0}
@@ -161,17 +162,15 @@ def test_a_key_follows_all_that_changes_a_result() -> None:
 # Ablations.
 
 
-def test_replaced_formulas_are_the_ones_that_act() -> None:
-  """Catches a patch that misses the library's equations, or outlives the update."""
-  before = formulas.pull
-  start, theta = jnp.array([1.0, 1.0]), jnp.array([2.0, 1.0])
-  gradient = jnp.array([0.6, 0.8])
-  tx = ablations.with_formulas(
-    spd.projection_decay(start, 0.5), pull=lambda cos, margin: 2 * jnp.ones_like(cos)
-  )
-  found, _ = tx.update(gradient, tx.init(theta), theta)
-  np.testing.assert_allclose(found, [0.6 + 0.5 * 2 * 1, 0.8], rtol=1e-6)
-  assert formulas.pull is before
+def test_a_variant_acts_by_its_own_equation() -> None:
+  """Catches a change that does not reach the optimizer: φ = 1 pulls by all of ‖g‖."""
+  tx, adam = ablations.variants()[f'{ablations.CHAIN}: φ = 1'].make(0.1), optax.adam(0.1)
+  start, theta, gradient = jnp.array([1.0, 1.0]), jnp.array([2.0, 1.0]), jnp.array([0.6, 0.8])
+  _, state = tx.update(gradient, tx.init(start), start)
+  found, _ = tx.update(gradient, state, theta)
+  _, state = adam.update(gradient, adam.init(start))
+  expected, _ = adam.update(gradient + jnp.array([1.0, 0.0]), state)
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_a_pull_from_momentum_by_hand() -> None:
@@ -230,8 +229,8 @@ def test_every_variant_differs_from_its_base() -> None:
     assert sorted(found[f'{form}: a layer is the model'][1]) == ['model']
     units = found[f'{form}: a layer is an output unit'][1]
     assert {name: x.shape for name, x in units.items()} == {
-      'hidden/bias': (2,),
-      'hidden/kernel': (2,),
+      'hidden~bias': (2,),
+      'hidden~kernel': (2,),
     }
 
 

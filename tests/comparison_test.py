@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import comparison
 import spd_optax as spd
 from spd_optax import audit
+
+pytestmark = pytest.mark.examples
 
 PARAMS, ANCHOR = {'w': jnp.ones(3)}, {'w': jnp.zeros(3)}
 
@@ -24,7 +27,7 @@ def course(tx):
 
 
 def test_the_settings_that_are_logged_are_those_of_the_optimizer():
-  # Would catch: a log that says another strength, or none.
+  """Catches a log that says another strength, or none."""
   courses = {}
   for name, optimizer in comparison.methods(0.1, ANCHOR).items():
     settings = comparison.settings(name, 0.1)
@@ -42,7 +45,7 @@ def test_the_settings_that_are_logged_are_those_of_the_optimizer():
 
 
 def test_settings_are_known_for_the_methods_of_every_example():
-  # Would catch: a new method whose log has no hyperparameters.
+  """Catches a new method whose log has no hyperparameters."""
   firm, exact = {'strength': 10.0, 'margin': 0.1}, {'strength': 1.0, 'margin': 0.0}
   for name, expected in {
     'SPD, chain, firm, anchor 0': firm,
@@ -54,7 +57,7 @@ def test_settings_are_known_for_the_methods_of_every_example():
 
 
 def test_a_log_of_an_example_has_them_and_is_begun_anew(tmp_path):
-  # Would catch: a second run of an example that goes on with the log of the first.
+  """Catches a second run of an example that goes on with the log of the first."""
   tx = spd.adam_spd(1e-3, ANCHOR)
   _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
   for _ in range(2):

@@ -8,6 +8,8 @@ import smoke
 
 import continual
 
+pytestmark = pytest.mark.examples
+
 TINY = ['--pretrain-steps', '3', '--steps', '4', '--seeds', '2', '--batch', '4', '--lr', '0.01']
 
 

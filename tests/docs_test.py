@@ -12,7 +12,7 @@ DOCUMENTS = ['README.md', 'examples/README.md', 'examples/benchmarks/README.md']
 
 
 def test_readme_snippets_run():
-  # Would catch: an example in the README that a user cannot paste.
+  """Catches an example in the README that a user cannot paste."""
   blocks = re.findall(r'^```python\n(.*?)^```', (ROOT / 'README.md').read_text(), re.S | re.M)
   assert len(blocks) >= 7
   namespace: dict = {}
@@ -24,7 +24,7 @@ def test_readme_snippets_run():
 
 @pytest.mark.parametrize('document', DOCUMENTS)
 def test_tables_are_the_committed_results(document):
-  # Would catch: a number that was edited, or is older than its results file.
+  """Catches a number that was edited, or is older than its results file."""
   text = (ROOT / document).read_text()
   assert reporting.BLOCK.search(text)
   assert reporting.with_tables(text, ROOT) == text
@@ -32,7 +32,7 @@ def test_tables_are_the_committed_results(document):
 
 @pytest.mark.parametrize('document', DOCUMENTS)
 def test_links_to_files_exist(document):
-  # Would catch: a picture or page that was moved.
+  """Catches a picture or page that was moved."""
   path = ROOT / document
   for link in re.findall(r'\]\(([^)#]+)\)', path.read_text()):
     assert link.startswith('https://') or (path.parent / link).exists(), link

@@ -15,6 +15,8 @@ import finetune_vit
 import spd_optax as spd
 import training
 
+pytestmark = pytest.mark.examples
+
 TINY = ['--pretrain-steps', '3', '--steps', '4', '--seeds', '2', '--batch', '4', '--shots', '8']
 TINY += ['--lr', '0.01']  # AdamW shows beside Adam
 
@@ -34,6 +36,7 @@ def run(tmp_path_factory):
 
 
 def test_vit_example_writes_its_results(run):
+  """Catches a file that says something else than the script."""
   out, results = run
   written = json.loads((out / 'results.json').read_text())
   assert written['results'] == results
@@ -45,7 +48,7 @@ def test_vit_example_writes_its_results(run):
 
 
 def test_vit_example_measures_each_method(run):
-  # Would catch: parameters of one method reported under another, seeds that are copies.
+  """Catches parameters of one method reported under another, seeds that are copies."""
   _, results = run
   moved = {name: tuple(row['moved']) for name, row in results.items()}
   assert moved.pop('pre-trained') == (0,)
@@ -56,7 +59,7 @@ def test_vit_example_measures_each_method(run):
 
 
 def test_a_head_with_other_classes_is_new_and_free(run, tmp_path):
-  # Would catch: an anchor that holds a new head to its random initialization.
+  """Catches an anchor that holds a new head to its random initialization."""
   config = finetune_vit.small_vit().config
   config.num_labels = 7
   other = type(finetune_vit.small_vit())(config, seed=1)
@@ -115,6 +118,7 @@ def test_a_flax_checkpoint_is_an_anchor(tmp_path):
 
 
 def test_every_seed_draws_its_own_images_once_an_epoch():
+  """Catches an image that is drawn twice, and seeds that see the same order."""
   order = training.batch_order(seeds=2, steps=4, batch=4, size=100, shots=8)
   assert order.shape == (2, 4, 4)
   for seed in order:
@@ -125,7 +129,7 @@ def test_every_seed_draws_its_own_images_once_an_epoch():
 
 
 def test_the_splits_are_disjoint_and_the_styles_differ():
-  # Would catch: test digits that were trained on; a style that does nothing.
+  """Catches test digits that were trained on; a style that does nothing."""
   splits = digits.load()
   seen = [{image.tobytes() for image in split.images} for split in splits]
   assert not seen[0] & seen[1]

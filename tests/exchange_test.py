@@ -6,11 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract_test import ADAM, ANCHORS, loop, make_step, noise, normal
+from cases import ADAM, ANCHORS, every_form, loop, make_step, noise, normal
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
-from stacks_test import every_form
 
 import spd_optax as spd
 

@@ -15,6 +15,8 @@ import digits
 import finetune_lora
 import training
 
+pytestmark = pytest.mark.examples
+
 TINY = ['--pretrain-steps', '3', '--steps', '3', '--seeds', '2', '--batch', '4', '--shots', '8']
 LR = 1e-2
 # Each method takes seconds to compile; these are one of each kind.

@@ -19,6 +19,8 @@ import comparison
 import finetune_t5
 import prose
 
+pytestmark = pytest.mark.examples
+
 TINY = ['--pretrain-steps', '3', '--steps', '2', '--seeds', '2', '--batch', '4', '--shots', '8']
 
 
@@ -57,7 +59,7 @@ def run(tmp_path_factory):
 
 
 def test_t5_example_writes_its_results(run):
-  # Would catch: a name in SHOWN that is no method, columns that tables and pictures do not take.
+  """Catches a name in SHOWN that is no method, columns that tables and pictures do not take."""
   out, results = run
   written = json.loads((out / 'results.json').read_text())
   assert written['results'] == results
@@ -82,8 +84,8 @@ def filled_in(inputs, targets, sentinels, end):
 
 
 def test_span_corruption_can_be_undone(tokenizer):
-  # Would catch: tokens lost or doubled at a span's edge, spans under another's sentinel, a
-  # target cut off by the array.
+  """Catches tokens lost or doubled at a span's edge, spans under another's sentinel, a target cut
+  off by the array."""
   train, test = prose.old(tokenizer, copies=1)
   everything = '\n'.join(prose.paragraphs()).encode()
   sentinels = tokenizer.convert_tokens_to_ids([f'<extra_id_{i}>' for i in range(9)])
@@ -102,8 +104,8 @@ def test_span_corruption_can_be_undone(tokenizer):
 
 
 def test_copies_are_masked_anew(tokenizer):
-  # Would catch: a foundation model that only ever sees one mask of each piece; a test set that
-  # depends on the number of copies.
+  """Catches a foundation model that only ever sees one mask of each piece; a test set that depends
+  on the number of copies."""
   once, test = prose.old(tokenizer, copies=1)
   twice, same = prose.old(tokenizer, copies=2)
   assert len(twice.inputs) == 2 * len(once.inputs)
@@ -112,7 +114,7 @@ def test_copies_are_masked_anew(tokenizer):
 
 
 def test_the_decoder_sees_only_what_it_has_written(tokenizer):
-  # Would catch: labels that leak into the decoder's input; padding that counts in the loss.
+  """Catches labels that leak into the decoder's input; padding that counts in the loss."""
   for examples in (*prose.old(tokenizer, copies=1), *prose.new(tokenizer)):
     assert np.all(examples.decoder_inputs[:, 0] == tokenizer.pad_token_id)
     np.testing.assert_array_equal(examples.decoder_inputs[:, 1:], examples.labels[:, :-1])
@@ -123,7 +125,7 @@ def test_the_decoder_sees_only_what_it_has_written(tokenizer):
 
 
 def test_what_is_tested_on_was_not_trained_on(tokenizer):
-  # Would catch: a passage or snippet on both sides of the split; a keyword left unmasked.
+  """Catches a passage or snippet on both sides of the split; a keyword left unmasked."""
   train, test = prose.snippets()
   assert min(len(train), len(test)) > 3000
   assert not {code for code, _ in train} & {code for code, _ in test}
@@ -146,7 +148,7 @@ def test_what_is_tested_on_was_not_trained_on(tokenizer):
 
 
 def test_exact_match_is_that_of_greedy_generation(run, tokenizer):
-  # Would catch: matches counted on padding, or on some tokens of a target only.
+  """Catches matches counted on padding, or on some tokens of a target only."""
   model, _ = finetune_t5.load(str(run[0] / 'foundation'))
   _, test = prose.new(tokenizer, tests=6)
   written = finetune_t5.written(model, {'foundation': model.params}, test)['foundation']
@@ -181,8 +183,8 @@ def foundation(run):
 
 @pytest.mark.parametrize('kind', ['torch safetensors', 'flax msgpack'])
 def test_checkpoints_load_to_their_weights(foundation, tokenizer, tmp_path, kind):
-  # Would catch: matrices left transposed, a random weight where a name was not found, a
-  # tokenizer that is not the checkpoint's.
+  """Catches matrices left transposed, a random weight where a name was not found, a tokenizer that
+  is not the checkpoint's."""
   if kind == 'flax msgpack':
     foundation.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -197,7 +199,7 @@ def test_checkpoints_load_to_their_weights(foundation, tokenizer, tmp_path, kind
 
 
 def test_bfloat16_checkpoints_are_trained_in_float32(foundation, tmp_path):
-  # Would catch: params whose steps round away.
+  """Catches params whose steps round away."""
   rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), foundation.params)
   foundation.save_pretrained(tmp_path, params=rounded)
   model, _ = finetune_t5.load(str(tmp_path))
@@ -206,7 +208,7 @@ def test_bfloat16_checkpoints_are_trained_in_float32(foundation, tmp_path):
 
 
 def test_a_tokenizer_that_does_not_fit_is_an_error(tokenizer, tmp_path):
-  # Would catch: tokens beyond the embedding, which jax reads as its last row.
+  """Catches tokens beyond the embedding, which jax reads as its last row."""
   config = tiny_t5(tokenizer).config
   config.vocab_size = 100
   FlaxT5ForConditionalGeneration(config, seed=0).save_pretrained(tmp_path)
@@ -215,7 +217,7 @@ def test_a_tokenizer_that_does_not_fit_is_an_error(tokenizer, tmp_path):
 
 
 def test_jax_numpy_is_replaced_only_where_it_lacks_the_old_names(monkeypatch):
-  # Would catch: a shim where jax still takes them, or a clip with its bounds swapped.
+  """Catches a shim where jax still takes them, or a clip with its bounds swapped."""
   monkeypatch.setattr(modeling_flax_t5, 'jnp', jnp)
   with monkeypatch.context() as old_jax:
     old_jax.setattr(jnp, 'clip', lambda x, a_min=None, a_max=None: x)

@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks import hlo
 
+pytestmark = pytest.mark.examples
+
 # p is read from device memory into the chip, added to q there, and the sum written back.
 # 100 float32 numbers are 400 bytes.
 PROGRAM = """\
@@ -149,6 +151,7 @@ def test_what_cannot_be_counted_is_an_error():
 
 
 def test_collectives_of_a_program_by_hand():
+  """Catches a collective that is missed, and bytes that are not those of its operands."""
   assert hlo.collectives(hlo.parse(PROGRAM)) == [('all-reduce', 1, 400)]
 
 

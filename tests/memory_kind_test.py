@@ -5,11 +5,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from contract_test import ANCHORS, loop, make_step, noise, normal
-from stacks_test import every_form
+from cases import ANCHORS, every_form, loop, make_step, noise, normal
+from host_memory import like_an_accelerator
 
 import spd_optax as spd
-from spd_optax import memory
 
 STEPS = 6
 pytestmark = pytest.mark.skipif(
@@ -18,13 +17,9 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def like_an_accelerator(monkeypatch):
-  """A CPU has the kinds of memory of an accelerator, which the library does not use there."""
-
-  def memory_kinds(device):
-    return {memory.kind for memory in device.addressable_memories()}
-
-  monkeypatch.setattr(memory, 'memory_kinds', memory_kinds)
+def host_memory(monkeypatch):
+  """Every test but the last has an accelerator."""
+  like_an_accelerator(monkeypatch)
 
 
 def kinds(state):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract_test import ADAM, PUBLIC, STEPS, loop, make_step, noise, normal
+from cases import ADAM, PER_LAYER, PUBLIC, STEPS, loop, make_step, noise, normal
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import spd_optax as spd
@@ -58,7 +58,7 @@ def test_neutral_wrappers_change_nothing(case, wrap, explicit):
   found, expected = run(wrapped), alone(case.make, explicit)
   chex.assert_trees_all_close(found[-1][0], expected[-1][0], rtol=1e-6)
   chex.assert_trees_all_equal_shapes_and_dtypes(found[0][1], found[-1][1])
-  for field in ('anchor', *case.per_layer):
+  for field in ('anchor', *PER_LAYER):
     value = optax.tree.get(found[-1][1], field)
     chex.assert_trees_all_close(value, optax.tree.get(expected[-1][1], field), rtol=1e-5)
     changed = optax.tree.set(found[-1][1], **{field: value})
@@ -130,6 +130,7 @@ def test_hyperparameters_are_injected(case):
   chex.assert_trees_all_close(run(scheduled)[-1][0], expected[-1][0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.eight_devices
 @every_anchor
 @every_public
 def test_map_params_finds_the_anchor_and_nothing_else(case, explicit):
@@ -149,7 +150,7 @@ def test_map_params_finds_the_anchor_and_nothing_else(case, explicit):
   assert optax.tree.get(state, 'anchor') == shardings
   placed = jax.jit(tx.init, out_shardings=state)(params)
   assert optax.tree.get(placed, 'anchor')['head'].sharding.spec == PartitionSpec('x')
-  for field in case.per_layer:
+  for field in PER_LAYER:
     for value in optax.tree.get(placed, field).values():
       assert value.sharding.is_fully_replicated
 

@@ -9,6 +9,8 @@ import pytest
 import noisy_quadratic
 import spd_optax as spd
 
+pytestmark = pytest.mark.examples
+
 DRAWS = 400_000
 ERRORS = 4  # standard errors
 

@@ -7,7 +7,7 @@ anchor) or None (free) for each name; `groups` and `stack_axes` have entries onl
 for the leaves that are grouped or stacked.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -19,11 +19,7 @@ Leaves = Mapping[str, Any]
 
 def x64() -> AbstractContextManager[Any]:
   """64-bit mode for one block, not for the tests that follow."""
-  if hasattr(jax, 'enable_x64'):
-    return jax.enable_x64(True)
-  from jax.experimental import enable_x64  # before jax 0.8
-
-  return enable_x64(True)
+  return jax.enable_x64(True)
 
 
 class Held(NamedTuple):
@@ -55,6 +51,11 @@ def _gather(tree: Leaves, members: Any) -> np.ndarray:
   parts = [np.ravel(np.asarray(tree[name])[index]).astype(complex) for name, index in members]
   row = np.concatenate(parts)
   return np.concatenate([row.real, row.imag])
+
+
+def state_keys(by_path: Mapping[str, Any]) -> dict[str, Any]:
+  """Values by path, under the keys that layers have in the optimizer state: 'a/b' is 'a~b'."""
+  return {path.replace('/', '~'): value for path, value in by_path.items()}
 
 
 def _report(steps: Mapping[Any, Held]) -> dict[str, Held]:
@@ -110,14 +111,18 @@ def with_projection_decay(
   return after, _report(steps)
 
 
+def pull(cos: float, margin: float) -> float:
+  """φ(cos, m) = max(0, cos + m): how strongly form 1 pulls home, relative to ‖g‖."""
+  return max(0.0, cos + margin)
+
+
 def projection_decay(
   params: Leaves,
   gradients: Leaves,
   anchors: Leaves,
-  strength: float,
-  phi: Callable[[float, float], float],
+  strength: float = 1.0,
   *,
-  margin: float,
+  margin: float = 0.0,
   groups: Leaves | None = None,
   stack_axes: Leaves | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Held]]:
@@ -126,7 +131,7 @@ def projection_decay(
   for key, members, g, d in _layers(params, gradients, anchors, groups or {}, stack_axes or {}):
     size, radius = np.linalg.norm(g), np.linalg.norm(d)
     held = -np.dot(g, d) < margin * size * radius
-    ratio = phi(np.dot(g, d) / (size * radius), margin) if held else 0.0
+    ratio = pull(np.dot(g, d) / (size * radius), margin) if held else 0.0
     for name, index in members if held else ():
       deviation = (params[name] - anchors[name])[index]
       turned[name][index] += strength * ratio * size * deviation / radius

@@ -81,12 +81,12 @@ def by_path(params: Any, axis: int) -> dict[str, np.ndarray]:
 
 
 def by_layer(history: Any) -> dict[str, np.ndarray]:
-  """What was reported, by the path in the loop: arrays [steps]."""
+  """What was reported, by the key that the layer has in the loop: arrays [steps]."""
   found = {}
   for path, values in history.items():
-    rest = path.removeprefix('blocks/')
+    rest = path.removeprefix('blocks~')
     stacked = rest != path and values.ndim == 2
-    slices = {f'block_{i}/{rest}': values[:, i] for i in range(BLOCKS)} if stacked else {}
+    slices = {f'block_{i}~{rest}': values[:, i] for i in range(BLOCKS)} if stacked else {}
     found |= slices or {path: values}
   return found
 
@@ -176,10 +176,10 @@ def test_the_layout_is_that_of_linen(axis):
 
 @every_run
 def test_slices_are_held_at_different_steps(form, anchored):
-  """Without this the tests below could pass with one condition for all slices, or none true."""
+  """Catches noise under which all slices are held alike, or none: all else here would pass."""
   condition = train(form, None, anchored)[1]['condition']
-  for leaf in ('dense/kernel', 'dense/bias'):
-    held = np.stack([condition[f'block_{i}/{leaf}'] for i in range(BLOCKS)], axis=1)
+  for leaf in ('dense~kernel', 'dense~bias'):
+    held = np.stack([condition[f'block_{i}~{leaf}'] for i in range(BLOCKS)], axis=1)
     assert 0 < held.mean() < 1, leaf
     assert any(0 < row.sum() < BLOCKS for row in held), leaf  # some slices, in one step
     assert any(0 < column.sum() < STEPS for column in held.T), leaf

@@ -9,19 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract_test import ADAM, loop, make_step, noise, normal
+from cases import every_form, loop, make_step, noise, normal
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
-
-import spd_optax as spd
-
-FORMS = {
-  'in the chain': lambda anchor=None, **kw: optax.chain(spd.projection_decay(anchor, **kw), ADAM),
-  'exact': lambda anchor=None, **kw: spd.with_projection_decay(ADAM, anchor, **kw),
-}
-every_form = pytest.mark.parametrize('make', FORMS.values(), ids=FORMS)
 
 
 def run(tx: Any, params: Any = None) -> list[Any]:
@@ -64,8 +56,7 @@ def train_nnx(make: Any, **options: Any) -> tuple[Net, Any]:
 
   for _ in range(12):
     step(model, optimizer, *(jnp.float32(rng.standard_normal((5, n))) for n in (3, 1)))
-  pure = getattr(nnx, 'as_pure', None) or nnx.pure  # renamed in flax 0.12
-  return model, pure(nnx.state(optimizer))
+  return model, nnx.as_pure(nnx.state(optimizer))
 
 
 @every_form
@@ -98,7 +89,7 @@ def test_nnx_anchors(make):
     nnx.to_pure_dict(nnx.state(given)), nnx.to_pure_dict(nnx.state(captured))
   )
   _, state = train_nnx(make, anchor={'body': 0, 'head': None})
-  assert set(optax.tree.get(state, 'condition')) == {'body/kernel', 'body/bias'}
+  assert set(optax.tree.get(state, 'condition')) == {'body~kernel', 'body~bias'}
 
 
 @every_form
@@ -144,6 +135,7 @@ def mesh() -> Mesh:
   return Mesh(np.array(jax.devices()[:6]).reshape(3, 2), ('x', 'y'))
 
 
+@pytest.mark.eight_devices
 @every_form
 @pytest.mark.parametrize('jit', [False, True])
 @pytest.mark.parametrize('explicit', [False, True])
@@ -184,6 +176,7 @@ def map_over_shards(tx: Any, in_specs: Any, **options: Any) -> Any:
   return jax.jit(mapped)(normal(0), noise(0))
 
 
+@pytest.mark.eight_devices
 @every_form
 def test_inside_shard_map(make):
   """Catches conditions of single shards, and leaves that are counted once per device.
@@ -198,6 +191,7 @@ def test_inside_shard_map(make):
   chex.assert_trees_all_equal(found[1], optax.tree.get(state, 'constrained'))
 
 
+@pytest.mark.eight_devices
 @every_form
 def test_an_explicit_anchor_enters_shard_map_with_the_state(make):
   """Catches a check of the whole anchor against a shard of the params."""
@@ -222,6 +216,7 @@ def test_an_explicit_anchor_enters_shard_map_with_the_state(make):
   chex.assert_trees_all_close(found, run(make(normal(1)))[-1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.eight_devices
 @every_form
 def test_inside_pmap(make):
   """Catches an axis name that only shard_map knows."""

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from suite import jobs, methods
 from suite.tasks import Stage, Task
+
+pytestmark = pytest.mark.examples
 
 SEEDS, SHOTS, ROWS = 2, 6, 14
 RATES, DECAYS = (0.02, 0.08), (0.0, 0.5)

@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from reference import x64
 
 import spd_optax as spd
 from suite import adapters, methods
+
+pytestmark = pytest.mark.examples
 
 RATE, STEPS = 0.1, 4
 

@@ -9,6 +9,8 @@ import pytest
 
 from suite import choice, pictures, tables
 
+pytestmark = pytest.mark.examples
+
 
 def record(method: str, values: Any, setting: Any = None, rate: float = 1e-3) -> dict[str, Any]:
   """A configuration whose scores are (validation, id, ood), each a list over seeds."""

@@ -12,8 +12,8 @@ def main(port: str, result: str, process: str) -> None:
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   jax.distributed.initialize(f'127.0.0.1:{port}', num_processes=2, process_id=int(process))
   # Only now: nothing may use a backend before.
-  from devices_test import RUNS, sharded
   from jax.experimental.multihost_utils import process_allgather
+  from meshes import RUNS, sharded
 
   found = process_allgather([sharded(*run, 'two processes') for run in RUNS], tiled=True)
   fingerprint = resumed(result)
@@ -23,8 +23,8 @@ def main(port: str, result: str, process: str) -> None:
 
 def resumed(result: str) -> str:
   """Saves a run without its anchor and resumes it, as in the README; the anchor's fingerprint."""
-  from devices_test import ANCHOR
   from jax.sharding import NamedSharding, PartitionSpec
+  from meshes import ANCHOR
   from orbax.checkpoint import v1 as ocp
 
   import spd_optax as spd

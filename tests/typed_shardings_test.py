@@ -6,10 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract_test import make_step
+from cases import every_form, make_step
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from stacks_test import every_form
 
 import spd_optax as spd
 
@@ -20,6 +19,7 @@ LAYERS = {
   'slices of a group': {'stack_axis': 0, 'group': lambda path: 'block'},
   'leaves': {},
 }
+GRIDS = {1: (1, 1), 8: (4, 2)}  # by the number of devices
 
 
 def mesh(kind, *shape):
@@ -54,13 +54,12 @@ def types(tree):
   return jax.tree.map(jax.typeof, tree)
 
 
-@pytest.mark.parametrize('shape', [(4, 2), (1, 1)])
 @pytest.mark.parametrize('options', LAYERS.values(), ids=LAYERS)
 @pytest.mark.parametrize('jit_init', [True, False])
 @every_form
-def test_explicit_mesh(make, jit_init, options, shape):
-  """Catches zeros of another type than the sums, and a group split in two ways."""
-  on = mesh(AxisType.Explicit, *shape)
+def test_explicit_mesh(make, jit_init, options, device_count):
+  """Catches zeros of another type than the sums, a group split in two ways, and a reshape."""
+  on = mesh(AxisType.Explicit, *GRIDS[device_count])
   tx = make(normal(2), **options)
   expected = scanned(tx, normal(0), tx.init(normal(0)), normal(1))
   with jax.set_mesh(on):
@@ -77,7 +76,7 @@ def test_explicit_mesh(make, jit_init, options, shape):
 @pytest.mark.parametrize('wrap', [lambda tx: tx, lambda tx: optax.MultiSteps(tx, 2)])
 @pytest.mark.parametrize('options', [{'stack_axis': 0}, {'axis_name': 'x'}])
 @every_form
-def test_init_inside_shard_map(make, options, wrap):
+def test_init_inside_shard_map(make, options, wrap, device_count):
   """Catches zeros that are the same everywhere where the sums are not, or the other way round."""
   tx = wrap(make(**options))
 
@@ -86,7 +85,7 @@ def test_init_inside_shard_map(make, options, wrap):
 
   whole = jax.tree.map(lambda _: P('x'), SPECS)
   inside = jax.shard_map(
-    train, mesh=mesh(AxisType.Auto, 8), in_specs=(whole, whole), out_specs=whole
+    train, mesh=mesh(AxisType.Auto, device_count), in_specs=(whole, whole), out_specs=whole
   )
   alone = wrap(make(stack_axis=options.get('stack_axis')))
   expected, _ = scanned(alone, normal(0), alone.init(normal(0)), normal(1))
@@ -94,9 +93,9 @@ def test_init_inside_shard_map(make, options, wrap):
 
 
 @every_form
-def test_an_anchor_that_is_split_otherwise(make):
+def test_an_anchor_that_is_split_otherwise(make, device_count):
   """Catches an anchor and params that cannot be subtracted."""
-  on = mesh(AxisType.Explicit, 4, 2)
+  on = mesh(AxisType.Explicit, *GRIDS[device_count])
   with jax.set_mesh(on):
     params = jax.device_put(jnp.ones((8, 4)), NamedSharding(on, P('x')))
     anchor = jax.device_put(jnp.zeros((8, 4)), NamedSharding(on, P(None, 'x')))
@@ -106,6 +105,7 @@ def test_an_anchor_that_is_split_otherwise(make):
   assert jax.typeof(updates) == jax.typeof(params)
 
 
+@pytest.mark.eight_devices
 @every_form
 def test_a_whole_anchor_inside_shard_map_is_named(make):
   """Catches advice to cut the anchor by hand."""

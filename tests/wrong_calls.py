@@ -3,9 +3,12 @@
 A row is (function, argument): mistake, call, error, fragments of the message. The fragments
 are patterns, each of which the message must have: where it happened (`enc/b`), what was
 found there, and what to pass instead.
+
+The transformations share their checks, so each mistake is made once, and each argument of each
+function meets one mistake at least: `dealt` pairs them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -59,7 +62,18 @@ MAKERS: dict[str, Callable[..., Any]] = {
   'l2_sp': spd.l2_sp,
 }
 FORMS = list(MAKERS)[:3]
-WRAPS: dict[str, Callable[..., Any]] = {'eager': lambda function: function, 'jit': jax.jit}
+WRAPS: list[tuple[str, Callable[..., Any]]] = [
+  ('eager', lambda function: function),
+  ('jit', jax.jit),
+]
+
+
+def dealt(mistakes: Sequence[Any], functions: Sequence[Any]) -> Iterator[Any]:
+  """(mistake, function, wrap): every mistake and every function once, with and without jit."""
+  for i in range(max(len(mistakes), len(functions))):
+    wrap = WRAPS[(i + i // len(functions)) % 2]
+    yield mistakes[i % len(mistakes)], functions[i % len(functions)], wrap
+
 
 NUMBER = 'strength: expected a finite number ≥ 0 or a schedule, found'
 ANCHOR = 'anchor: expected a tree of arrays, 0 or None, found'
@@ -68,7 +82,7 @@ FRACTION = r'expected a number in \[0, 1\)'
 # Wrong whatever the params are: raised where the transformation is made.
 OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
   ('strength', -1.0, ValueError, f'{NUMBER} -1.0'),
-  ('strength', jnp.array(-2.0), ValueError, f'{NUMBER} -2'),
+  ('strength', np.float32(-2.0), ValueError, f'{NUMBER} -2'),
   ('strength', float('nan'), ValueError, f'{NUMBER} nan'),
   ('strength', float('inf'), ValueError, f'{NUMBER} inf'),
   ('strength', np.ones(2), ValueError, rf'{NUMBER} \[1. 1.\]'),
@@ -93,6 +107,9 @@ OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
   ('margin', lambda count: 0.1, TypeError, f'margin: {FRACTION}, found function'),
   ('margin', '0.1', TypeError, f"margin: {FRACTION}, found str '0.1'"),
   ('margin', False, TypeError, f'margin: {FRACTION}, found bool False'),
+  ('rule', 3, TypeError, 'rule: expected a spd.Rule, found int 3'),
+  ('rule', 'projection', TypeError, "rule: expected a spd.Rule, found str 'projection'"),
+  ('rule', ADAM, TypeError, 'rule: expected a spd.Rule, found an optax transformation'),
   ('group', 'enc', TypeError, f"group: expected a function path -> key .*str 'enc' & {STATIC}"),
   ('group', {'enc': 'a', 'head': 'b'}, TypeError, 'group: expected a function path -> key .* dict'),
   ('group', lambda path, leaf: 'a', TypeError, r'group: expected a function of \(path\): missing'),
@@ -221,32 +238,51 @@ INJECTED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+def by_argument(table: Sequence[Any], argument: Callable[[Any], str]) -> dict[str, list[Any]]:
+  """The mistakes of each argument."""
+  found: dict[str, list[Any]] = {}
+  for row in table:
+    found.setdefault(argument(row), []).append(row)
+  return found
+
+
+def made_and_initialized(wrap: Any, make: Any, options: Any) -> Any:
+  """Makes the transformation, and its state for the params."""
+  return wrap(make(**options).init)(PARAMS)
+
+
 def rows() -> Iterator[Row]:
-  """Every row, for each function that has the argument."""
-  for name, make in MAKERS.items():
-    for option, value, error, text in OPTIONS:
-      if name != 'l2_sp' or option in {'strength', 'anchor', 'anchor_dtype'}:
-        call = partial(make, **{option: value})
-        yield Row(name, option, f'{value!r:.30}', call, error, text)
-    for mistake, (anchor, text) in LEAVES.items():
-      for wrap, wrapped in WRAPS.items():
-        call = partial(lambda *a: a[0](a[1](a[2]).init)(PARAMS), wrapped, make, anchor)
-        yield Row(name, 'anchor', f'{mistake}, {wrap}', call, ValueError, text)
+  """Every row."""
+  for option, mistakes in by_argument(OPTIONS, lambda row: row[0]).items():
+    names = list(MAKERS) if option in {'strength', 'anchor', 'anchor_dtype'} else FORMS
+    for (_, value, error, text), name, _ in dealt(mistakes, names):
+      call = partial(MAKERS[name], **{option: value})
+      yield Row(name, option, f'{value!r:.30}', call, error, text)
+  for name in FORMS:
+    call = lambda make=MAKERS[name]: make(rule=spd.Projection(), margin=0.3)  # noqa: E731
+    yield Row(name, 'rule+margin', 'both', call, TypeError, 'margin=0.3 & rule=')
+  in_rule = [
+    ('Projection', lambda: spd.with_projection_decay(ADAM, rule=spd.Projection(margin=1.0))),
+    ('GradientTurn', lambda: spd.projection_decay(rule=spd.GradientTurn(margin=1.0))),
+  ]
+  for name, call in in_rule:
+    yield Row(name, 'margin', 'one', call, ValueError, f'margin: {FRACTION}, found 1.0')
+  for (mistake, (anchor, text)), name, (how, wrap) in dealt(list(LEAVES.items()), list(MAKERS)):
+    call = partial(made_and_initialized, wrap, MAKERS[name], {'anchor': anchor})
+    yield Row(name, 'anchor', f'{mistake}, {how}', call, ValueError, text)
   for name, value, error, text in ADAMS:
     call = partial(spd.adam_spd, **{'learning_rate': 1e-3, name: value})
     yield Row('adam_spd', name, f'{value!r:.30}', call, error, text)
   for value, text in OPTIMIZERS:
     call = partial(spd.with_projection_decay, value)
     yield Row('with_projection_decay', 'optimizer', f'{value!r:.30}', call, TypeError, text)
-  for name in FORMS:
-    for error, table in ((ValueError, LAYERS), (TypeError, TYPES)):
-      for at, (options, text) in enumerate(table):
-        for wrap, wrapped in WRAPS.items():
-          call = partial(lambda *a: a[0](a[1](**a[2]).init)(PARAMS), wrapped, MAKERS[name], options)
-          yield Row(name, '+'.join(options), f'{error.__name__} {at}, {wrap}', call, error, text)
-  for options, text in INJECTED:
-    make = optax.inject_hyperparams(spd.projection_decay)
-    for wrap, wrapped in WRAPS.items():
-      call = partial(lambda *a: a[0](a[1](**a[2]).init)(PARAMS), wrapped, make, options)
-      error = TypeError if options.keys() & {'group', 'anchor_dtype'} else ValueError
-      yield Row('projection_decay', next(iter(options)), f'injected, {wrap}', call, error, text)
+  for error, table in ((ValueError, LAYERS), (TypeError, TYPES)):
+    for argument, mistakes in by_argument(table, lambda row: '+'.join(row[0])).items():
+      for at, ((options, text), name, (how, wrap)) in enumerate(dealt(mistakes, FORMS)):
+        call = partial(made_and_initialized, wrap, MAKERS[name], options)
+        yield Row(name, argument, f'{error.__name__} {at}, {how}', call, error, text)
+  injected = optax.inject_hyperparams(spd.projection_decay)
+  for (options, text), _, (how, wrap) in dealt(INJECTED, [injected]):
+    call = partial(made_and_initialized, wrap, injected, options)
+    error = TypeError if options.keys() & {'group', 'anchor_dtype'} else ValueError
+    yield Row('projection_decay', next(iter(options)), f'injected, {how}', call, error, text)

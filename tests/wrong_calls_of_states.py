@@ -10,7 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from wrong_calls import ADAM, ALL, LEAVES, MAKERS, PARAMS, WRAPS, Row, Tensor, as_type, every, tree
+from wrong_calls import (
+  ADAM,
+  ALL,
+  FORMS,
+  LEAVES,
+  MAKERS,
+  PARAMS,
+  WRAPS,
+  Row,
+  Tensor,
+  as_type,
+  dealt,
+  every,
+  tree,
+)
 
 import spd_optax as spd
 
@@ -60,9 +74,13 @@ GRADIENTS: dict[str, tuple[Any, Any, str]] = {
     r'enc/k: .*2, 3.*3, 2 & enc/b: .*3.*1 & gradient',
   ),
   'of other params': ({'w': jnp.ones(3)}, {'w': jnp.ones(4)}, r'w: .*\[4\].*\[3\]'),
-  'integers': (as_type(int), PARAMS, rf'{ALL} & enc/b: param float32\[3\], gradient int'),
-  'flags': (as_type(bool), PARAMS, rf'{ALL} & enc/b: param float32\[3\], gradient bool'),
-  'complex': (as_type(complex), PARAMS, rf'{ALL} & enc/b: param float32\[3\], gradient complex64'),
+  'integers': (as_type(int), PARAMS, rf'{ALL} & enc/b: param float32\[3\], gradients? int'),
+  'flags': (as_type(bool), PARAMS, rf'{ALL} & enc/b: param float32\[3\], gradients? bool'),
+  'complex': (
+    as_type(complex),
+    PARAMS,
+    rf'{ALL} & enc/b: param float32\[3\], gradients? complex64',
+  ),
 }
 NO_GRADIENTS: dict[str, tuple[Any, str]] = {
   'a function': (jax.grad(jnp.sum), rf'gradients: {NO_ARRAYS} & \(root\): function'),
@@ -118,8 +136,6 @@ OTHER = optax.sgd(1.0, 0.9).init(PARAMS)
 SIBLINGS: list[tuple[str, Any, Any, type[Exception], str]] = [
   ('adam_spd', WRAPPED, OWN, TypeError, 'WithProjectionDecayState & found ProjectionDecayState'),
   ('projection_decay', spd.projection_decay(), FRESH, TypeError, 'found WithProjectionDecayState'),
-  ('projection_decay', spd.projection_decay(), spd.l2_sp().init(PARAMS), TypeError, 'found L2SPS'),
-  ('l2_sp', spd.l2_sp(), OWN, TypeError, 'L2SPState & found ProjectionDecayState'),
   (
     'adam_spd',
     WRAPPED,
@@ -150,63 +166,71 @@ def stepping(tx: Any, gradients: Any = PARAMS, state: Any = None, params: Any = 
   return tx.update(gradients, tx.init(PARAMS) if state is None else state, params)
 
 
+def stepped(wrap: Any, function: str, gradients: Any, change: Any, params: Any) -> Any:
+  """One step by 'name.update' or 'name.apply', from a state that `change` makes for the params."""
+  name, _, method = function.partition('.')
+  tx = MAKERS[name]()
+  state = change(tx)
+  return wrap(getattr(tx, method))(gradients, state, params)
+
+
+UPDATES = [f'{name}.update' for name in MAKERS]
+STEPS = [*UPDATES, *(f'{name}.apply' for name in FORMS[1:])]  # all that take a step
+
+
 def steps() -> Iterator[Row]:
   """Of `init`, `update` and `apply`."""
-  for name, make in MAKERS.items():
-    tx = make()
-    for mistake, (params, text) in INITS.items():
-      yield Row(f'{name}.init', 'params', mistake, partial(tx.init, params), TypeError, text)
-    for mistake, (gradients, params, text) in GRADIENTS.items():
-      state = tx.init(PARAMS if params is None else params)
-      argument = 'params' if params is None else 'updates'
-      for wrap, wrapped in WRAPS.items():
-        call = partial(wrapped(tx.update), gradients, state, params)
-        yield Row(f'{name}.update', argument, f'{mistake}, {wrap}', call, ValueError, text)
-      if hasattr(tx, 'apply'):
-        argument = argument.replace('updates', 'gradients')
-        call = partial(tx.apply, gradients, state, params)
-        yield Row(f'{name}.apply', argument, mistake, call, ValueError, text)
-    for mistake, (gradients, text) in NO_GRADIENTS.items():
-      call = partial(stepping, tx, gradients)
-      yield Row(f'{name}.update', 'updates', mistake, call, TypeError, text)
-    for mistake, (change, error, text) in STATES.items():
-      if mistake == 'other slices' and name == 'l2_sp':
-        continue
-      for wrap, wrapped in WRAPS.items():
-        call = partial(
-          lambda *a: a[0](a[1].update)(PARAMS, a[2](a[1]), PARAMS), wrapped, tx, change
-        )
-        yield Row(f'{name}.update', 'state', f'{mistake}, {wrap}', call, error, text)
-      if hasattr(tx, 'apply'):
-        call = partial(lambda *a: a[0].apply(PARAMS, a[1](a[0]), PARAMS), tx, change)
-        yield Row(f'{name}.apply', 'state', mistake, call, error, text)
-    if name != 'l2_sp':
-      for wrap, wrapped in WRAPS.items():
-        call = partial(wrapped(partial(stepping, make(axis_name='d'))), PARAMS)
-        yield Row(name, 'axis_name', f'not mapped, {wrap}', call, ValueError, AXIS)
-    for option in ('strength', 'margin')[: 1 if name == 'l2_sp' else 2]:
-      call = partial(
-        jax.jit(lambda value, o=option, make=make: stepping(make(**{o: value}))), TRACED
-      )
-      yield Row(name, option, 'a traced vector', call, ValueError, f'{option}: expected .* number')
-    for mistake in ('too few', 'too many', 'both', 'tuple'):
-      anchor, text = LEAVES[mistake]
-      call = partial(jax.jit(make(anchor).update), PARAMS, tx.init(PARAMS), PARAMS)
-      yield Row(name, 'anchor', f'{mistake}, at an update', call, ValueError, text)
-    for value in (jnp.ones(3), -1.0, 'x'):
-      call = partial(stepping, make(strength=lambda count, value=value: value))
-      error = TypeError if value == 'x' else ValueError
-      text = 'strength: expected a schedule that returns a number ≥ 0'
-      yield Row(name, 'strength', f'schedule of {value!r}', call, error, text)
+  for (mistake, (params, text)), name, _ in dealt(list(INITS.items()), list(MAKERS)):
+    call = partial(MAKERS[name]().init, params)
+    yield Row(f'{name}.init', 'params', mistake, call, TypeError, text)
+  for name, argument, mistake, gradients, params, error, text, (how, wrap) in wrong_gradients():
+    change = lambda tx, p=params: tx.init(PARAMS if p is None else p)  # noqa: E731
+    call = partial(stepped, wrap, name, gradients, change, params)
+    yield Row(name, argument, f'{mistake}, {how}', call, error, text)
+  for (mistake, (change, error, text)), name, (how, wrap) in dealt(list(STATES.items()), STEPS):
+    call = partial(stepped, wrap, name, PARAMS, change, PARAMS)
+    yield Row(name, 'state', f'{mistake}, {how}', call, error, text)
+  for name, (how, wrap) in ((name, wrap) for _, name, wrap in dealt([None], FORMS)):
+    call = partial(wrap(partial(stepping, MAKERS[name](axis_name='d'))), PARAMS)
+    yield Row(name, 'axis_name', f'not mapped, {how}', call, ValueError, AXIS)
+  for option, name in (('strength', 'l2_sp'), ('margin', 'projection_decay')):
+    call = partial(
+      jax.jit(lambda value, o=option, n=name: stepping(MAKERS[n](**{o: value}))), TRACED
+    )
+    yield Row(name, option, 'a traced vector', call, ValueError, f'{option}: expected .* number')
+  for mistake, name, (how, wrap) in dealt(['too few', 'too many', 'both', 'tuple'], list(MAKERS)):
+    anchor, text = LEAVES[mistake]
+    tx = MAKERS[name]
+    call = partial(wrap(tx(anchor).update), PARAMS, tx().init(PARAMS), PARAMS)
+    yield Row(name, 'anchor', f'{mistake}, at an update, {how}', call, ValueError, text)
+  schedules = [(jnp.ones(3), ValueError), ('x', TypeError)]
+  for (value, error), name, _ in dealt(schedules, ['with_projection_decay', 'l2_sp']):
+    call = partial(stepping, MAKERS[name](strength=lambda count, value=value: value))
+    text = 'strength: expected a schedule that returns a number ≥ 0'
+    yield Row(name, 'strength', f'schedule of {value!r}', call, error, text)
   for name, tx, state, error, text in SIBLINGS:
     call = partial(jax.jit(tx.update), PARAMS, state, PARAMS)
-    yield Row(f'{name}.update', 'state', type(state).__name__, call, error, text)
+    yield Row(f'{name}.update', 'state', f'of another, {text}', call, error, text)
   call = partial(stepping, spd.adam_spd(lambda count: jnp.ones(3)))
   text = 'learning_rate: expected a schedule that returns a number ≥ 0'
   yield Row('adam_spd', 'learning_rate', 'schedule of a vector', call, ValueError, text)
   same = {'a': {'b/c': jnp.ones(2)}, 'a/b': {'c': jnp.ones(2)}}
   call = partial(spd.projection_decay().init, same)
   yield Row('projection_decay.init', 'params', 'one path', call, ValueError, 'a/b/c & rename')
+
+
+def wrong_gradients() -> Iterator[Any]:
+  """(function, argument, mistake, gradients, params, error, text, wrap)."""
+  without = [(mistake, *row) for mistake, row in GRADIENTS.items() if row[1] is None]
+  for (mistake, gradients, params, text), name, wrap in dealt(without, STEPS):
+    yield name, 'params', mistake, gradients, params, ValueError, text, wrap
+  others = [(mistake, *row) for mistake, row in GRADIENTS.items() if row[1] is not None]
+  for (mistake, gradients, params, text), name, wrap in dealt(others, STEPS):
+    argument = 'gradients' if name.endswith('.apply') else 'updates'
+    yield name, argument, mistake, gradients, params, ValueError, text, wrap
+  for (mistake, (gradients, text)), name, _ in dealt(list(NO_GRADIENTS.items()), UPDATES):
+    # jit itself takes only arrays.
+    yield name, 'updates', mistake, gradients, PARAMS, TypeError, text, WRAPS[0]
 
 
 NO_STATE = 'expected the state of an optimizer with projection_decay & found'
