@@ -25,7 +25,7 @@ import optax
 
 from spd_optax import checks, formulas, leafwise, trees
 from spd_optax.anchors import Anchoring, View
-from spd_optax.layers import Arrangement, Layers, Sums
+from spd_optax.layers import Arrangement, Layers, Sums, layer_name
 from spd_optax.rules import Decision, Rule
 
 
@@ -143,8 +143,8 @@ class Engine:
     view = self.anchoring.view(gradients, state.anchor, state.count, params)
     layers = self.arrangement.find_layers(view.flat, view.at)
     trees.match_shapes(
-      {name: steps.shape for name, steps in state.constrained.items()},
-      layers.by_key(layers.shapes),
+      {layer_name(key): steps.shape for key, steps in state.constrained.items()},
+      dict(zip(map(layer_name, layers.keys), layers.shapes, strict=True)),
       'the layers in the optimizer state do not fit `group` and `stack_axis`; '
       'the shapes of their conditions differ:',
     )

@@ -29,6 +29,11 @@ def layer_key(name: str) -> str:
   return name.replace('/', SEPARATOR)
 
 
+def layer_name(key: str) -> str:
+  """The name again: 'block_0~kernel' -> 'block_0/kernel'."""
+  return key.replace(SEPARATOR, '/')
+
+
 @dataclasses.dataclass(frozen=True)
 class Layers:
   """The layers of a list of leaves, all known at trace time.

@@ -178,13 +178,14 @@ class L2SP(Rule):
 
 
 def chosen(rule: Rule | None, default: type[Rule], margin: chex.Numeric) -> Rule:
-  """The rule that was passed, or the default with its margin."""
-  if rule is None:
-    checks.fraction('margin', margin)
-    return default(margin=margin)  # type: ignore[call-arg]
-  if isinstance(margin, int | float) and margin != default.margin:  # type: ignore[attr-defined]
+  """The rule that was passed, or the default with its margin; checks the margin."""
+  first = default.margin  # type: ignore[attr-defined]
+  if rule is not None and isinstance(margin, int | float) and margin != first:
     raise TypeError(
       f'margin={margin!r} belongs to the default rule; give it to the rule that you pass, as in '
       f'rule=spd.{default.__name__}(margin={margin!r})'
     )
-  return rule
+  found = default(margin=margin) if rule is None else rule  # type: ignore[call-arg]
+  if isinstance(found, Projection | GradientTurn):
+    checks.fraction('margin', found.margin)
+  return found
