@@ -18,6 +18,15 @@ NumberOrSchedule = Number | Callable[[Any], Any]
 
 STATIC = "(in optax.inject_hyperparams, name it in static_args=('{name}',))"
 ARRAYS = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
+LIBRARIES = ('spd_optax', 'optax', 'jax', 'flax', 'chex', 'contextlib')
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+  """Warns, pointing at the first line up the stack that is the user's."""
+  depth, frame = 1, inspect.currentframe()
+  while frame is not None and frame.f_globals.get('__name__', '').split('.')[0] in LIBRARIES:
+    depth, frame = depth + 1, frame.f_back
+  warnings.warn(message, category, stacklevel=depth)
 
 
 def kind_of(value: Any) -> str:
