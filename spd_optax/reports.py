@@ -465,8 +465,8 @@ def _members(
   else:
     made = find_layers(flat, [True] * len(flat.leaves), stack_axis, group)
     trees.match_shapes(
-      {name: layers[name] for name in map(layer_key, made.names) if name in layers},
-      made.named(made.shapes),
+      {name: layers[layer_key(name)] for name in made.names if layer_key(name) in layers},
+      dict(zip(made.names, made.shapes, strict=True)),
       'stack_axis and group must be those of the transformation; the shapes of the layers differ:',
     )
     stored, axes = [layer_key(made.names[at]) for at in made.layer_of], list(made.stack_axes)

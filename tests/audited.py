@@ -47,7 +47,7 @@ def names(count):
   return [*found, *(f'head/{i}' for i in range(count - len(found)))]
 
 
-def made_up(path, layers, steps=30, seed=0, numbers=(), **facts):
+def made_up(path, layers, steps=30, seed=0, numbers=(), metrics=(), **facts):
   """A log of states that were made up: layer i is held with a probability that grows with i.
 
   `numbers` are names of numbers of the rule; the k-th is k + step / 100 + i for layer i.
@@ -63,12 +63,13 @@ def made_up(path, layers, steps=30, seed=0, numbers=(), **facts):
       far = np.linspace(0.5, 2, len(layers), dtype=np.float32) * np.sqrt(np.float32(step - 1))
       columns = held, rng.random(len(layers), np.float32), far, constrained.astype(np.int32)
       named = [by_key(layers, column) for column in columns]
+      every_fifth = {'OOD accuracy': 0.9 - step / 100} if step % 5 == 0 else {}
+      shown = {'loss': 1 / step, **every_fifth, **dict(metrics)}
       own = {
         name: by_key(layers, np.float32(np.arange(len(layers)) + k + step / 100))
         for k, name in enumerate(numbers)
       }
-      metrics = {'loss': 1 / step} | ({'OOD accuracy': 0.9 - step / 100} if step % 5 == 0 else {})
-      log.record(step, ProjectionDecayState(np.int32(step), anchor, *named, own), metrics)
+      log.record(step, ProjectionDecayState(np.int32(step), anchor, *named, own), shown)
   return path
 
 

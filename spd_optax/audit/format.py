@@ -183,17 +183,14 @@ def read(path: str | os.PathLike[str]) -> Run:
     See `AuditLog`.
   """
   lines = Lines(path)
-  header: Header | None = None
   records: list[Record] = []
-  for at, line in enumerate(lines, 1):
-    if header is None:
-      header = header_in(lines.path, line)
-    elif not lines.problems:  # else there is no run to return
+  for line in lines:
+    if not lines.problems:  # else there is no run to return
       try:
-        records.append(_record(line, header))
+        records.append(_record(line, lines.checked()))
       except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        lines.report(at, f'no record of this schema: {error}')
-  return Run(lines.path, lines.checked(header), records, lines.hash, lines.torn)
+        lines.report(f'no record of this schema: {error}')
+  return Run(lines.path, lines.checked(), records, lines.hash, lines.torn)
 
 
 def verify(path: str | os.PathLike[str], hash: str | None = None) -> Run:
@@ -214,33 +211,31 @@ def verify(path: str | os.PathLike[str], hash: str | None = None) -> Run:
     See `AuditLog`.
   """
   run = read(path)
-  if hash is not None and not any(line.endswith(f'"{hash}"}}\n'.encode()) for line in Lines(path)):
-    raise AuditFileError(
-      f'{path}: no line has the hash {hash}; the end was cut off, or it is the log of another run'
-    )
+  with run.path.open('rb') as lines:
+    if hash is not None and not any(line.endswith(f'"{hash}"}}\n'.encode()) for line in lines):
+      raise AuditFileError(
+        f'{path}: no line has the hash {hash}; the end was cut off, or it is the log of another run'
+      )
   return run
 
 
 class Lines:
-  """The whole lines of a log, each checked against the one before; one at a time in memory.
+  """The whole lines of a log but the first, each checked against the one before; one at a time.
 
   Attributes:
-    hash: of the last line that was read.
+    header: the first line; None before it was read, or if there is no whole one.
+    count: lines that were read.
+    hash: of the last of them.
     whole: bytes of the whole lines.
     torn: bytes after the last whole line, of a line whose writer was killed.
-    problems: what is wrong with the first lines that are not as they were written, and
-    wrong: how many these are in all.
-
-  Raises:
-    AuditFileError: if the file does not begin as a log does, or is none.
-    OSError: if it is not there, or cannot be read.
+    problems: what is wrong with the first lines that are not as they were written.
   """
 
   def __init__(self, path: str | os.PathLike[str]):
     self.path = Path(path)
-    self.hash, self.whole, self.torn = '', 0, 0
+    self.header: Header | None = None
+    self.hash, self.count, self.whole, self.torn = '', 0, 0, 0
     self.problems: list[str] = []
-    self.wrong = 0
 
   def __iter__(self) -> Iterator[bytes]:
     if self.path.exists() and not self.path.is_file():
@@ -253,39 +248,44 @@ class Lines:
           f'{start.decode("utf-8", "replace")!r}'
         )
       file.seek(0)
-      for at, line in enumerate(file, 1):
+      for line in file:
         if not line.endswith(b'\n'):
           self.torn = len(line)
           return
-        problem, self.hash = _checked(line, self.hash)
-        self.whole += len(line)
-        if problem:
-          self.report(at, problem)
-        yield line
+        self.count, self.whole = self.count + 1, self.whole + len(line)
+        self._check_seal(line)
+        if self.header is None:
+          self.header = _header(self.path, line)
+        else:
+          yield line
 
-  def report(self, at: int, problem: str) -> None:
-    """Takes down a problem of a line; of a file full of them only the first."""
-    self.wrong += 1
-    if self.wrong <= SHOWN:
-      self.problems.append(f'line {at}: {problem}')
+  def _check_seal(self, line: bytes) -> None:
+    body, end = line[:-SEAL] + b'}', line[-SEAL:]
+    before, self.hash = self.hash, ''
+    if not (end.startswith(b',"hash":"') and end.endswith(b'"}\n')):
+      return self.report('has no hash: it was edited, or AuditLog did not write it')
+    self.hash = end[len(',"hash":"') :][:64].decode('latin-1')
+    if hashlib.sha256(body).hexdigest() != self.hash:
+      return self.report('its hash does not fit: it was edited')
+    if not body.endswith(f'"previous":"{before}"}}'.encode()):
+      self.report('does not continue the line before: lines are missing, added or in another order')
 
-  def checked(self, header: Header | None) -> Header:
-    """The header, if there is one and every line is as it was written."""
-    if header is None:
+  def report(self, problem: str) -> None:
+    """Takes down a problem of the last line; of a file full of them only the first."""
+    if len(self.problems) < SHOWN:
+      self.problems.append(f'line {self.count}: {problem}')
+
+  def checked(self) -> Header:
+    """The header, if there is one and every line that was read is as it was written."""
+    if self.header is None:
       raise AuditFileError(f'{self.path}: no audit log: not one whole line in it')
     if self.problems:
-      more = self.wrong - len(self.problems)
-      shown = [*self.problems, *([f'and {more} more'] if more else [])]
+      shown = self.problems + ['…'] * (len(self.problems) == SHOWN)
       raise AuditFileError(f'{self.path}: not as it was written:\n  ' + '\n  '.join(shown))
-    return header
+    return self.header
 
 
-def read_header(path: Path) -> Header | None:
-  """The first line, checked; None for a file without one, or with a torn one."""
-  return next((header_in(path, line) for line in Lines(path)), None)
-
-
-def header_in(path: Path, line: bytes) -> Header:
+def _header(path: Path, line: bytes) -> Header:
   """The header in a line that begins as one.
 
   Raises:
@@ -335,19 +335,6 @@ def seal(fields: msgspec.Struct, previous: str) -> tuple[bytes, str]:
   body = msgspec.json.encode(fields)[:-1] + f',"previous":"{previous}"}}'.encode()
   digest = hashlib.sha256(body).hexdigest()
   return body[:-1] + f',"hash":"{digest}"}}\n'.encode(), digest
-
-
-def _checked(line: bytes, previous: str) -> tuple[str | None, str]:
-  """What is wrong with the seal of a line, and the hash that it says it has."""
-  body, end = line[:-SEAL] + b'}', line[-SEAL:]
-  if not (end.startswith(b',"hash":"') and end.endswith(b'"}\n')):
-    return 'has no hash: it was edited, or AuditLog did not write it', ''
-  digest = end[len(',"hash":"') :][:64].decode('latin-1')
-  if hashlib.sha256(body).hexdigest() != digest:
-    return 'its hash does not fit: it was edited', digest
-  if not body.endswith(f'"previous":"{previous}"}}'.encode()):
-    return 'does not continue the line before: lines are missing, added or in another order', digest
-  return None, digest
 
 
 def numbers(values: np.ndarray) -> list[Number]:

@@ -251,7 +251,7 @@ class AuditLog:
         moving=self._moving,
         norms=[None if self._moving or not isinstance(x, float) else x for x in norms],
       ),
-      layers=[format.text(slot.name) for slot in reports.slots(states)],
+      layers=[slot.name for slot in reports.slots(states)],
       states=[count for count in reports.sizes(states) if count],
     )
 

@@ -19,14 +19,14 @@ DPI = 120
 
 
 def draw(runs: Sequence[Series]) -> dict[str, Figure]:
-  """Every picture by its name."""
-  found = {
-    'held': held(runs),
-    'distance': distances(runs),
-    'relative_distance': relative_distances(runs),
-    'metrics': metrics(runs),
-  }
-  return {name: figure for name, figure in found.items() if figure is not None}
+  """Every picture by its name; the relative distances only if a norm is known."""
+  found = {'held': held(runs)}
+  found['distance'] = distances(runs, [x.distance for x in runs], '‖θ − θ₀‖', log=True)
+  relative = [100 * series.relative for series in runs]
+  if any(np.isfinite(values).any() for values in relative):
+    label = '‖θ − θ₀‖ / ‖θ₀‖, %'
+    found['relative_distance'] = distances(runs, relative, label, log=False)
+  return found | {'metrics': metrics(runs)}
 
 
 def held(runs: Sequence[Series]) -> Figure:
@@ -73,20 +73,10 @@ def _text(name: str) -> str:
   return shown.replace('$', r'\$')
 
 
-def distances(runs: Sequence[Series]) -> Figure:
-  """The distance from the anchor of each layer over time."""
-  return _curves(runs, [series.distance for series in runs], '‖θ − θ₀‖', log=True)
-
-
-def relative_distances(runs: Sequence[Series]) -> Figure | None:
-  """The distance per norm of the anchor, in %; None where no norm is known."""
-  values = [100 * series.relative for series in runs]
-  if not any(np.isfinite(v).any() for v in values):
-    return None
-  return _curves(runs, values, '‖θ − θ₀‖ / ‖θ₀‖, %', log=False)
-
-
-def _curves(runs: Sequence[Series], values: Sequence[np.ndarray], label: str, log: bool) -> Figure:
+def distances(
+  runs: Sequence[Series], values: Sequence[np.ndarray], label: str, log: bool
+) -> Figure:
+  """Curves of each layer over time."""
   figure = Figure(figsize=(10, 5.5 * len(runs)), dpi=DPI)
   figure.set_layout_engine('constrained')
   column = figure.subplots(len(runs), 1, squeeze=False, sharex=True, sharey=True)[:, 0]

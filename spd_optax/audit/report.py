@@ -73,11 +73,9 @@ def show(
 
 def _tables(runs: Sequence[Series], every: bool) -> list[Table]:
   """The metrics; then every layer, or of many layers blocks and the first of them."""
-  first, *others = runs
-  most = None if every or len(first.layers) <= ROWS else FIRST
-  if others:
-    return [tables.metrics(runs), *(tables.compared(first, other, most) for other in others)]
-  return [tables.metrics(runs), tables.of_blocks(first, ROWS), tables.layers(first, most)]
+  most = None if every or len(runs[0].layers) <= ROWS else FIRST
+  blocks = [tables.of_blocks(runs[0], ROWS)] if len(runs) == 1 else []
+  return [tables.metrics(runs), *blocks, tables.layers(runs, most)]
 
 
 def _png(figure: Figure) -> bytes:

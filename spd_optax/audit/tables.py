@@ -189,26 +189,45 @@ def torn(run: Run) -> str:
   )
 
 
-def layers(series: Series, most: int | None = None) -> Table:
-  """A row per layer; of more than `most`, those that were held most."""
-  chosen = _largest(series.share, most)
-  last, share, far = series.last, series.share, series.relative[-1]
+def layers(runs: Sequence[Series], most: int | None = None) -> Table:
+  """A row per layer of one run, or of two side by side; of more than `most`, the first of them.
+
+  The first are those that were held most, or that differ most.
+  """
+  names = list(dict.fromkeys(name for series in runs for name in series.layers))
+  shares = [dict(zip(series.layers, series.share.tolist(), strict=True)) for series in runs]
+  first, last = ([share.get(name, 0.0) for name in names] for share in (shares[0], shares[-1]))
+  order = np.array(first) if len(runs) == 1 else np.abs(np.subtract(first, last))
+  chosen = list(range(len(names)))
+  title = 'Layers'
+  if most is not None and len(names) > most:
+    chosen = np.argsort(-order, kind='stable')[:most].tolist()
+    how = 'held most' if len(runs) == 1 else 'that differ most'
+    title = f'Layers {how} ({most} of {len(names)}; --all: all)'
+  cells = [_cells(series) for series in runs]
+  header = list(dict.fromkeys(key for column in cells for key in column))
   rows = [
-    [
-      printable(series.layers[i]),
-      'yes' if last.condition[i] else '',
-      f'{100 * share[i]:.1f}',
-      f'{last.ratio[i]:.3g}',
-      f'{last.distance[i]:.4g}',
-      _percent(far[i]),
-      *(_number(values[i]) for values in last.rule_state.values()),
-    ]
+    [printable(names[i]), *(x.get(key, {}).get(names[i], '–') for key in header for x in cells)]
     for i in chosen
   ]
-  header = ['layer', 'held now', 'held, %', 'ratio', 'distance', '% of ‖θ₀‖']
-  header += [printable(name) for name in last.rule_state]
-  title = 'Layers' if len(rows) == len(share) else 'Layers held most'
-  return Table(_title(title, chosen, len(share)), header, rows)
+  if len(runs) > 1:
+    title += ', ' + ' and '.join(printable(series.name) for series in runs)
+    header = [cell for key in header for cell in (f'{key}: A', 'B')]
+  return Table(title, ['layer', *header], rows)
+
+
+def _cells(series: Series) -> dict[str, dict[str, str]]:
+  """The cells of a run by the header of their column, and by layer."""
+  last = series.last
+  columns = {
+    'held now': ['yes' if held else '' for held in last.condition],
+    'held, %': map(_percent, series.share),
+    'ratio': map(_number, last.ratio),
+    'distance': map(_number, last.distance),
+    '% of ‖θ₀‖': map(_percent, series.relative[-1]),
+    **{printable(name): map(_number, values) for name, values in last.rule_state.items()},
+  }
+  return {key: dict(zip(series.layers, x, strict=True)) for key, x in columns.items()}
 
 
 def of_blocks(series: Series, most: int) -> Table:
@@ -231,26 +250,6 @@ def of_blocks(series: Series, most: int) -> Table:
   return Table('Blocks of layers', header, rows if len(rows) < len(series.layers) else [])
 
 
-def compared(a: Series, b: Series, most: int | None = None) -> Table:
-  """A row per layer of either run; of more than `most`, those that differ most."""
-  names = list(dict.fromkeys([*a.layers, *b.layers]))
-  columns = []
-  for values in zip(*((x.share, x.distance[-1], x.relative[-1]) for x in (a, b)), strict=True):
-    for series, column in zip((a, b), values, strict=True):
-      by_name = dict(zip(series.layers, column.tolist(), strict=True))
-      columns.append(np.array([by_name.get(name, np.nan) for name in names]))
-  chosen = _largest(np.abs(np.nan_to_num(columns[0]) - np.nan_to_num(columns[1])), most)
-  cells = (_percent, _percent, _number, _number, _percent, _percent)
-  rows = [
-    [printable(names[i]), *(cell(x[i]) for cell, x in zip(cells, columns, strict=True))]
-    for i in chosen
-  ]
-  header = ['layer', 'held, %: A', 'B', 'distance: A', 'B', '% of ‖θ₀‖: A', 'B']
-  title = 'Layers' if len(chosen) == len(names) else 'Layers that differ most'
-  title += f', {printable(a.name)} and {printable(b.name)}'
-  return Table(_title(title, chosen, len(names)), header, rows)
-
-
 def metrics(runs: Sequence[Series]) -> Table:
   """A row per metric and run: its first, last, smallest and largest value."""
   rows = []
@@ -263,18 +262,6 @@ def metrics(runs: Sequence[Series]) -> Table:
         cells = [_number(x) for x in (values[0], values[-1], *ends)]
         rows.append([printable(name), printable(series.name), *cells])
   return Table('Metrics', ['metric', 'run', 'first', 'last', 'smallest', 'largest'], rows)
-
-
-def _largest(values: np.ndarray, most: int | None) -> list[int]:
-  """Where the largest are; everything in its order, if there are no more than `most`."""
-  if most is None or len(values) <= most:
-    return list(range(len(values)))
-  chosen: list[int] = np.argsort(-values, kind='stable')[:most].tolist()
-  return chosen
-
-
-def _title(title: str, chosen: Sequence[int], count: int) -> str:
-  return title if len(chosen) == count else f'{title} ({len(chosen)} of {count}; --all: all)'
 
 
 def _number(value: float) -> str:

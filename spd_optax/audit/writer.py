@@ -4,7 +4,6 @@ import atexit
 import contextlib
 import errno
 import os
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,15 +53,10 @@ class Writer:
 
   def check_path(self) -> None:
     """Fails early, before a run has trained for its first record."""
-    path = self._path
-    if path.is_dir():
-      raise IsADirectoryError(errno.EISDIR, 'AuditLog: a directory; pass a file', str(path))
-    if not path.parent.is_dir():
-      raise FileNotFoundError(errno.ENOENT, 'AuditLog: no such directory', str(path.parent))
-    if path.exists():
-      if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, 'AuditLog: not a regular file', str(path))
-      format.read_header(path)
+    if self._path.exists():
+      next(iter(format.Lines(self._path)), None)
+    elif not self._path.parent.is_dir():
+      raise FileNotFoundError(errno.ENOENT, 'AuditLog: no such directory', str(self._path.parent))
 
   def check_owner(self) -> None:
     """Raises a RuntimeError in a forked process, in which JAX may not compute either."""
@@ -122,19 +116,20 @@ class Writer:
 
   def _open(self, header: Header) -> None:
     """Opens a new log, or one that goes on."""
-    self.check_path()
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, 'O_BINARY', 0)
     self._file, self._owner = os.open(self._path, flags, 0o666), os.getpid()
     self._header, self._watcher = header, Watcher(header, self._patience)
     self._size, self.hash, self._resumed = 0, '', False
     try:
       self._lock()
-      if format.read_header(self._path) is None:
+      lines = format.Lines(self._path)
+      next(iter(lines), None)
+      if lines.header is not None:
+        self._continue()
+      else:
         os.ftruncate(self._file, 0)  # of a header whose writer was killed
         self._append(header)
         self._sync_directory()
-      else:
-        self._continue()
     except BaseException:
       os.close(self._file)
       self._file = -1
@@ -159,10 +154,9 @@ class Writer:
   def _continue(self) -> None:
     """Goes on after the last whole line of the file; no record is parsed."""
     lines = format.Lines(self._path)
-    header = None
-    for line in lines:
-      header = header or format.header_in(self._path, line)
-    _compare(self._path, lines.checked(header), self._header)
+    for _ in lines:
+      pass
+    _compare(self._path, lines.checked(), self._header)
     if lines.torn:
       checks.warn(
         f'{self._path}: the last {lines.torn} bytes are of a record whose writer was killed; they '
@@ -224,18 +218,23 @@ def _line(record: Record, header: Header) -> Line:
 
 def _compare(path: Path, in_file: Header, now: Header) -> None:
   """Raises a ValueError that lists all facts of the headers that differ."""
-  old, new = msgspec.to_builtins(in_file), msgspec.to_builtins(now)
-  names = ['source', 'captured', 'moving', *([] if now.anchor.moving else ['fingerprint'])]
-  pairs = {name: (old[name], new[name]) for name in ('transform', 'hyperparameters', 'states')}
-  pairs |= {f'anchor {name}': (old['anchor'][name], new['anchor'][name]) for name in names}
-  problems = [f'{name}: {a!r} in the file, {b!r} now' for name, (a, b) in pairs.items() if a != b]
-  before, after = set(in_file.layers), set(now.layers)
-  problems += [f'layer {name}: only in the file' for name in sorted(before - after)]
-  problems += [f'layer {name}: only now' for name in sorted(after - before)]
-  if before == after and in_file.layers != now.layers:
-    problems.append('the layers come in another order')
+  old, new = (_facts(header, moving=now.anchor.moving) for header in (in_file, now))
   trees.raise_all(
-    problems,
+    [
+      f'{name}: {old.get(name, "nothing")!r} in the file, {new.get(name, "nothing")!r} now'
+      for name in old | new
+      if old.get(name) != new.get(name)
+    ],
     f'{path} is the log of another run; pass another path, or what the run was begun with '
     '(an anchor that is meant to change: moving_anchor=True):',
   )
+
+
+def _facts(header: Header, moving: bool) -> dict[str, Any]:
+  """What must not differ, by name."""
+  anchor = {f'anchor {x}': getattr(header.anchor, x) for x in ('source', 'captured', 'moving')}
+  if not moving:
+    anchor['anchor fingerprint'] = header.anchor.fingerprint
+  layers = {f'layer {name}': f'layer {i}' for i, name in enumerate(header.layers)}
+  own = {name: getattr(header, name) for name in ('transform', 'hyperparameters', 'states')}
+  return own | anchor | layers
