@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
 
 from spd_optax import anchors, checks, trees
 from spd_optax.fingerprints import is_dropped
@@ -93,11 +94,17 @@ def layer_report(
     bias False 0.0 None
     kernel False 0.0 0.0
   """
-  states = states_in(opt_state, 'layer_report')
+  return _records(states_in(opt_state, 'layer_report'), stack_axis, group)[0]
+
+
+def _records(
+  states: States, stack_axis: StackAxis, group: Group
+) -> tuple[list[LayerRecord], np.ndarray]:
+  """The records, and ‖θ_0‖ of each."""
   values = begin(states)()
   norms = anchor_norms(states, stack_axis, group)
   far, shares = relative(values.distance, norms), constrained_share(values)
-  return [
+  records = [
     LayerRecord(
       *slot[:4],
       condition=bool(values.condition[i]),
@@ -110,6 +117,7 @@ def layer_report(
     )
     for i, slot in enumerate(slots(states))
   ]
+  return records, norms
 
 
 def scalars(
@@ -159,9 +167,7 @@ def scalars(
     ['spd/condition', 'spd/constrained_share', 'spd/distance']
   """
   checks.text('prefix', prefix)
-  states = states_in(opt_state, 'scalars')
-  records = layer_report(opt_state, stack_axis=stack_axis, group=group)
-  norms = anchor_norms(states, stack_axis, group)
+  records, norms = _records(states_in(opt_state, 'scalars'), stack_axis, group)
   distance = np.array([record.distance for record in records])
   found = {
     'condition': _mean([record.condition for record in records]),
@@ -253,7 +259,7 @@ def find_states(
 
 def _unboxed(value: Any) -> Any:
   """The array in a box of nnx.Optimizer, or the array itself."""
-  return value if isinstance(value, jax.Array | np.ndarray) else jax.tree.leaves(value)[0]
+  return jax.tree.leaves(value)[0]
 
 
 def updates(states: States) -> int:
@@ -263,10 +269,16 @@ def updates(states: States) -> int:
 
 def shapes(states: States) -> list[Shapes]:
   """The shape of each layer's values, in natural order of the keys, for each state."""
-  return [
-    {key: _unboxed(state.condition[key]).shape for key in _natural(tuple(state.condition))}
-    for state in states.values()
-  ]
+  found = []
+  for state in states.values():
+    keys = _natural(tuple(state.condition))
+    arrays = _arrays(state.condition, keys)
+    found.append({key: array.shape for key, array in zip(keys, arrays, strict=True)})
+  return found
+
+
+def _arrays(values: Mapping[str, Any], keys: Sequence[str]) -> list[Any]:
+  return jax.tree.leaves([values[key] for key in keys])
 
 
 @functools.lru_cache(maxsize=64)
@@ -353,59 +365,48 @@ def begin(states: States) -> Callable[[], Values]:
   Returns:
     A function that waits, and returns the values.
   """
-  finish = start([state._replace(anchor=None) for state in states.values()])
-  return lambda: _values(finish())
+  finish = start(tuple(_listed(state) for state in states.values()))
+
+  def values() -> Values:
+    found: tuple[Any, ...] = finish()
+    counts = [len(state.condition) for state in found]
+    rule_state: dict[str, list[np.ndarray]] = {x: [] for state in found for x in state.rule_state}
+    for state, count in zip(found, counts, strict=True):
+      for name, parts in rule_state.items():
+        parts.append(state.rule_state.get(name, np.full(count, np.nan, np.float32)))
+    return Values(
+      updates=np.repeat(np.concatenate([state.count for state in found]), counts),
+      **{field: np.concatenate([getattr(state, field) for state in found]) for field in FIELDS},
+      rule_state={name: np.concatenate(parts) for name, parts in rule_state.items()},
+    )
+
+  return values
 
 
-def _values(states: Sequence[ProjectionDecayState]) -> Values:
-  """The columns of states whose arrays are on the host."""
-  counts = [len(_column(state, state.condition)) for state in states]
-  names = dict.fromkeys(name for state in states for name in state.rule_state)
-  rule_state: dict[str, list[np.ndarray]] = {name: [] for name in names}
-  for state, count in zip(states, counts, strict=True):
-    for name, columns in rule_state.items():
-      own = state.rule_state.get(name)
-      columns.append(np.full(count, np.nan, np.float32) if own is None else _column(state, own))
-  return Values(
-    updates=np.repeat([int(_unboxed(state.count)) for state in states], counts),
-    **{
-      field: np.concatenate([_column(state, getattr(state, field)) for state in states])
-      for field in FIELDS
-    },
-    rule_state={name: np.concatenate(columns) for name, columns in rule_state.items()},
-  )
-
-
-def _column(state: ProjectionDecayState, values: Mapping[str, Any]) -> np.ndarray:
-  parts = [np.ravel(_unboxed(values[key])) for key in _natural(tuple(state.condition))]
-  return np.concatenate(parts or [np.zeros(0)])
+def _listed(state: ProjectionDecayState) -> Any:
+  """The state without its anchor, and with a list of arrays for each column."""
+  keys = _natural(tuple(state.condition))
+  columns = {field: _arrays(getattr(state, field), keys) for field in FIELDS}
+  numbers = {name: _arrays(values, keys) for name, values in state.rule_state.items()}
+  count: Any = [_unboxed(state.count)]
+  return state._replace(count=count, anchor=None, rule_state=numbers, **columns)  # type: ignore[arg-type]
 
 
 def start(tree: Any) -> Callable[[], Any]:
-  """Begins to bring a tree of small arrays to the host; returns a function that waits for it.
+  """Begins to bring a tree of lists of small arrays to the host; no list has another in it.
 
-  The arrays of one sharding and dtype are packed on the device, and travel as one.
+  Returns:
+    A function that waits, and returns the tree, with one flat array for each list.
   """
-  arrays, treedef = jax.tree.flatten(tree)
-  arrays = arrays if jax.process_count() == 1 else [_whole(array) for array in arrays]
-  groups: dict[Any, list[int]] = {}
-  for i, array in enumerate(arrays):
-    sharding = getattr(array, 'sharding', None) if jax.device_count() > 1 else None
-    groups.setdefault((sharding, array.dtype), []).append(i)
-  packed = [_pack([arrays[i] for i in at]) for at in groups.values()]
-  for array in packed:
+  if jax.process_count() > 1:
+    tree = jax.tree.map(_whole, tree)
+  shardings = {getattr(x, 'sharding', None) for x in jax.tree.leaves(tree)}
+  if len(shardings) > 1:  # the arrays of a list become one array, which has one sharding
+    tree = jax.device_put(tree, SingleDeviceSharding(jax.local_devices()[0]))
+  packed = _pack(tree)
+  for array in jax.tree.leaves(packed):
     array.copy_to_host_async()
-  found = [x.shape for x in arrays]
-
-  def finish() -> Any:
-    for array, at in zip(packed, groups.values(), strict=True):
-      values, end = np.asarray(array), 0
-      for i in at:
-        begin, end = end, end + math.prod(found[i])
-        arrays[i] = values[begin:end].reshape(found[i])
-    return jax.tree.unflatten(treedef, arrays)
-
-  return finish
+  return lambda: jax.tree.map(np.asarray, packed)
 
 
 def _whole(array: Any) -> Any:
@@ -418,8 +419,11 @@ def _whole(array: Any) -> Any:
 
 
 @jax.jit
-def _pack(arrays: Sequence[jax.Array]) -> jax.Array:
-  return jnp.concatenate([jnp.ravel(array) for array in arrays])
+def _pack(tree: Any) -> Any:
+  def joined(arrays: Sequence[jax.Array]) -> jax.Array:
+    return jnp.concatenate([jnp.ravel(x) for x in arrays]) if arrays else jnp.zeros(0)
+
+  return jax.tree.map(joined, tree, is_leaf=lambda node: isinstance(node, list))
 
 
 # Norms of the anchors.
@@ -495,8 +499,11 @@ def _squares(members: Sequence[tuple[Any, int | None]]) -> list[np.ndarray]:
   """‖θ_0‖² of each array, or of each slice; kept as long as the array is."""
   keys = [(id(array), axis) for array, axis in members]
   new = {key: member for key, member in zip(keys, members, strict=True) if key not in _KNOWN}
-  sums = start([_square(anchors.on_device(array), axis) for array, axis in new.values()])
-  found = dict(zip(new, sums(), strict=True))
+  sums = [_square(anchors.on_device(array), axis) for array, axis in new.values()]
+  ends = np.cumsum([x.size for x in sums])[:-1]
+  shapes = [x.shape for x in sums]
+  parts = np.split(start((sums,))()[0], ends) if sums else []
+  found = {key: x.reshape(shape) for key, x, shape in zip(new, parts, shapes, strict=True)}
   for key, (array, _) in new.items():
     if isinstance(array, jax.Array):  # one of NumPy may change
       _KNOWN[key] = found[key]
