@@ -83,8 +83,9 @@ class AuditLog:
 
   Raises:
     TypeError: naming every argument of another type, and what JSON cannot hold.
-    AuditFileError: a ValueError, if the file there is no audit log, or of a newer schema.
-    OSError: if `path` is a directory, or no regular file, or in a directory that does not exist.
+    AuditFileError: a ValueError, if `path` is no audit log (a directory, a device, any other file),
+      or one of a newer schema.
+    OSError: if the directory of `path` does not exist.
 
   Example:
     >>> import jax.numpy as jnp, tempfile
@@ -205,9 +206,8 @@ class AuditLog:
     Raises:
       OSError: see `record`.
     """
-    self._header = None
+    self._header = self._last_step = None
     self._writer.close()
-    self._last_step = None
 
   def __enter__(self) -> Self:
     return self

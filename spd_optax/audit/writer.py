@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import errno
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,7 @@ class Writer:
     self._path, self._patience, self._fsync = path, patience, fsync
     self._file = -1  # closed
     self._resumed = False
+    self._step = -math.inf  # of the last record written
     self._pending: Pending | None = None
     self._size, self.hash = 0, ''
 
@@ -87,14 +89,15 @@ class Writer:
     now, size = self._pending, os.fstat(self._file).st_size
     values = now.values()
     metrics = {name: float(np.asarray(value)) for name, value in now.metrics.items()}
-    record = Record(now.step, now.time, **values._asdict(), metrics=metrics, resumed=self._resumed)
+    resumed = self._resumed or now.step <= self._step
+    record = Record(now.step, now.time, **values._asdict(), metrics=metrics, resumed=resumed)
     self._pending = None
     try:
       self._append(_line(record, self._header))
     except BaseException:  # a full disk, or an interrupt, perhaps behind the write
       self._pending = now if os.fstat(self._file).st_size == size else None
       raise
-    self._resumed = False
+    self._resumed, self._step = False, now.step
     for advice in self._watcher.see(record):
       checks.warn(f'step {advice.step}: {advice.message}', AuditWarning)
 
