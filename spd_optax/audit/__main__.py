@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spd_optax.audit import format, tables
-from spd_optax.audit.advice import PATIENCE, advise
+from spd_optax.audit.advice import PATIENCE
 from spd_optax.audit.format import AuditFileError, Run
 
 TORN = 3
@@ -76,13 +76,7 @@ def _report(runs: Sequence[Run], args: argparse.Namespace) -> None:
     from spd_optax.audit import report
   except ImportError as error:
     raise ImportError(f"the report needs {error.name}: pip install 'spd_optax[audit]'") from error
-  starts = ['A: ', 'B: '] if len(runs) > 1 else ['']
-  advice = [
-    f'{start}step {found.step}: {tables.printable(found.message)}'
-    for start, run in zip(starts, runs, strict=True)
-    for found in advise(run, args.patience)
-  ]
-  report.show(runs, advice, args.out, args.html, args.all)
+  report.show(runs, args.out, args.html, args.all, args.patience)
 
 
 def _lines(text: str) -> str:

@@ -20,8 +20,8 @@ import numpy as np
 from spd_optax import checks, fingerprints, reports
 from spd_optax.audit import format
 from spd_optax.audit.advice import PATIENCE
-from spd_optax.audit.format import Header
-from spd_optax.audit.writer import Pending, Writer
+from spd_optax.audit.format import Header, Record
+from spd_optax.audit.writer import Writer
 from spd_optax.layers import Group, StackAxis
 
 VERSIONS_OF = ('jax', 'jaxlib', 'optax', 'numpy', 'spd_optax')
@@ -184,10 +184,15 @@ class AuditLog:
         'went back to a checkpoint'
       )
     header = self._header_of(states)
-    values = reports.begin(states)
+    values, now = reports.begin(states), round(time.time(), 3)
+
+    def pending() -> Record:
+      numbers = {name: float(np.asarray(value)) for name, value in metrics.items()}
+      return Record(step, now, **values()._asdict(), metrics=numbers, resumed=False)
+
     # All communication is done: what fails below may do so on process 0 alone.
     if self._writes:
-      self._writer.put(header, Pending(step, round(time.time(), 3), metrics, values))
+      self._writer.put(header, pending)
     self._last_step = step
     if self._fsync:
       self._writer.write()

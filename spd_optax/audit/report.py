@@ -14,6 +14,7 @@ import rich.table
 from matplotlib.figure import Figure
 
 from spd_optax.audit import pictures, tables
+from spd_optax.audit.advice import advise
 from spd_optax.audit.format import AuditFileError, Run
 from spd_optax.audit.tables import Series, Table
 
@@ -24,20 +25,16 @@ TEMPLATE = Path(__file__).with_name('page.html')
 
 
 def show(
-  runs: Sequence[Run],
-  advice: Sequence[str],
-  out: Path | None = None,
-  html: Path | None = None,
-  every: bool = False,
+  runs: Sequence[Run], out: Path | None, html: Path | None, every: bool, patience: int
 ) -> None:
   """Prints the tables and writes the pictures.
 
   Args:
     runs: one or two.
-    advice: what to warn of.
     out: directory for the pictures; None for one beside the log.
     html: path of a page to write as well.
     every: whether the tables in the terminal have every layer.
+    patience: see `AuditLog`.
 
   Raises:
     AuditFileError: if a run has no records.
@@ -48,6 +45,11 @@ def show(
   starts = ['A: ', 'B: '] if len(runs) > 1 else ['']
   series = [
     tables.of_run(run, start + run.path.stem) for start, run in zip(starts, runs, strict=True)
+  ]
+  advice = [
+    f'{start}step {found.step}: {tables.printable(found.message)}'
+    for start, run in zip(starts, runs, strict=True)
+    for found in advise(run, patience)
   ]
   facts = [tables.facts(run) for run in runs]
   _print([*facts, *_tables(series, every)], advice)

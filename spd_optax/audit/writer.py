@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -16,21 +16,13 @@ from spd_optax import checks, trees
 from spd_optax.audit import format
 from spd_optax.audit.advice import AuditWarning, Watcher
 from spd_optax.audit.format import Header, Line, Record
-from spd_optax.reports import Values
+
+Pending = Callable[[], Record]  # waits for a step that may still be computed
 
 try:
   import fcntl
 except ImportError:  # on Windows: two writers of one file are not kept apart
   fcntl = None  # type: ignore[assignment]
-
-
-class Pending(NamedTuple):
-  """A record whose step may still be computed."""
-
-  step: int
-  time: float
-  metrics: dict[str, Any]
-  values: Callable[[], Values]
 
 
 class Writer:
@@ -87,17 +79,15 @@ class Writer:
     if self._file < 0 or self._pending is None:
       return
     now, size = self._pending, os.fstat(self._file).st_size
-    values = now.values()
-    metrics = {name: float(np.asarray(value)) for name, value in now.metrics.items()}
-    resumed = self._resumed or now.step <= self._step
-    record = Record(now.step, now.time, **values._asdict(), metrics=metrics, resumed=resumed)
+    record = now()
+    record = record._replace(resumed=self._resumed or record.step <= self._step)
     self._pending = None
     try:
       self._append(_line(record, self._header))
     except BaseException:  # a full disk, or an interrupt, perhaps behind the write
       self._pending = now if os.fstat(self._file).st_size == size else None
       raise
-    self._resumed, self._step = False, now.step
+    self._resumed, self._step = False, record.step
     for advice in self._watcher.see(record):
       checks.warn(f'step {advice.step}: {advice.message}', AuditWarning)
 
