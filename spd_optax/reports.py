@@ -388,8 +388,8 @@ def _listed(state: ProjectionDecayState) -> Any:
   keys = _natural(tuple(state.condition))
   columns = {field: _arrays(getattr(state, field), keys) for field in FIELDS}
   numbers = {name: _arrays(values, keys) for name, values in state.rule_state.items()}
-  count: Any = [_unboxed(state.count)]
-  return state._replace(count=count, anchor=None, rule_state=numbers, **columns)  # type: ignore[arg-type]
+  own: dict[str, Any] = {'count': [_unboxed(state.count)], 'rule_state': numbers, **columns}
+  return state._replace(anchor=None, **own)
 
 
 def start(tree: Any) -> Callable[[], Any]:
@@ -400,8 +400,9 @@ def start(tree: Any) -> Callable[[], Any]:
   """
   if jax.process_count() > 1:
     tree = jax.tree.map(_whole, tree)
-  shardings = {getattr(x, 'sharding', None) for x in jax.tree.leaves(tree)}
-  if len(shardings) > 1:  # the arrays of a list become one array, which has one sharding
+  several = jax.device_count() > 1
+  if several and len({getattr(x, 'sharding', None) for x in jax.tree.leaves(tree)}) > 1:
+    # The arrays of a list become one array, which has one sharding.
     tree = jax.device_put(tree, SingleDeviceSharding(jax.local_devices()[0]))
   packed = _pack(tree)
   for array in jax.tree.leaves(packed):
