@@ -400,9 +400,8 @@ def start(tree: Any) -> Callable[[], Any]:
   """
   if jax.process_count() > 1:
     tree = jax.tree.map(_whole, tree)
-  several = jax.device_count() > 1
-  if several and len({getattr(x, 'sharding', None) for x in jax.tree.leaves(tree)}) > 1:
-    # The arrays of a list become one array, which has one sharding.
+  # The arrays of a list become one array, which has one sharding. A mesh may be of one device.
+  if len({getattr(x, 'sharding', None) for x in jax.tree.leaves(tree)}) > 1:
     tree = jax.device_put(tree, SingleDeviceSharding(jax.local_devices()[0]))
   packed = _pack(tree)
   for array in jax.tree.leaves(packed):
