@@ -58,6 +58,11 @@ class ProjectionDecayState(NamedTuple):
   rule_state: dict[str, dict[str, jax.Array]]
 
 
+def is_state(node: Any) -> bool:
+  """Whether a node of an optimizer state is the state of SPD, which holds an anchor."""
+  return isinstance(node, ProjectionDecayState)
+
+
 class Outcome(NamedTuple):
   """What one step decides for one layer; every array has shape [] or [L].
 
@@ -77,6 +82,8 @@ class Outcome(NamedTuple):
 
 
 PER_LAYER = ('condition', 'ratio', 'distance', 'constrained')
+SUMS = {'gradient_norm', 'after'}  # that a rule may ask for
+TAKEN = {*ProjectionDecayState._fields, 'constrained_share', 'relative_distance', 'inner_state'}
 
 
 class Step(NamedTuple):
@@ -107,6 +114,11 @@ class Engine:
     if not isinstance(rule, Rule):
       advice = '; call it' if isinstance(rule, type) and issubclass(rule, Rule) else ''
       raise TypeError(f'rule: expected a spd.Rule, found {checks.kind_of(rule)}{advice}')
+    name = type(rule).__name__
+    if unknown := sorted(set(rule.sums) - SUMS):
+      raise ValueError(f'{name}.sums: expected some of {sorted(SUMS)}, found {unknown}')
+    if taken := sorted(set(rule.init) & TAKEN):
+      raise ValueError(f'{name}.init: reports have numbers of these names already: {taken}')
 
   def init(self, params: optax.Params) -> ProjectionDecayState:
     """The state before the first update."""

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 
 from spd_optax import anchors, checks, fingerprints, trees
-from spd_optax.fingerprints import DroppedLeaf, has_anchor, is_dropped
+from spd_optax.engine import is_state
+from spd_optax.fingerprints import DroppedLeaf, is_dropped
 
 State = TypeVar('State')
 
@@ -185,14 +186,14 @@ def _with_anchors(name: str, opt_state: State, change: Callable[[str, Any], Any]
 
   def changed(node: Any) -> Any:
     nonlocal found
-    if not has_anchor(node):
+    if not is_state(node):
       return node
     found += 1
     flat = trees.flatten(node.anchor, is_dropped)
     leaves = [change(path, leaf) for path, leaf in flat.by_path.items()]
     return node._replace(anchor=jax.tree.unflatten(flat.treedef, leaves))
 
-  result: State = jax.tree.map(changed, opt_state, is_leaf=has_anchor)
+  result: State = jax.tree.map(changed, opt_state, is_leaf=is_state)
   if not found:
     raise TypeError(
       f'{name}: expected the state of an optimizer with projection_decay, with_projection_decay, '

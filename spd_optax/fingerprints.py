@@ -15,7 +15,7 @@ import optax
 from jax import lax
 
 from spd_optax import anchors, checks, memory, trees
-from spd_optax.engine import ProjectionDecayState
+from spd_optax.engine import is_state
 
 WORDS = 4  # of 32 bits
 
@@ -42,7 +42,7 @@ def fingerprint(anchor: optax.Params) -> str:
     >>> spd.fingerprint({'kernel': jnp.ones((2, 3)), 'head': None})
     '8166681abccecf0956171050ebb7c4b0'
   """
-  if anchor is None or any(map(has_anchor, jax.tree.leaves(anchor, is_leaf=has_anchor))):
+  if anchor is None or any(map(is_state, jax.tree.leaves(anchor, is_leaf=is_state))):
     raise TypeError(
       'fingerprint(anchor): expected a tree of arrays, found '
       + ('None' if anchor is None else "an optimizer state; optax.tree.get(state, 'anchor') has it")
@@ -86,11 +86,6 @@ class DroppedLeaf(NamedTuple):
 def is_dropped(node: Any) -> bool:
   """Whether this node of an anchor in a state was dropped."""
   return isinstance(node, DroppedLeaf)
-
-
-def has_anchor(node: Any) -> bool:
-  """Whether this node of an optimizer state is one that holds an anchor."""
-  return isinstance(node, ProjectionDecayState)
 
 
 def of_leaf(path: str, array: Any) -> jax.Array:

@@ -1,32 +1,48 @@
-"""What SPD has done to each layer, as records and as scalars for a tracker."""
+"""What SPD has done to each layer, as records and as scalars for a tracker.
 
+Reports read the optimizer state outside the training step. The values of all layers
+travel to the host in one small array per field, however many layers there are.
+"""
+
+import functools
+import math
 import re
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
 
-from spd_optax import checks, readout
-from spd_optax.layers import Group, StackAxis
-from spd_optax.norms import anchor_norms
-from spd_optax.readout import Values
+from spd_optax import checks, leafwise, memory, trees
+from spd_optax.engine import PER_LAYER, ProjectionDecayState, is_state
+from spd_optax.fingerprints import is_dropped
+from spd_optax.layers import Arrangement, Group, StackAxis, layer_key, layer_name
+
+States = Mapping[str, ProjectionDecayState]  # by their path in the optimizer state
+Shapes = dict[str, tuple[int, ...]]  # of a layer's values, by its key in the state
 
 
 class LayerRecord(NamedTuple):
   """What SPD did to one layer.
 
   Attributes:
-    name: unique among the records: 'layers/kernel[3]' is slice 3 of a stacked leaf.
-    path: the '/'-joined path of the leaf; None where the layer is a group.
-    slice: its index in a stacked leaf or group; None where nothing is stacked.
-    group: the key of the group; None where the layer is one leaf.
-    condition: whether the layer was to be held at the last update. It was moved only where
-      `ratio` > 0, too.
+    name: unique among the records. 'layers/kernel[3]' is slice 3 of a stacked leaf.
+    path: the '/'-joined path of the leaf; None for a group.
+    slice: the index in a stacked leaf or group; None where nothing is stacked.
+    group: the key of the group; None for a leaf.
+    condition: whether the layer was to be held at the last update. SPD moved it only if `ratio`
+      was above 0, too.
     ratio: as in `ProjectionDecayState`.
     distance: ‖θ − θ_0‖ before the last update.
-    relative_distance: distance / ‖θ_0‖, NaN where the distance is; None where there is nothing to
-      be relative to: ‖θ_0‖ is 0, NaN or not known.
-    steps_held: updates so far with a true condition.
-    share_held: `steps_held` per update; 0 before the first.
+    relative_distance: distance / ‖θ_0‖. It is NaN if the distance is, and None if ‖θ_0‖ is 0, NaN
+      or not known.
+    constrained: updates so far with a true condition.
+    constrained_share: `constrained` per update; 0 before the first.
+    rule_state: the rule's own numbers by name; empty for a rule without any.
   """
 
   name: str
@@ -37,33 +53,33 @@ class LayerRecord(NamedTuple):
   ratio: float
   distance: float
   relative_distance: float | None
-  steps_held: int
-  share_held: float
+  constrained: int
+  constrained_share: float
+  rule_state: dict[str, float]
 
 
 def layer_report(
   opt_state: Any, *, stack_axis: StackAxis = None, group: Group = None
 ) -> list[LayerRecord]:
-  """What SPD did to each layer so far.
+  """Reports what SPD did to each layer so far.
 
-  Call it outside jit, as often as you like: it only reads the state. With several
-  processes call it in all of them.
+  The call reads the state and changes nothing. Call it outside jit. With several processes,
+  call it in all of them.
 
   Args:
-    opt_state: the state of any optimizer with SPD in it, at any depth; several in one state
-      (`optax.partition`) are reported one after the other.
-    stack_axis: the transformation's own, and
-    group: likewise. They are needed for the relative distance alone, and only where
-      the state does not show what belongs to a layer: in a group, or where two axes of a leaf
-      are as long as the stack.
+    opt_state: the state of any optimizer with SPD in it, at any depth. Several states of SPD in
+      it (`optax.partition`) are reported one after the other.
+    stack_axis: the `stack_axis` of the transformation. Only the relative distance needs it, and
+      only if two axes of a leaf are as long as its stack.
+    group: the `group` of the transformation. Only the relative distance of groups needs it.
 
   Returns:
-    A record per layer, in the natural order of the names ('block_2' before 'block_10').
+    A record per layer. Names come in natural order ('block_2' before 'block_10').
 
   Raises:
-    TypeError: if there is no state of SPD in `opt_state`, or under jit.
-    ValueError: if the state has a further axis (vmap, pmap), or `stack_axis` and `group` are
-      not those that it was made with.
+    TypeError: if `opt_state` holds no state of SPD, or under jit.
+    ValueError: if the state has a further axis (vmap, pmap), or if `stack_axis` and `group` are
+      not those of the transformation.
 
   Example:
     >>> import jax.numpy as jnp
@@ -76,40 +92,55 @@ def layer_report(
     bias False 0.0 None
     kernel False 0.0 0.0
   """
-  states = readout.states_in(opt_state, 'layer_report')
-  values = readout.read(states)
+  return _records(states_in(opt_state, 'layer_report'), stack_axis, group)[0]
+
+
+def _records(
+  states: States, stack_axis: StackAxis, group: Group
+) -> tuple[list[LayerRecord], np.ndarray]:
+  """The records, and ‖θ_0‖ of each."""
+  values = begin(states)()
   norms = anchor_norms(states, stack_axis, group)
-  far = relative(values.distance, norms).tolist()
-  return [
+  far, shares = relative(values.distance, norms), constrained_share(values)
+  records = [
     LayerRecord(
-      *slot,
+      *slot[:4],
       condition=bool(values.condition[i]),
       ratio=float(values.ratio[i]),
       distance=float(values.distance[i]),
-      relative_distance=far[i] if norms[i] > 0 else None,
-      steps_held=int(values.constrained[i]),
-      share_held=float(share),
+      relative_distance=float(far[i]) if norms[i] > 0 else None,
+      constrained=int(values.constrained[i]),
+      constrained_share=float(shares[i]),
+      rule_state={name: float(values.rule_state[name][i]) for name in slot.numbers},
     )
-    for i, (slot, share) in enumerate(zip(readout.slots(states), shares(values), strict=True))
+    for i, slot in enumerate(slots(states))
   ]
+  return records, norms
 
 
 def scalars(
   opt_state: Any, prefix: str = 'spd', *, stack_axis: StackAxis = None, group: Group = None
 ) -> dict[str, float]:
-  """Shares and distances as a flat dict, for any tracker.
+  """Returns the same as `layer_report` in a flat dict, for any tracker.
 
   ``wandb.log(spd.scalars(state), step)``, ``writer.write_scalars(step, spd.scalars(state))`` (clu),
-  or ``writer.add_scalar(name, value, step)`` for each item (TensorBoard). The keys, each after
-  `prefix`:
+  or ``writer.add_scalar(name, value, step)`` for each item (TensorBoard). Each key begins with
+  `prefix`. The words are those of `LayerRecord`. Over all layers:
 
-  - ``held``: the share of the layers with a true condition at the last update; ``held_share``:
-    of layers and updates so far.
-  - ``distance``: ‖θ − θ_0‖ over all layers; ``relative_distance``: over those whose ‖θ_0‖
-    is known, divided by it, if it is not 0.
-  - ``NAME/held``, ``NAME/ratio``, ``NAME/distance``, ``NAME/relative_distance``,
-    ``NAME/held_share``: those of each layer; without the relative distance where it is None.
-    'layers/kernel[3]' is spelled 'layers/kernel/3', as TensorBoard takes no brackets.
+  - ``condition``: the share of the layers with a true condition at the last update.
+  - ``constrained_share``: the mean of the layers' shares.
+  - ``distance``: ‖θ − θ_0‖.
+  - ``relative_distance``: the distance of the layers with a known ‖θ_0‖, divided by that. It
+    is left out if no ‖θ_0‖ is known and above 0.
+
+  For each layer:
+
+  - ``NAME/condition``, ``NAME/ratio``, ``NAME/distance``, ``NAME/constrained_share``.
+  - ``NAME/relative_distance``, unless it is None.
+  - ``NAME/NUMBER`` for each of the rule's own numbers.
+
+  TensorBoard takes no brackets: 'layers/kernel[3]' is spelled 'layers/kernel/3'. If two layers, or
+  two numbers of a layer, are then spelled alike, the later in `layer_report` gets '_2', '_3', ...
 
   Args:
     opt_state: see `layer_report`.
@@ -121,7 +152,8 @@ def scalars(
     Python floats by name.
 
   Raises:
-    TypeError, ValueError: as `layer_report`.
+    TypeError: if `prefix` is no string; and as `layer_report`.
+    ValueError: as `layer_report`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -130,53 +162,368 @@ def scalars(
     >>> tx = spd.adam_spd(1e-3)
     >>> _, state = tx.update(params, tx.init(params), params)
     >>> sorted(spd.scalars(state))[:3]
-    ['spd/distance', 'spd/held', 'spd/held_share']
+    ['spd/condition', 'spd/constrained_share', 'spd/distance']
   """
   checks.text('prefix', prefix)
-  states = readout.states_in(opt_state, 'scalars')
-  values = readout.read(states)
-  norms = anchor_norms(states, stack_axis, group)
-  whole = {
-    'held': _mean(values.condition),
-    'held_share': _mean(shares(values)),
-    'distance': float(np.linalg.norm(values.distance)),
+  records, norms = _records(states_in(opt_state, 'scalars'), stack_axis, group)
+  distance = np.array([record.distance for record in records])
+  found = {
+    'condition': _mean([record.condition for record in records]),
+    'constrained_share': _mean([record.constrained_share for record in records]),
+    'distance': float(np.linalg.norm(distance)),
   }
   if np.any(norms > 0):
-    whole['relative_distance'] = float(overall(values.distance, norms))
-  columns = {
-    'held': values.condition,
-    'held_share': shares(values),
-    'ratio': values.ratio,
-    'distance': values.distance,
-    'relative_distance': relative(values.distance, norms),
-  }
-  lists = {key: column.astype(float).tolist() for key, column in columns.items()}
-  for i, slot in enumerate(readout.slots(states)):
-    name = re.sub(r"[][/'()]+[.]?", '/', slot.name).strip('/')
-    keys = [key for key in lists if key != 'relative_distance' or norms[i] > 0]
-    whole |= {f'{name}/{key}': lists[key][i] for key in keys}
+    found['relative_distance'] = float(overall(distance, norms))
+  names = _distinct([re.sub(r"[][/'()]+[.]?", '/', x.name).strip('/') or 'root' for x in records])
+  for name, record in zip(names, records, strict=True):
+    found |= {f'{name}/{word}': value for word, value in _words(record).items()}
   start = f'{prefix}/' if prefix else ''
-  return {start + key: value for key, value in whole.items()}
+  return {start + key: value for key, value in found.items()}
 
 
-def _mean(values: np.ndarray) -> float:
+def _words(record: LayerRecord) -> dict[str, float]:
+  """The scalars of one layer; no word has a '/'."""
+  own = ('condition', 'ratio', 'distance', 'constrained_share', 'relative_distance')
+  named = [(word, getattr(record, word)) for word in own]
+  named += [(re.sub(r'[^\w.-]', '_', word), value) for word, value in record.rule_state.items()]
+  words = _distinct([word for word, _ in named])
+  return {
+    word: float(value) for word, (_, value) in zip(words, named, strict=True) if value is not None
+  }
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+  """The names; where one has come before, with the first of '_2', '_3', ... that is free."""
+  taken, found = set(names), list(dict.fromkeys(names))
+  if len(found) == len(names):
+    return found
+  found = []
+  for name in names:
+    free = (f'{name}_{i}' for i in range(2, len(names) + len(taken) + 2))
+    found.append(name if name not in found else next(x for x in free if x not in taken))
+    taken.add(found[-1])
+  return found
+
+
+def _mean(values: Sequence[float]) -> float:
   return float(np.mean(values)) if len(values) else 0.0
 
 
-def shares(values: Values) -> np.ndarray:
+# The states in an optimizer state, and the layers in them.
+
+
+def states_in(opt_state: Any, name: str) -> States:
+  """Finds every `ProjectionDecayState` in an optimizer state, by its path there.
+
+  Raises:
+    TypeError: if there is none, or no values in it. The message begins with `name`.
+    ValueError: if one has a further axis.
+  """
+  found = _find_states(opt_state)
+  if not found:
+    raise TypeError(
+      f'{name}: expected the state of an optimizer with projection_decay, with_projection_decay '
+      f'or adam_spd in it, found {type(opt_state).__name__} without one (of an nnx.Optimizer pass '
+      'optimizer.opt_state)'
+    )
+  for path, state in found.items():
+    count = _unboxed(state.count)
+    if isinstance(count, jax.core.Tracer):
+      raise TypeError(f'{name}: call it outside jit, with the state that a step returned')
+    if isinstance(count, jax.ShapeDtypeStruct):
+      raise TypeError(f'{name}: found shapes without values in opt_state{path}')
+    if jnp.shape(count):
+      raise ValueError(
+        f'{name}: opt_state{path}.count has the shape {jnp.shape(count)}: the state has a further '
+        'axis (vmap over seeds, or pmap); pass a part: jax.tree.map(lambda x: x[0], opt_state)'
+      )
+  return found
+
+
+def _find_states(opt_state: Any) -> States:
+  """Finds the states in a tree, by path; the path of a lone one is ''."""
+  states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
+  if len(states) <= 1:  # the paths of all other leaves would take most of the time
+    return dict.fromkeys([''], *states) if states else {}
+  flat = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_state)[0]
+  return {jax.tree_util.keystr(path): node for path, node in flat if is_state(node)}
+
+
+def _unboxed(value: Any) -> Any:
+  """The array in a box of nnx.Optimizer, or the array itself."""
+  return jax.tree.leaves(value)[0]
+
+
+def updates(states: States) -> int:
+  """Updates so far; of several states, of the one with the most."""
+  return max(int(_unboxed(state.count)) for state in states.values())
+
+
+def shapes(states: States) -> list[Shapes]:
+  """The shape of each layer's values, in natural order of the keys, for each state."""
+  found = []
+  for state in states.values():
+    keys = _natural(tuple(state.condition))
+    arrays = _arrays(state.condition, keys)
+    found.append({key: array.shape for key, array in zip(keys, arrays, strict=True)})
+  return found
+
+
+def _arrays(values: Mapping[str, Any], keys: Sequence[str]) -> list[Any]:
+  return jax.tree.leaves([values[key] for key in keys])
+
+
+@functools.lru_cache(maxsize=64)
+def _natural(names: tuple[str, ...]) -> list[str]:
+  """'block_2' before 'block_10'."""
+
+  def key(name: str) -> list[Any]:
+    parts = re.split('([0-9]+)', name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
+
+  return sorted(names, key=key)
+
+
+def sizes(states: States) -> list[int]:
+  """How many layers each state has, with a slice as one."""
+  return [sum(map(math.prod, layers.values())) for layers in shapes(states)]
+
+
+class Slot(NamedTuple):
+  """One layer among all: the first fields of its `LayerRecord`, and names of its rule's numbers."""
+
+  name: str
+  path: str | None
+  slice: int | None
+  group: str | None
+  numbers: tuple[str, ...]
+
+
+def slots(states: States) -> list[Slot]:
+  """The layers in the order of all values.
+
+  If two states have a layer of one name, each name begins with the path of its state.
+  """
+  found = [
+    (f'opt_state{path}/', slot)
+    for (path, state), layers in zip(states.items(), shapes(states), strict=True)
+    for slot in _slots(state, layers)
+  ]
+  twice = len({slot.name for _, slot in found}) < len(found)
+  return [slot._replace(name=start + slot.name) if twice else slot for start, slot in found]
+
+
+def _slots(state: ProjectionDecayState, layers: Shapes) -> Iterator[Slot]:
+  flat = _flat_anchor(state)
+  leaves = {layer_key(path): path for path in (*flat.paths, *map(trees.join, flat.holes))}
+  for key, shape in layers.items():
+    layer = leaves.get(key, layer_name(key))
+    path, group = (layer, None) if key in leaves else (None, layer)
+    for at in range(shape[0]) if shape else (None,):
+      name = (layer or '(root)') + ('' if at is None else f'[{at}]')
+      yield Slot(name, path, at, group, tuple(state.rule_state))
+
+
+def _flat_anchor(state: ProjectionDecayState) -> trees.Flat:
+  """The anchor taken apart; a dropped leaf is one leaf."""
+  return trees.flatten(state.anchor, is_dropped)
+
+
+# The values of all layers, brought to the host.
+
+
+class Values(NamedTuple):
+  """The values of all layers on the host: arrays with an entry per slot.
+
+  Attributes:
+    updates: int, updates so far of the state that has the layer.
+    condition, ratio, distance, constrained: as in `ProjectionDecayState`.
+    rule_state: likewise, by the number's name; NaN where a layer's rule has no such number.
+  """
+
+  updates: np.ndarray
+  condition: np.ndarray
+  ratio: np.ndarray
+  distance: np.ndarray
+  constrained: np.ndarray
+  rule_state: dict[str, np.ndarray]
+
+
+def begin(states: States) -> Callable[[], Values]:
+  """Begins to read all layers; does not wait for the step that computes them.
+
+  If the arrays are spread over several processes, all of them must call it.
+
+  Returns:
+    A function that waits, and returns the values.
+  """
+  finish = start(tuple(_listed(state) for state in states.values()))
+
+  def values() -> Values:
+    found: tuple[Any, ...] = finish()
+    counts = [len(state.condition) for state in found]
+    rule_state: dict[str, list[np.ndarray]] = {x: [] for state in found for x in state.rule_state}
+    for state, count in zip(found, counts, strict=True):
+      for name, parts in rule_state.items():
+        parts.append(state.rule_state.get(name, np.full(count, np.nan, np.float32)))
+    return Values(
+      updates=np.repeat(np.concatenate([state.count for state in found]), counts),
+      **{field: np.concatenate([getattr(state, field) for state in found]) for field in PER_LAYER},
+      rule_state={name: np.concatenate(parts) for name, parts in rule_state.items()},
+    )
+
+  return values
+
+
+def _listed(state: ProjectionDecayState) -> Any:
+  """The state without its anchor, and with a list of arrays for each column."""
+  keys = _natural(tuple(state.condition))
+  columns = {field: _arrays(getattr(state, field), keys) for field in PER_LAYER}
+  numbers = {name: _arrays(values, keys) for name, values in state.rule_state.items()}
+  own: dict[str, Any] = {'count': [_unboxed(state.count)], 'rule_state': numbers, **columns}
+  return state._replace(anchor=None, **own)
+
+
+def start(tree: Any) -> Callable[[], Any]:
+  """Begins to bring a tree of lists of small arrays to the host; no list has another in it.
+
+  Returns:
+    A function that waits, and returns the tree, with one flat array for each list.
+  """
+  if jax.process_count() > 1:
+    tree = jax.tree.map(_whole, tree)
+  # The arrays of a list become one array, which has one sharding. A mesh may be of one device.
+  if len({getattr(x, 'sharding', None) for x in jax.tree.leaves(tree)}) > 1:
+    tree = jax.device_put(tree, SingleDeviceSharding(jax.local_devices()[0]))
+  packed = _pack(tree)
+  for array in jax.tree.leaves(packed):
+    array.copy_to_host_async()
+  return lambda: jax.tree.map(np.asarray, packed)
+
+
+def _whole(array: Any) -> Any:
+  """The array in a form of which this process has all."""
+  if not isinstance(array, jax.Array) or array.is_fully_addressable:
+    return array
+  if array.is_fully_replicated:
+    return array.addressable_data(0)
+  return multihost_utils.process_allgather(array, tiled=True)
+
+
+@jax.jit
+def _pack(tree: Any) -> Any:
+  def joined(arrays: Sequence[jax.Array]) -> jax.Array:
+    return jnp.concatenate([jnp.ravel(x) for x in arrays]) if arrays else jnp.zeros(0)
+
+  return jax.tree.map(joined, tree, is_leaf=lambda node: isinstance(node, list))
+
+
+# Norms of the anchors.
+
+
+def anchor_norms(states: States, stack_axis: StackAxis = None, group: Group = None) -> np.ndarray:
+  """‖θ_0‖ for each slot; NaN where an anchor was dropped, or the layer's leaves are not known.
+
+  `stack_axis` and `group` are the transformation's own. Without them a layer is known if
+  it is a leaf, and stacked along the only axis of its length.
+
+  Raises:
+    ValueError: naming every layer that `stack_axis` and `group` give and the state lacks.
+  """
+  found = shapes(states)
+  members = [
+    _members(state, layers, stack_axis, group)
+    for state, layers in zip(states.values(), found, strict=True)
+  ]
+  squares = iter(_squares([pair for part in members for pairs in part.values() for pair in pairs]))
+  norms = [np.zeros(0)]
+  for part, layers in zip(members, found, strict=True):
+    known = {key: [next(squares) for _ in pairs] for key, pairs in part.items()}
+    for key, shape in layers.items():
+      unknown = np.full(shape, 0 if key in known else np.nan)
+      norms.append(np.ravel(sum(known.get(key, []), start=unknown)))
+  return np.sqrt(np.concatenate(norms))
+
+
+Members = dict[str, list[tuple[Any, int | None]]]  # by layer: arrays of its anchor, stack axes
+
+
+def _members(
+  state: ProjectionDecayState, layers: Shapes, stack_axis: StackAxis, group: Group
+) -> Members:
+  """The arrays of each layer whose arrays are all known; none for one that stores none."""
+  flat = _flat_anchor(state)
+  if any(map(is_dropped, flat.leaves)):
+    return {}
+  if stack_axis is None and group is None:
+    stored = [layer_key(path) for path in flat.paths]
+    axes = [_evident_axis(leaf, layers.get(k)) for k, leaf in zip(stored, flat.leaves, strict=True)]
+  else:
+    made = Arrangement(stack_axis, group).find_layers(flat, range(len(flat.leaves)))
+    trees.match_shapes(
+      {layer_name(key): layers[key] for key in made.keys if key in layers},
+      dict(zip(map(layer_name, made.keys), made.shapes, strict=True)),
+      'stack_axis and group must be those of the transformation; the shapes of the layers differ:',
+    )
+    stored, axes = [made.keys[at] for at in made.layer_of], list(made.stack_axes)
+  if not set(stored) <= set(layers):
+    return {}  # some leaves are in groups, perhaps in one that has the name of another leaf
+  found: Members = {key: [] for key in layers}
+  for key, leaf, axis in zip(stored, flat.leaves, axes, strict=True):
+    found[key].append((leaf, axis))
+  unknown = {key for key, axis in zip(stored, axes, strict=True) if axis == UNKNOWN}
+  return {key: pairs for key, pairs in found.items() if key not in unknown}
+
+
+UNKNOWN = -1  # axis
+
+
+def _evident_axis(leaf: Any, shape: tuple[int, ...] | None) -> int | None:
+  """The only axis that can stack the layers of a leaf."""
+  axes = [i for i, length in enumerate(leaf.shape) if (length,) == shape]
+  return None if shape == () else axes[0] if len(axes) == 1 else UNKNOWN
+
+
+_KNOWN: dict[tuple[int, int | None], np.ndarray] = {}  # by the id of an array that is alive
+
+
+def _squares(members: Sequence[tuple[Any, int | None]]) -> list[np.ndarray]:
+  """‖θ_0‖² of each array, or of each slice; kept as long as the array is."""
+  keys = [(id(array), axis) for array, axis in members]
+  new = {key: member for key, member in zip(keys, members, strict=True) if key not in _KNOWN}
+  sums = [_square(memory.on_device(array), axis) for array, axis in new.values()]
+  ends = np.cumsum([x.size for x in sums])[:-1]
+  shapes = [x.shape for x in sums]
+  parts = np.split(start((sums,))()[0], ends) if sums else []
+  found = {key: x.reshape(shape) for key, x, shape in zip(new, parts, shapes, strict=True)}
+  for key, (array, _) in new.items():
+    if isinstance(array, jax.Array):  # one of NumPy may change
+      _KNOWN[key] = found[key]
+      weakref.finalize(array, _KNOWN.pop, key, None).atexit = False
+  return [found[key] if key in found else _KNOWN[key] for key in keys]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _square(array: jax.Array, stack_axis: int | None) -> jax.Array:
+  axes = [i for i in range(array.ndim) if i != stack_axis]
+  total: jax.Array = jnp.sum(jnp.square(jnp.abs(leafwise.at_least_float32(array))), axis=axes)
+  return total
+
+
+def constrained_share(values: Values) -> np.ndarray:
   """The share of the updates with a true condition; 0 before the first."""
   found: np.ndarray = values.constrained / np.maximum(values.updates, 1)
   return found
 
 
 def relative(distance: np.ndarray, norms: np.ndarray) -> np.ndarray:
-  """‖θ − θ_0‖ / ‖θ_0‖ for each layer; NaN where ‖θ_0‖ is 0 or not known."""
+  """‖θ − θ_0‖ / ‖θ_0‖ for each layer; NaN if ‖θ_0‖ is 0 or not known."""
   known = norms > 0
   return np.where(known, distance, np.nan) / np.where(known, norms, 1)
 
 
 def overall(distance: np.ndarray, norms: np.ndarray) -> Any:
-  """‖θ − θ_0‖ / ‖θ_0‖ over all layers (the last axis) whose ‖θ_0‖ is known; NaN if none is."""
+  """‖θ − θ_0‖ / ‖θ_0‖ over the layers (the last axis) with a known ‖θ_0‖; NaN without any."""
   known = ~np.isnan(norms)
   size = float(np.linalg.norm(norms[known]))
   far = np.linalg.norm(distance[..., known], axis=-1)

@@ -11,7 +11,7 @@ from audited import FACTS, PARAMS, TX, states
 
 import spd_optax as spd
 from spd_optax import audit
-from spd_optax.audit import advice
+from spd_optax.audit import advice, format
 
 
 @pytest.fixture
@@ -116,14 +116,16 @@ def test_patience_is_that_of_the_part_with_the_fewest_updates(path):
 @pytest.mark.parametrize('patience', [1, 10, 100, 10**9])
 def test_what_is_kept_does_not_grow_with_patience(patience):
   # Would catch: a run of weeks that keeps every record in memory.
-  header = {'layers': ['a'], 'anchor': {'norms': [1.0], 'source': 'x', 'captured': None}}
+  anchor = format.Anchor('', 'x', None, False, [1.0])
+  header = format.Header(format.FORMAT, 1, '', {}, '', {}, anchor, ['a'], [1])
   watcher = advice.Watcher(header, patience)
   one, none = np.ones(1, np.float32), np.zeros(1, bool)
   for i in range(1, 1000):
     count = np.array([i], np.int32)
-    watcher.see(audit.Record(i, 0.0, count, none, one, one, count // 2, {}, False))
+    record = audit.Record(i, 0.0, count, none, one, one, count // 2, {}, {}, False)
+    watcher.see(record)
     assert len(watcher.kept) <= 2 * advice.KEPT + 2
-    base = watcher.held_since(audit.Record(i, 0.0, count, none, one, one, count // 2, {}, False))
+    base = watcher.held_since(record)
     assert (base is not None) == (i > patience)
     if base is not None:
       assert patience <= i - base[0].step <= patience + max(patience // advice.KEPT, 1)

@@ -11,9 +11,9 @@ from audited import made_up, names, run
 
 from spd_optax import audit
 from spd_optax.audit import __main__ as command
-from spd_optax.audit import lines
+from spd_optax.audit import format
 
-NEWER = lines.seal({'format': lines.FORMAT, 'schema': 99}, '')[0]
+NEWER = format.START + b'99}\n'
 
 
 @pytest.fixture(scope='module')
@@ -153,6 +153,35 @@ def test_an_output_that_cannot_be_written_is_a_message(log, tmp_path, capsys):
   assert run('report', log, '--out', tmp_path / 'file') == 1
   assert 'error:' in capsys.readouterr().err
   assert run('report', log, '--out', tmp_path, '--html', tmp_path) == 1
+
+
+EVIL = ['$\\notacommand$', '$x^{$', 'a$', r'\$', '_under', '\n', '# %', '{{ 7 * 7 }}']
+
+
+@pytest.mark.parametrize('kind', ['layers', 'metric', 'file', 'number'])
+def test_names_are_no_mathematics(kind, tmp_path, capsys):
+  # Would catch: a name with a '$' that matplotlib cannot parse, or shows as something else.
+  path = tmp_path / ('$x^{$ _y.jsonl' if kind == 'file' else 'run.jsonl')
+  layers = EVIL if kind == 'layers' else ['a', 'b']
+  metrics = dict.fromkeys(EVIL, 1.0) if kind == 'metric' else {}
+  made_up(path, layers, 3, numbers=EVIL if kind == 'number' else (), metrics=metrics)
+  page = tmp_path / 'page.html'
+  assert run('report', path, '--html', page) == 0
+  assert run('compare', path, path, '--out', tmp_path) == 0
+  assert 'Traceback' not in capsys.readouterr().err
+  expected = path.name if kind == 'file' else '$\\notacommand$'
+  assert expected in Page(page.read_text()).text
+
+
+@pytest.mark.parametrize('value', ['0', '-1', 'x', '1.5', ''])
+def test_patience_is_a_number_of_updates(log, value, capsys):
+  # Would catch: a traceback.
+  for call in (['report', log], ['compare', log, log]):
+    with pytest.raises(SystemExit) as error:
+      run(*call, f'--patience={value}')
+    assert error.value.code == 2
+    message = f'--patience: expected an integer of 1 or more, found {value!r}'
+    assert message in capsys.readouterr().err
 
 
 def test_the_module_runs_as_a_command_and_names_the_extra_it_needs(log, tmp_path):

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from audited import FACTS, PARAMS, TX, states, write
+from audited import FACTS, PARAMS, TX, made_up, states, write
 
 import spd_optax as spd
 from spd_optax import audit
-from spd_optax.audit import pictures, series, tables
+from spd_optax.audit import pictures, tables
 
 
 @pytest.fixture
@@ -25,22 +25,22 @@ def test_a_log_says_what_the_states_said(path):
   # Would catch: values of another layer, or that are rounded to nothing.
   write(path)
   run = audit.verify(path)
-  assert run.header['layers'] == ['bias', 'kernel']
-  assert run.header['anchor']['fingerprint'] == spd.fingerprint(PARAMS)
-  assert run.header['anchor']['source'] == 'ones'
-  assert run.header['versions']['jax'] == jax.__version__
-  assert run.header['schema'] == 1
+  assert run.layers == ['bias', 'kernel']
+  assert run.header.anchor.fingerprint == spd.fingerprint(PARAMS)
+  assert run.header.anchor.source == 'ones'
+  assert run.header.versions['jax'] == jax.__version__
+  assert run.header.schema == 1
   np.testing.assert_allclose(run.norms, [0, 6**0.5], rtol=1e-6)
   for step, (record, state) in enumerate(zip(run.records, states(5), strict=True)):
     own = state.projection_decay
     assert (record.step, record.metrics) == (step, {'loss': 1 / (step + 1)})
     assert record.updates.tolist() == [step + 1, step + 1]
     for i, name in enumerate(run.layers):
-      assert record.held[i] == own.condition[name]
-      assert record.steps[i] == own.constrained[name]
+      assert record.condition[i] == own.condition[name]
+      assert record.constrained[i] == own.constrained[name]
       np.testing.assert_allclose(record.distance[i], own.distance[name], rtol=1e-6)
       np.testing.assert_allclose(record.ratio[i], own.ratio[name], rtol=1e-6)
-  assert any(record.held.any() for record in run.records)
+  assert any(record.condition.any() for record in run.records)
 
 
 def test_slices_of_stacked_layers_have_a_value_each(path):
@@ -49,6 +49,43 @@ def test_slices_of_stacked_layers_have_a_value_each(path):
     for step, state in enumerate(states(2, tx)):
       log.record(step, state)
   assert audit.read(path).layers == ['bias', 'kernel[0]', 'kernel[1]']
+
+
+def test_the_numbers_of_a_rule_are_logged_by_name(path):
+  # Would catch: a number that is taken for another, or given to another layer.
+  made_up(path, ['b', 'a', 'c/d'], steps=2, numbers=('square', 'mean'))
+  run = audit.verify(path)
+  assert run.layers == ['a', 'b', 'c/d']
+  for step, record in enumerate(run.records, 1):
+    assert record.rule_state.keys() == {'square', 'mean'}
+    for k, name in enumerate(('square', 'mean')):
+      values = np.float32([1, 0, 2]) + k + step / 100
+      np.testing.assert_allclose(record.rule_state[name], values, rtol=1e-6)
+
+
+def test_a_rule_with_other_numbers_is_refused(path):
+  # Would catch: a state of another rule that goes on in the same log.
+  one = [{'a': np.zeros((), dtype)} for dtype in (bool, np.float32, np.float32, np.int32)]
+  log = spd.AuditLog(path, transform='x')
+  states = [
+    spd.ProjectionDecayState(np.int32(1), {'a': np.ones(2)}, *one, numbers)
+    for numbers in ({'mean': {'a': np.float32(1)}}, {})
+  ]
+  log.record(1, states[0])
+  with pytest.raises(ValueError, match='layers are not those of the first'):
+    log.record(2, states[1])
+
+
+def test_names_that_are_no_unicode_are_logged(path):
+  # Would catch: a name as of a file in another encoding, which ends the run at its first record.
+  name = 'caf\udce9'
+  made_up(path, ['a', 'b'], steps=2, source=name, transform=name, metrics={name: 1.0})
+  run = audit.verify(path)
+  shown = 'caf\\udce9'
+  assert run.header.anchor.source == run.header.transform == shown
+  assert shown in run.records[0].metrics
+  with pytest.raises(TypeError, match="hyperparameters 'a'"):
+    spd.AuditLog(path, transform='x', hyperparameters={'a': name})
 
 
 def test_every_line_is_json_also_of_values_that_are_not_finite(path):
@@ -84,7 +121,7 @@ def test_before_the_first_update_there_is_nothing_to_log(path):
   log.record(1, after)
   log.close()
   anchor = optax.tree.get(after, 'anchor')
-  assert audit.verify(path).header['anchor']['fingerprint'] == spd.fingerprint(anchor)
+  assert audit.verify(path).header.anchor.fingerprint == spd.fingerprint(anchor)
 
 
 def test_metrics_are_those_of_their_step(path):
@@ -188,8 +225,8 @@ def test_paths_and_numbers_of_numpy_become_what_json_can_hold(path):
   with spd.AuditLog(path, transform='x', hyperparameters=settings, source=Path('c/d')) as log:
     log.record(0, state)
   header = audit.read(path).header
-  assert header['anchor']['source'] == str(Path('c/d'))
-  assert header['hyperparameters'] == {'lr': 0.5, 'data': str(Path('a/b')), 'betas': [1.0, 2]}
+  assert header.anchor.source == str(Path('c/d'))
+  assert header.hyperparameters == {'lr': 0.5, 'data': str(Path('a/b')), 'betas': [1.0, 2]}
 
 
 def test_each_part_of_a_partition_counts_its_own_updates(path):
@@ -202,17 +239,17 @@ def test_each_part_of_a_partition_counts_its_own_updates(path):
       if step >= 2:  # before it one part has had no update
         log.record(step, state)
   run = audit.verify(path)
-  assert (run.layers, run.header['states']) == (['kernel', 'bias'], [1, 1])
+  assert (run.layers, run.header.states) == (['kernel', 'bias'], [1, 1])
   assert [record.updates.tolist() for record in run.records] == [[i, i // 3] for i in range(3, 13)]
-  over_time = series.of_run(run)
-  held = run.records[-1].steps
-  np.testing.assert_allclose(series.shares(over_time), held / [12, 4])
+  over_time = tables.of_run(run)
+  held = run.records[-1].constrained
+  np.testing.assert_allclose(over_time.share, held / [12, 4])
   assert held[1] > 0
-  rows = {row[0]: row[2] for row in tables.layers(over_time).rows}
+  rows = {row[0]: row[2] for row in tables.layers([over_time]).rows}
   assert rows['bias'] == f'{100 * held[1] / 4:.1f}'
-  edges, shares = series.held_between(over_time, 3)
+  edges, shares = tables.held_between(over_time, 3)
   assert edges.tolist() == [2, 5, 8, 11]
-  steps = np.array([record.steps for record in run.records])[::3]
+  steps = np.array([record.constrained for record in run.records])[::3]
   np.testing.assert_allclose(shares, np.diff(steps, axis=0) / [3, 1])
 
 
@@ -224,8 +261,8 @@ def test_a_layer_without_an_update_between_two_records_has_no_share_there(path):
   with spd.AuditLog(path, **FACTS) as log:
     for step, state in enumerate(states(7, tx)):
       log.record(step, state)
-  over_time = series.of_run(audit.verify(path))
-  _, shares = series.held_between(over_time, 6)
+  over_time = tables.of_run(audit.verify(path))
+  _, shares = tables.held_between(over_time, 6)
   assert np.isnan(shares[:, 1]).tolist() == [True, False, True, True, False, True]
   assert np.isfinite(pictures._panels(over_time)['layers held, %'][1]).all()
 
@@ -238,8 +275,8 @@ def test_the_report_says_what_the_user_said_of_the_anchor_and_no_more(path, capt
   with spd.AuditLog(path, transform='x', source=source, captured=captured) as log:
     log.record(0, state)
   run = audit.read(path)
-  assert run.header['anchor']['captured'] is captured
-  assert run.header['anchor']['source'] == source
+  assert run.header.anchor.captured is captured
+  assert run.header.anchor.source == source
   cells = dict(tables.facts(run).rows)
   assert cells['its source'] == (source or 'not named')
   what = {True: 'captured: the params at the first update', False: 'passed', None: ''}[captured]

@@ -12,8 +12,7 @@ from audited import made_up, names, run
 
 import spd_optax as spd
 from spd_optax import audit
-from spd_optax.audit import pictures, reading, series, tables
-from spd_optax.step import ProjectionDecayState
+from spd_optax.audit import format, pictures, tables
 
 
 @pytest.fixture(scope='module')
@@ -57,12 +56,12 @@ def test_report_of_a_large_model_shows_blocks_and_with_all_every_layer(logs, tmp
 
 def test_the_table_says_what_the_log_says(logs):
   log = audit.read(logs['a12'])
-  table = tables.layers(series.of_run(log))
+  table = tables.layers([tables.of_run(log)])
   last = log.records[-1]
   for i, row in enumerate(table.rows):
     assert row[0] == log.layers[i]
-    assert row[1] == ('yes' if last.held[i] else '')
-    assert row[2] == f'{100 * last.steps[i] / 30:.1f}'
+    assert row[1] == ('yes' if last.condition[i] else '')
+    assert row[2] == f'{100 * last.constrained[i] / 30:.1f}'
     assert float(row[4]) == pytest.approx(float(last.distance[i]), rel=1e-3)
     norm = 2 * (names(12).index(row[0]) % 3)
     assert row[5] == (f'{100 * last.distance[i] / norm:.1f}' if norm else '–')
@@ -71,12 +70,12 @@ def test_the_table_says_what_the_log_says(logs):
 def test_the_heat_map_shows_the_share_of_the_updates_between_its_columns(logs):
   # Would catch: a map of the logged conditions alone, which a log of every 100th step aliases.
   log = audit.read(logs['a12'])
-  every = series.of_run(log)
-  edges, shares = series.held_between(every, 29)
+  every = tables.of_run(log)
+  edges, shares = tables.held_between(every, 29)
   assert edges.tolist() == list(range(1, 31))
-  np.testing.assert_array_equal(shares, [record.held for record in log.records[1:]])
-  edges, shares = series.held_between(every, 2)
-  between = np.mean([r.held for r in log.records if edges[0] < r.step <= edges[1]], axis=0)
+  np.testing.assert_array_equal(shares, [record.condition for record in log.records[1:]])
+  edges, shares = tables.held_between(every, 2)
+  between = np.mean([r.condition for r in log.records if edges[0] < r.step <= edges[1]], axis=0)
   np.testing.assert_allclose(shares[0], between)
   (axes, _) = pictures.held([every]).axes
   assert axes.collections[0].get_array().shape == (12, 29)
@@ -84,7 +83,7 @@ def test_the_heat_map_shows_the_share_of_the_updates_between_its_columns(logs):
 
 @pytest.mark.parametrize('count', [12, 400])
 def test_names_in_the_heat_map_do_not_overlap(logs, count):
-  figure = pictures.held([series.of_run(audit.read(logs[f'a{count}']))])
+  figure = pictures.held([tables.of_run(audit.read(logs[f'a{count}']))])
   figure.canvas.draw()
   labels = [label for label in figure.axes[0].get_yticklabels() if label.get_text()]
   assert len(labels) >= 12
@@ -93,14 +92,37 @@ def test_names_in_the_heat_map_do_not_overlap(logs, count):
   assert max(overlaps) < 2  # pixels
 
 
+def test_every_layer_with_a_color_is_in_the_legend(tmp_path):
+  # Would catch: names that begin with '_', which matplotlib leaves out by itself.
+  layers = ['_k', 'b', '__c', '$d$', *(f'_far/{i}' for i in range(10))]
+  over_time = tables.of_run(audit.read(made_up(tmp_path / 'run.jsonl', layers, 3)))
+  figure = pictures.draw([over_time])['distance']
+  shown = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+  farthest = sorted(zip(-over_time.distance[-1], over_time.layers, strict=True))[: pictures.CURVES]
+  assert shown[:2] == ['the other 2 layers', 'median of all layers']
+  assert shown[2:] == [name.replace('$', r'\$') for _, name in farthest]
+
+
+def test_the_table_has_the_numbers_of_the_rule(tmp_path, capsys):
+  path = made_up(tmp_path / 'run.jsonl', ['a', 'b'], 3, numbers=('mean', 'square'))
+  assert run('report', path) == 0
+  printed = capsys.readouterr().out
+  assert re.search('mean +square', printed)
+  assert re.search('a .* 0.03 +1.03', printed)
+  assert re.search('b .* 1.03 +2.03', printed)
+  header, rows = tables.layers([tables.of_run(audit.read(path))] * 2)[1:]
+  assert header[-4:] == ['mean: A', 'B', 'square: A', 'B']
+  assert rows[1][-4:] == ['1.03', '1.03', '2.03', '2.03']
+
+
 def test_blocks_are_those_of_the_paths():
   layers = [f'{part}/{i}/{leaf}' for part in 'ab' for i in range(10) for leaf in 'xyz']
   layers += ['stack/kernel[0]', 'stack/kernel[1]']
-  found = series.blocks(layers, 24)
+  found = tables.blocks(layers, 24)
   assert [block.name for block in found[:2]] == ['a/0', 'a/1']
   assert found[-1] == ('stack', 60, 62)
   assert [block.end for block in found[:-1]] == [block.begin for block in found[1:]]
-  flat = series.blocks([f'layer_{i}' for i in range(400)], 48)
+  flat = tables.blocks([f'layer_{i}' for i in range(400)], 48)
   assert len(flat) <= 48
   assert flat[0].name == 'layer_0'
   assert flat[-1].end == 400
@@ -114,7 +136,7 @@ def test_a_layer_whose_distance_is_nan_or_zero_does_not_stop_the_report(tmp_path
     {name: x for name in layers} for x in (np.ones(1), np.bool_(0), np.int32(0))
   )
   bad = dict(zip(layers, np.float32([np.nan, 0]), strict=True))
-  state = ProjectionDecayState(np.int32(1), anchor, free, bad, bad, none)
+  state = spd.ProjectionDecayState(np.int32(1), anchor, free, bad, bad, none, {})
   log = spd.AuditLog(path, transform='x')
   log.record(1, state)
   with pytest.warns(audit.AuditWarning, match='not finite'):
@@ -132,8 +154,8 @@ def test_compare_puts_two_runs_side_by_side(logs, count, tmp_path, capsys):
   printed = capsys.readouterr().out
   assert f'A: a{count}' in printed
   assert f'B: b{count}' in printed
-  assert len(pictures.held([series.of_run(audit.read(path)) for path in (a, b)]).axes) == 3
-  first, second = (series.shares(series.of_run(audit.read(path))) for path in (a, b))
+  assert len(pictures.held([tables.of_run(audit.read(path)) for path in (a, b)]).axes) == 3
+  first, second = (tables.of_run(audit.read(path)).share for path in (a, b))
   (row,) = [r for r in re.findall(r'<tr>(.*?)</tr>', page.read_text()) if '>head/0<' in r] or [
     r for r in re.findall(r'<tr>(.*?)</tr>', page.read_text()) if f'>{names(count)[-1]}<' in r
   ]
@@ -143,7 +165,7 @@ def test_compare_puts_two_runs_side_by_side(logs, count, tmp_path, capsys):
 
 def test_compare_of_other_layers_leaves_gaps(logs, tmp_path):
   other = made_up(tmp_path / 'other.jsonl', ['head/0', 'new'])
-  table = tables.compared(*(series.of_run(audit.read(path)) for path in (logs['a400'], other)))
+  table = tables.layers([tables.of_run(audit.read(path)) for path in (logs['a400'], other)])
   rows = {row[0]: row[1:] for row in table.rows}
   assert rows['new'][0] == '–'
   assert rows[names(400)[0]][1] == '–'
@@ -162,4 +184,4 @@ def test_the_format_is_as_documented(logs):
   # Would catch: a field that the documentation of the format lacks.
   header, first, *_ = map(json.loads, logs['a12'].read_text().splitlines())
   for name in {*header, *header['anchor'], *first}:
-    assert f'`{name}`' in reading.__doc__, name
+    assert f'`{name}`' in format.__doc__, name

@@ -9,7 +9,7 @@ import optax
 
 import spd_optax as spd
 from spd_optax.audit import __main__ as command
-from spd_optax.step import ProjectionDecayState
+from spd_optax.layers import layer_key
 
 PARAMS = {'kernel': jnp.ones((2, 3)), 'bias': jnp.zeros(3)}
 TX = spd.with_projection_decay(optax.sgd(0.1, momentum=0.9))
@@ -46,8 +46,11 @@ def names(count):
   return [*found, *(f'head/{i}' for i in range(count - len(found)))]
 
 
-def made_up(path, layers, steps=30, seed=0, **facts):
-  """A log of states that were made up: layer i is held with a probability that grows with i."""
+def made_up(path, layers, steps=30, seed=0, numbers=(), metrics=(), **facts):
+  """A log of states that were made up: layer i is held with a probability that grows with i.
+
+  `numbers` are names of numbers of the rule; the k-th is k + step / 100 + i for layer i.
+  """
   rng = np.random.default_rng(seed)
   anchor = {name: np.full(4, i % 3, np.float32) for i, name in enumerate(layers)}
   constrained = np.zeros(len(layers), np.int32)
@@ -58,10 +61,20 @@ def made_up(path, layers, steps=30, seed=0, **facts):
       constrained = constrained + held
       far = np.linspace(0.5, 2, len(layers), dtype=np.float32) * np.sqrt(np.float32(step - 1))
       columns = held, rng.random(len(layers), np.float32), far, constrained.astype(np.int32)
-      named = [dict(zip(layers, column, strict=True)) for column in columns]
-      metrics = {'loss': 1 / step} | ({'OOD accuracy': 0.9 - step / 100} if step % 5 == 0 else {})
-      log.record(step, ProjectionDecayState(np.int32(step), anchor, *named), metrics)
+      named = [by_key(layers, column) for column in columns]
+      every_fifth = {'OOD accuracy': 0.9 - step / 100} if step % 5 == 0 else {}
+      shown = {'loss': 1 / step, **every_fifth, **dict(metrics)}
+      own = {
+        name: by_key(layers, np.float32(np.arange(len(layers)) + k + step / 100))
+        for k, name in enumerate(numbers)
+      }
+      log.record(step, spd.ProjectionDecayState(np.int32(step), anchor, *named, own), shown)
   return path
+
+
+def by_key(layers, column):
+  """Values by the keys of these layers in a state."""
+  return dict(zip(map(layer_key, layers), column, strict=True))
 
 
 def run(*arguments):

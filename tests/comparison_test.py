@@ -66,5 +66,5 @@ def test_a_log_of_an_example_has_them_and_is_begun_anew(tmp_path):
       record(2, optax.adam(1e-3).init(PARAMS))  # has no SPD
   run = audit.verify(tmp_path / 'SPD_exact.jsonl')
   assert len(run.records) == 1
-  assert run.header['hyperparameters'] == {'strength': 1.0}
-  assert run.header['anchor']['captured'] is False
+  assert run.header.hyperparameters == {'strength': 1.0}
+  assert run.header.anchor.captured is False

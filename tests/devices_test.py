@@ -162,5 +162,5 @@ def test_two_processes(tmp_path):
   assert_close(list(found.values()), expected)
   run = audit.verify(tmp_path / 'audit' / 'run.jsonl')
   assert [record.step for record in run.records] == [1, 2]
-  assert run.header['anchor']['fingerprint'] == spd.fingerprint(ANCHOR)
+  assert run.header.anchor.fingerprint == spd.fingerprint(ANCHOR)
   np.testing.assert_allclose(run.norms, np.linalg.norm(ANCHOR), rtol=1e-6)

@@ -12,7 +12,8 @@ import optax
 import pytest
 
 import spd_optax as spd
-from spd_optax import norms, readout
+from spd_optax import reports
+from spd_optax.layers import layer_key
 
 PARAMS = {
   'body': {'kernel': jnp.full((3, 2, 5), 2.0), 'bias': jnp.zeros((3, 5))},
@@ -41,12 +42,15 @@ def check(own, records):
   """Every record says what the state says."""
   for record in records:
     at = ... if record.slice is None else record.slice
-    layer = record.group if record.path is None else record.path
+    layer = layer_key(record.group if record.path is None else record.path)
     assert record.condition == bool(np.asarray(own.condition[layer])[at])
     assert record.ratio == float(np.asarray(own.ratio[layer])[at])
     assert record.distance == float(np.asarray(own.distance[layer])[at])
-    assert record.steps_held == int(np.asarray(own.constrained[layer])[at])
-    assert record.share_held == record.steps_held / int(own.count)
+    assert record.constrained == int(np.asarray(own.constrained[layer])[at])
+    assert record.constrained_share == record.constrained / int(own.count)
+    assert record.rule_state == {
+      name: float(np.asarray(values[layer])[at]) for name, values in own.rule_state.items()
+    }
 
 
 def test_every_layer_has_a_record_with_the_values_of_the_state():
@@ -60,7 +64,7 @@ def test_every_layer_has_a_record_with_the_values_of_the_state():
     'head/kernel',
   ]
   assert any(record.condition for record in records)
-  assert any(0 < record.share_held < 1 for record in records)
+  assert any(0 < record.constrained_share < 1 for record in records)
 
 
 def test_the_relative_distance_is_that_to_the_norm_of_each_slice():
@@ -71,6 +75,79 @@ def test_the_relative_distance_is_that_to_the_norm_of_each_slice():
   far = records['head/kernel']
   np.testing.assert_allclose(far.relative_distance, far.distance / np.sqrt(20), rtol=1e-6)
   assert records['body/bias[0]'].relative_distance is None
+
+
+def with_numbers(own, start):
+  """The state of a rule with two numbers per layer, none of which any other layer has."""
+  flat, treedef = jax.tree.flatten({name: dict(own.ratio) for name in ('mean', 'square')})
+  numbers = [jnp.reshape(start + i + jnp.arange(x.size) / 8, x.shape) for i, x in enumerate(flat)]
+  return own._replace(rule_state=jax.tree.unflatten(treedef, numbers))
+
+
+def test_the_numbers_of_a_rule_are_shown_by_name():
+  # Would catch: columns that are told apart by their position, so that one is taken for another.
+  own = with_numbers(train(sgd(stack_axis=STACK)).projection_decay, 10.0)
+  records = spd.layer_report(own)
+  check(own, records)
+  assert all(record.rule_state.keys() == {'mean', 'square'} for record in records)
+  assert len({x for record in records for x in record.rule_state.values()}) == 2 * len(records)
+  found = spd.scalars(own)
+  assert found['spd/body/kernel/1/mean'] == records[4].rule_state['mean']
+  assert found['spd/head/kernel/square'] == records[-1].rule_state['square']
+  assert found['spd/head/kernel/distance'] == records[-1].distance
+
+
+def test_each_state_has_the_numbers_of_its_own_rule():
+  # Would catch: numbers of one state that are given to the layers of another.
+  tx = optax.partition({'a': sgd(), 'b': sgd(stack_axis=0)}, {'body': 'b', 'head': 'a'})
+  states = reports.find_states(train(tx))
+  changed = {path: with_numbers(state, 100.0 * i) for i, (path, state) in enumerate(states.items())}
+  first, second = changed
+  changed[first] = changed[first]._replace(rule_state={'mean': changed[first].rule_state['mean']})
+  records = spd.layer_report(tuple(changed.values()))
+  check(changed[first], records[: len(records) - 6])
+  check(changed[second], records[-6:])
+
+
+def test_numbers_that_lie_on_several_devices_are_read():
+  mesh = jax.make_mesh((len(jax.devices()),), ('x',))
+  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
+  params = {'stacked': jax.device_put(jnp.ones((8, 4)), rows), 'alone': jnp.ones(3)}
+  state = train(sgd(stack_axis={'stacked': 0, 'alone': None}), params)
+  own = with_numbers(state.projection_decay, 3.0)
+  own.rule_state['mean']['stacked'] = jax.device_put(own.rule_state['mean']['stacked'], rows)
+  check(own, spd.layer_report(own))
+
+
+COLLIDING = [
+  {'a': jnp.ones((2, 3)), 'b': [jnp.ones(3), jnp.ones(3)]},
+  {"b'": jnp.ones(3), 'b': jnp.ones(3), '(b)': jnp.ones(3), 'b_2': jnp.ones(3)},
+  {"'": jnp.ones(3), 'root': jnp.ones(3), 'condition': jnp.ones(3), 'c': {'ratio': jnp.ones(3)}},
+]
+
+
+@pytest.mark.parametrize('params', COLLIDING)
+def test_no_two_numbers_have_one_key(params):
+  # Would catch: two layers that are spelled alike, one of which takes the other's place.
+  layers = {
+    'stack_axis': lambda path, leaf: 0 if path == 'a' else None,
+    'group': lambda path: 'b' if path == 'a' else None,
+  }
+  own = with_numbers(train(sgd(**layers), params).projection_decay, 0.0)
+  own.rule_state['ratio'] = own.rule_state['me/an'] = own.rule_state.pop('mean')
+  own.rule_state['me an'] = own.rule_state['square']
+  records, found = spd.layer_report(own, **layers), spd.scalars(own, **layers)
+  assert len(found) == 4 + len(records) * (5 + 4)
+  values = sorted(found.values())
+  for record in records:
+    assert all(value in values for value in (record.distance, *record.rule_state.values()))
+
+
+def test_names_that_are_spelled_alike_are_numbered_in_the_order_of_the_report():
+  params = {"b'": jnp.ones(3), 'b': jnp.ones(3), '(b)': jnp.ones(3)}
+  found = spd.scalars(train(sgd(), params))
+  names = {key.split('/')[1] for key in found if key.endswith('/ratio')}
+  assert names == {'b', 'b_2', 'b_3'}
 
 
 def test_where_the_state_does_not_show_the_layer_the_arguments_do():
@@ -206,17 +283,17 @@ def test_the_norms_of_an_anchor_are_taken_once():
   # Would catch: a copy of the model read in every call, and norms of an array that is gone.
   own = train(sgd(), turns=(1.0,)).projection_decay
   first = spd.layer_report(own)
-  with mock.patch.object(norms, '_sum_of_squares') as read:
+  with mock.patch.object(reports, '_square') as read:
     assert spd.layer_report(own) == first
     spd.scalars(own)
   assert not read.called
-  known = len(norms._KNOWN)
+  known = len(reports._KNOWN)
   twice = own._replace(anchor=jax.tree.map(lambda x: 2 * x, own.anchor))
   for one, other in zip(first, spd.layer_report(twice), strict=True):
     assert (one.relative_distance or 0) == pytest.approx(2 * (other.relative_distance or 0))
-  assert len(norms._KNOWN) == known + 3
+  assert len(reports._KNOWN) == known + 3
   del twice
-  assert len(norms._KNOWN) == known
+  assert len(reports._KNOWN) == known
 
 
 def test_scalars_are_floats_and_add_up():
@@ -224,14 +301,15 @@ def test_scalars_are_floats_and_add_up():
   state = train(sgd())
   records, found = spd.layer_report(state), spd.scalars(state, 'opt')
   assert all(type(value) is float and key.startswith('opt/') for key, value in found.items())
-  assert found['opt/held'] == np.mean([record.condition for record in records])
-  assert found['opt/held_share'] == pytest.approx(np.mean([r.share_held for r in records]))
+  assert found['opt/condition'] == np.mean([record.condition for record in records])
+  share = np.mean([record.constrained_share for record in records])
+  assert found['opt/constrained_share'] == pytest.approx(share)
   distance = np.linalg.norm([record.distance for record in records])
   assert found['opt/distance'] == pytest.approx(distance)
   norm = np.linalg.norm(np.concatenate([np.ravel(x) for x in jax.tree.leaves(PARAMS)]))
   assert found['opt/relative_distance'] == pytest.approx(distance / norm)
   assert found['opt/head/kernel/distance'] == records[-1].distance
-  assert 'held' in spd.scalars(state, '')
+  assert 'condition' in spd.scalars(state, '')
 
 
 def test_scalars_reach_tensorboard(tmp_path):
@@ -249,14 +327,14 @@ def test_scalars_reach_tensorboard(tmp_path):
     assert (event.step, event.value) == (7, pytest.approx(value, rel=1e-6))
 
 
-def test_all_layers_travel_in_one_array():
+def test_all_layers_travel_in_a_few_arrays():
   # Would catch: a transfer per layer, which on an accelerator costs more than the step.
   params = {f'layer_{i}': jnp.full(3, i + 1.0) for i in range(40)}
-  states = readout.states_in(train(sgd(), params), 'test')
-  with mock.patch.object(readout, '_pack', wraps=readout._pack) as pack:
-    readout.read(states)
-  ((arrays,), _) = pack.call_args
-  assert (pack.call_count, len(arrays)) == (1, 1 + 4 * 40)
+  states = reports.states_in(train(sgd(), params), 'test')
+  with mock.patch.object(reports, '_pack', wraps=reports._pack) as pack:
+    reports.begin(states)()
+  assert pack.call_count == 1
+  assert len(jax.tree.leaves(reports._pack(*pack.call_args[0]))) == 1 + 4
 
 
 def test_a_state_spread_over_devices_is_read():
@@ -271,6 +349,6 @@ def test_a_state_spread_over_devices_is_read():
 
 
 def test_importing_the_library_imports_no_library_for_reports():
-  code = 'import sys, spd_optax; print({"matplotlib", "rich", "tensorboardX"} & {*sys.modules})'
+  code = 'import sys, spd_optax; print({"matplotlib", "rich", "jinja2"} & {*sys.modules})'
   run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   assert run.stdout.strip() == 'set()'

@@ -77,7 +77,12 @@ REPORTS.append(
 )
 JSON = 'hyperparameters & finite number, a string, None'
 AUDIT: Table = [
-  ('AuditLog.path', lambda: spd.AuditLog(FOLDER, transform='a'), IsADirectoryError, 'pass a file'),
+  (
+    'AuditLog.path',
+    lambda: spd.AuditLog(FOLDER, transform='a'),
+    audit.AuditFileError,
+    'a directory; pass the .jsonl',
+  ),
   (
     'AuditLog.path',
     lambda: spd.AuditLog(FOLDER / 'no' / 'a.jsonl', transform='a'),

@@ -26,7 +26,7 @@ import reporting
 import spd_optax as spd
 import training
 from benchmarks import methods, step_time, training_step
-from spd_optax.audit import lines, reading
+from spd_optax.audit import format
 
 PLAIN, LOGGED = 'form 2', 'form 2, every step logged'
 
@@ -76,40 +76,37 @@ def steps(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, list[fl
 def long_log(path: Path, records: int, layers: int) -> None:
   """Writes a log of states that were made up."""
   rng = np.random.default_rng(0)
-  header = {
-    'format': lines.FORMAT,
-    'schema': lines.SCHEMA,
-    **dict.fromkeys(('started', 'transform'), ''),
-    'versions': {},
-    'hyperparameters': {},
-    'anchor': {
-      'fingerprint': '',
-      'source': 'made up',
-      'captured': False,
-      'moving': False,
-      'norms': [1.0] * layers,
-    },
-    'states': [layers],
-    'layers': [f'encoder/layer/{i // 16}/leaf_{i % 16}/kernel' for i in range(layers)],
-  }
+  anchor = format.Anchor('', source='made up', captured=False, moving=False, norms=[1.0] * layers)
+  header = format.Header(
+    format=format.FORMAT,
+    schema=format.SCHEMA,
+    started='',
+    versions={},
+    transform='',
+    hyperparameters={},
+    anchor=anchor,
+    layers=[f'encoder/layer/{i // 16}/leaf_{i % 16}/kernel' for i in range(layers)],
+    states=[layers],
+  )
   constrained, distance = np.zeros(layers, int), np.zeros(layers)
-  line, digest = lines.seal(header, '')
+  line, digest = format.seal(header, '')
   with path.open('wb') as file:
     file.write(line)
     for step in range(1, records + 1):
       held = rng.random(layers) < 0.4
       constrained, distance = constrained + held, distance + 1e-4 * rng.random(layers) * ~held
-      fields = {
-        'step': step,
-        'time': float(step),
-        'updates': [step],
-        'held': held.astype(int).tolist(),
-        'ratio': lines.numbers(rng.random(layers)),
-        'distance': lines.numbers(distance),
-        'steps': constrained.tolist(),
-        'metrics': {'loss': 1 / step, 'accuracy': 1 - 1 / step},
-      }
-      line, digest = lines.seal(fields, digest)
+      fields = format.Line(
+        step=step,
+        time=float(step),
+        updates=[step],
+        condition=held.astype(int).tolist(),
+        ratio=format.numbers(rng.random(layers)),
+        distance=format.numbers(distance),
+        constrained=constrained.tolist(),
+        rule_state={},
+        metrics={'loss': 1 / step, 'accuracy': 1 - 1 / step},
+      )
+      line, digest = format.seal(fields, digest)
       file.write(line)
 
 
@@ -124,7 +121,7 @@ def report(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
   )
   whole = time.perf_counter() - begin
   begin = time.perf_counter()
-  reading.read(path)
+  format.read(path)
   read = time.perf_counter() - begin
   megabytes = path.stat().st_size / 1e6
   found = {'report, s': whole, 'of it reading, s': read, 'log, MB': megabytes}

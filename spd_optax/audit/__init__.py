@@ -2,14 +2,12 @@
 
     python -m spd_optax.audit report RUN.jsonl
 
-`reading` describes the format of the file. Neither matplotlib nor rich is imported but by
-that command.
+`format` describes the file. Only that command imports matplotlib, rich and jinja2.
 """
 
 from spd_optax.audit.advice import Advice, AuditWarning, advise
-from spd_optax.audit.lines import AuditFileError
+from spd_optax.audit.format import AuditFileError, Record, Run, read, verify
 from spd_optax.audit.log import AuditLog
-from spd_optax.audit.reading import Record, Run, read, verify
 
 __all__ = [
   'Advice',

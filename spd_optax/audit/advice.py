@@ -1,7 +1,5 @@
 """Warnings that a person can act on, found in the records of a run."""
 
-import inspect
-import warnings
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,9 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from spd_optax import checks
-from spd_optax.audit import reading
-from spd_optax.audit.lines import Fields
-from spd_optax.audit.reading import Record, Run
+from spd_optax.audit.format import Header, Record, Run
 
 PATIENCE = 100  # updates
 KEPT = 16  # records within so many updates
@@ -24,14 +20,6 @@ FIRST = 10  # updates
 
 class AuditWarning(UserWarning):
   """A warning of `AuditLog` about the run that it logs."""
-
-
-def warn(message: str) -> None:
-  """An `AuditWarning` for the first line up the stack that is not the library's."""
-  depth, frame = 1, inspect.currentframe()
-  while frame is not None and frame.f_globals.get('__name__', '').startswith('spd_optax.'):
-    depth, frame = depth + 1, frame.f_back
-  warnings.warn(message, AuditWarning, stacklevel=depth)
 
 
 class Advice(NamedTuple):
@@ -56,10 +44,9 @@ class Watcher:
     patience: updates after which to say that something never, or always, happens.
   """
 
-  def __init__(self, header: Fields, patience: int = PATIENCE):
-    self.layers: list[str] = header['layers']
-    self.norms = reading.norms_of(header)
-    source, captured = header['anchor']['source'], header['anchor']['captured']
+  def __init__(self, header: Header, patience: int = PATIENCE):
+    self.layers, self.norms = header.layers, header.norms()
+    source, captured = header.anchor.source, header.anchor.captured
     self.expects_start = source is None if captured is None else captured
     self.patience = patience
     self.kept: deque[Record] = deque()  # some 16, however large `patience` is
@@ -90,7 +77,7 @@ class Watcher:
     if age(base) > age(record) - self.patience:
       return None
     updates = record.updates - base.updates
-    return base, (record.steps - base.steps) / np.maximum(updates, 1)
+    return base, (record.constrained - base.constrained) / np.maximum(updates, 1)
 
   def named(self, which: np.ndarray) -> str:
     """'block/kernel, block/bias and 7 more'."""
@@ -106,7 +93,7 @@ def age(record: Record) -> int:
 
 def never_held(watcher: Watcher, record: Record) -> str | None:
   """No condition was ever true."""
-  if age(record) < watcher.patience or record.steps.any():
+  if age(record) < watcher.patience or record.constrained.any():
     return None
   return (
     f'SPD has not constrained any layer in {age(record)} updates; until it does this run equals '
@@ -119,7 +106,7 @@ def never_held(watcher: Watcher, record: Record) -> str | None:
 def always_held(watcher: Watcher, record: Record) -> str | None:
   """Every condition was true at every update."""
   found = watcher.held_since(record)
-  if found is None or not len(record.steps):
+  if found is None or not len(record.constrained):
     return None
   base, share = found
   if np.mean(share) < ALWAYS:

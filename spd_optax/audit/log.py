@@ -1,8 +1,11 @@
 """Writing an audit log: one sealed line per logged step, never half a line."""
 
 import datetime
+import importlib
+import json
 import operator
 import os
+import platform
 import time
 import types
 import weakref
@@ -11,68 +14,78 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
+import msgspec
+import numpy as np
 
-from spd_optax import norms, readout
-from spd_optax.audit import facts, lines
+from spd_optax import checks, fingerprints, reports
+from spd_optax.audit import format
 from spd_optax.audit.advice import PATIENCE
-from spd_optax.audit.lines import FORMAT, SCHEMA, Fields
-from spd_optax.audit.writer import Pending, Writer
+from spd_optax.audit.format import Header, Record
+from spd_optax.audit.writer import Writer
 from spd_optax.layers import Group, StackAxis
-from spd_optax.readout import States
+
+VERSIONS_OF = ('jax', 'jaxlib', 'optax', 'numpy', 'spd_optax')
 
 
 class AuditLog:
   """A record of what SPD did in a run, in a file of JSON Lines that survives the run.
 
-  Change nothing in the training step; call `record` with the state that it returned:
+  The training step stays as it is. Call `record` with the state that it returned:
 
       with spd.AuditLog('run.jsonl', transform='adam_spd', source='google/vit-base-patch16') as log:
         for step, batch in enumerate(batches):
           params, state, loss = train_step(params, state, batch)
           log.record(step, state, {'loss': loss})
 
-  A record is written when the next one comes, or at `flush` or `close`, so that nothing waits for
-  the step that the device is still computing. Each is one write of a whole line: a killed process
-  loses at most the last one; a full disk raises an error, and the file keeps all earlier records.
-  Opening the path of an earlier log continues it, if header and anchor agree; `flush` before each
-  checkpoint, so that no record is missing where a run goes on from it. Each line carries
-  the hash of the one before it, so that `verify` finds an edited or missing line. Warnings
-  say, once each, where SPD never holds a layer, always does, has an anchor that is not where
-  training started, grows away from it while constrained, or meets values that are not finite.
+  `python -m spd_optax.audit report run.jsonl` shows the file. `spd_optax.audit.format` describes
+  it.
 
-  ``python -m spd_optax.audit report run.jsonl`` shows the file. `spd_optax.audit.reading`
-  describes the format.
+  A record is written when the next one comes, or at `flush` or `close`. So nothing waits for
+  the step that the device still computes. Each record is one write of a whole line. A killed
+  process loses at most the last one. A full disk raises an error, and the file keeps all earlier
+  records. Each line carries the hash of the line before it, so `verify` finds an edited or missing
+  line.
 
-  The file is closed by `close`, by the end of a `with` block, or when nothing refers to the log
-  any more, as where a cell of a notebook makes a new one. A forked process does not write.
+  The path of an earlier log continues it, if header and anchor agree. Call `flush` before each
+  checkpoint; then no record is missing if a run goes on from it. Call `close` after the run went
+  back to a checkpoint; then the next record may have an earlier step.
 
-  With several processes make the log in all of them, after `jax.distributed.initialize`, and call
-  `record` and `close` in all. Only process 0 touches the path; what goes wrong with it, such as a
-  full disk, is raised there alone, after all communication of the call: a process 0 that catches
-  it stays in step with the others, and one that does not ends like after any other error.
+  Warnings say, once each, that SPD never holds a layer, that it always does, that the anchor
+  is not where training started, that a layer grows away from it while constrained, or that values
+  are not finite.
+
+  `close` closes the file. So does the end of a `with` block, or the last reference to the log, as
+  in a notebook whose cell makes a new one. A forked process does not write.
+
+  With several processes, make the log in all of them, after `jax.distributed.initialize`, and call
+  `record` and `close` in all. Only process 0 touches the path. An error of the file, as of a full
+  disk, is raised there alone, after all communication of the call. A process 0 that catches
+  it stays in step with the others.
 
   Args:
     path: the file; a new one, or one that an AuditLog has written.
     transform: what SPD was built with, as 'adam_spd'; free text.
     hyperparameters: its arguments and the optimizer's, as JSON can hold them: numbers,
       strings, None, lists and dicts of them.
-    source: where the anchor comes from, as 'google/vit-base-patch16': free text or a path. None:
-      not named.
-    captured: True says that the anchor is the params at the first update (`anchor=None`), False
-      that it was passed. None: not said; the state cannot tell, and a warning that training
-      does not start at the anchor is then given only where no `source` is named.
-    moving_anchor: whether the anchor is meant to change (`anchor_ema`, `reanchor`). Then
-      its fingerprint is not compared on reopening, and there are no relative distances.
-    stack_axis: the transformation's own, and
-    group: likewise; only for relative distances, see `layer_report`.
-    patience: updates after which to warn that no layer is ever held, or all always are.
-    fsync: whether `record` writes at once and waits until the disk has it: even a power failure
+    source: where the anchor comes from, as 'google/vit-base-patch16': free text or a path. None
+      does not name it.
+    captured: True says that the anchor is the params at the first update (`anchor=None`). False
+      says that it was passed. None says neither. A warning that training does not start at the
+      anchor is then given only if `source` is None, too.
+    moving_anchor: whether the anchor is meant to change (`anchor_ema`, `reanchor`). Its
+      fingerprint is then not compared when the log is continued, and there are no relative
+      distances.
+    stack_axis: the transformation's own; only for relative distances, see `layer_report`.
+    group: likewise.
+    patience: updates after which to warn that no layer is ever held, or that all always are.
+    fsync: whether `record` writes at once, and waits until the disk has it. Even a power failure
       then loses nothing. It waits for the step, too.
 
   Raises:
     TypeError: naming every argument of another type, and what JSON cannot hold.
-    AuditFileError: a ValueError, if the file there is no audit log, or of a newer schema.
-    OSError: if `path` is a directory, or no regular file, or in a directory that does not exist.
+    AuditFileError: a ValueError, if `path` is no audit log (a directory, a device, any other file),
+      or one of a newer schema.
+    OSError: if the directory of `path` does not exist.
 
   Example:
     >>> import jax.numpy as jnp, tempfile
@@ -86,7 +99,7 @@ class AuditLog:
     ...     updates, state = tx.update(params, state, params)
     ...     log.record(step, state, {'loss': 1.0})
     >>> from spd_optax import audit
-    >>> len(audit.verify(path).records)
+    >>> len(audit.verify(path, log.hash).records)
     3
   """
 
@@ -105,19 +118,35 @@ class AuditLog:
     fsync: bool = False,
   ):
     self.path = Path(path).absolute()  # whatever becomes the working directory later
-    self._facts, self._anchor = facts.described(
-      transform, hyperparameters, source, captured, moving_anchor, patience=patience, fsync=fsync
+    source = os.fspath(source) if isinstance(source, os.PathLike) else source
+    plain, problems = _plain_items({} if hyperparameters is None else hyperparameters)
+    expected = (
+      ('transform', transform, 'a string', isinstance(transform, str)),
+      ('source', source, 'a string, a path or None', isinstance(source, str | None)),
+      ('captured', captured, 'True, False or None', isinstance(captured, bool | None)),
+      ('moving_anchor', moving_anchor, 'True or False', isinstance(moving_anchor, bool)),
+      ('patience', patience, 'an integer of 1 or more', checks.is_count(patience)),
+      ('fsync', fsync, 'True or False', isinstance(fsync, bool)),
     )
-    self._stack_axis, self._group = stack_axis, group
-    self._header: Fields | None = None
-    self._layout: readout.Layout = ()
+    problems += [
+      f'{name}: expected {what}, found {checks.kind_of(value)}'
+      for name, value, what, is_right in expected
+      if not is_right
+    ]
+    if problems:
+      raise TypeError('AuditLog:\n  ' + '\n  '.join(problems))
+    self._transform, self._hyperparameters = format.text(transform), plain
+    self._source = None if source is None else format.text(source)
+    self._captured, self._moving = captured, moving_anchor
+    self._stack_axis, self._group, self._fsync = stack_axis, group, fsync
+    self._header: Header | None = None
+    self._layout: Any = None
     self._last_step: int | None = None
-    self._fsync = fsync
     self._writer = Writer(self.path, operator.index(patience), fsync)
     weakref.finalize(self, self._writer.close).atexit = False  # the writer sees to that itself
     self._writes = jax.process_index() == 0
     if self._writes:
-      facts.check_path(self.path)
+      self._writer.check_path()
 
   @property
   def hash(self) -> str:
@@ -128,31 +157,42 @@ class AuditLog:
     """Appends one record.
 
     Args:
-      step: larger than the step before; after reopening it may go back, to where a
-        checkpoint was. The records that it goes through again are then superseded.
+      step: larger than the step before. After `close`, or in a new log of the same path, it may
+        go back to where a checkpoint was. The records that it goes through again are then
+        superseded.
       opt_state: the optimizer state after the step, with SPD in it at any depth.
       metrics: the user's own numbers by name: loss, accuracy on the new data and on the old, ...
 
     Raises:
       TypeError: if there is no state of SPD; naming every metric that is no number.
-      ValueError: before the first update; if the step does not increase; naming all that
-        differs, if the layers have changed or the file is the log of another run.
+      ValueError: before the first update; if the step does not increase; if the layers have
+        changed; if the file is the log of another run, naming all that differs.
       OSError: if the disk is full, or another process writes the file. The file then ends with
         the last whole record.
       RuntimeError: in a process that was forked from the one that opened the file.
+
+    Example:
+      See `AuditLog`.
     """
     self._writer.check_owner()
-    states = readout.states_in(opt_state, 'AuditLog.record(step, opt_state)')
-    metrics = facts.checked_metrics({} if metrics is None else metrics)
+    states = reports.states_in(opt_state, 'AuditLog.record(step, opt_state)')
+    metrics = _checked_metrics({} if metrics is None else metrics)
     step = operator.index(step)
     if self._last_step is not None and step <= self._last_step:
-      raise ValueError(f'AuditLog.record: step {step} after step {self._last_step}')
+      raise ValueError(
+        f'AuditLog.record: step {step} after step {self._last_step}; call close() after the run '
+        'went back to a checkpoint'
+      )
     header = self._header_of(states)
-    now = readout.begin(states, list(metrics.values()))
+    values, now = reports.begin(states), round(time.time(), 3)
+
+    def pending() -> Record:
+      numbers = {name: float(np.asarray(value)) for name, value in metrics.items()}
+      return Record(step, now, **values()._asdict(), metrics=numbers, resumed=False)
+
     # All communication is done: what fails below may do so on process 0 alone.
     if self._writes:
-      when = round(time.time(), 3)
-      self._writer.put(header, Pending(step, when, tuple(metrics), self._layout, now))
+      self._writer.put(header, pending)
     self._last_step = step
     if self._fsync:
       self._writer.write()
@@ -171,7 +211,7 @@ class AuditLog:
     Raises:
       OSError: see `record`.
     """
-    self._header = None
+    self._header = self._last_step = None
     self._writer.close()
 
   def __enter__(self) -> Self:
@@ -185,32 +225,97 @@ class AuditLog:
   ) -> None:
     self.close()
 
-  def _header_of(self, states: States) -> Fields:
-    """Before a record: the header, or a check that it still holds."""
-    layout = readout.layout(states)
+  def _header_of(self, states: reports.States) -> Header:
+    """The header before a record; checks that it still holds."""
+    layout = reports.shapes(states), [list(state.rule_state) for state in states.values()]
     if self._header is None:
-      if readout.updates(states) == 0:
+      if reports.updates(states) == 0:
         raise ValueError(
           'AuditLog.record: record after the first update; before it the anchor may not be the '
           'one that is captured, and there is nothing to log'
         )
-      self._header, self._layout = self._header_now(states), layout
+      self._header, self._layout = self._new_header(states), layout
     elif layout != self._layout:
       raise ValueError('AuditLog.record: the layers are not those of the first record')
     return self._header
 
-  def _header_now(self, states: States) -> Fields:
-    moving = self._anchor['moving']
-    slots = readout.slots(states)
-    sizes = norms.anchor_norms(states, self._stack_axis, self._group)
-    known = [None if moving or not isinstance(x, float) else x for x in lines.numbers(sizes)]
-    return {
-      'format': FORMAT,
-      'schema': SCHEMA,
-      'started': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-      'versions': facts.versions(),
-      **self._facts,
-      'anchor': {'fingerprint': norms.fingerprint(states), **self._anchor, 'norms': known},
-      'layers': [slot.name for slot in slots],
-      'states': [n for n in readout.sizes(readout.layout(states)) if n],
-    }
+  def _new_header(self, states: reports.States) -> Header:
+    words = [fingerprints.words_of(state.anchor) for state in states.values()]
+    norms = format.numbers(reports.anchor_norms(states, self._stack_axis, self._group))
+    return Header(
+      format=format.FORMAT,
+      schema=format.SCHEMA,
+      started=datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+      versions=_versions(),
+      transform=self._transform,
+      hyperparameters=self._hyperparameters,
+      anchor=format.Anchor(
+        fingerprint=fingerprints.as_text(np.add.reduce(words)),
+        source=self._source,
+        captured=self._captured,
+        moving=self._moving,
+        norms=[None if self._moving or not isinstance(x, float) else x for x in norms],
+      ),
+      layers=[slot.name for slot in reports.slots(states)],
+      states=[count for count in reports.sizes(states) if count],
+    )
+
+
+def _versions() -> dict[str, str]:
+  """Of Python and the libraries that decide what a run does."""
+  found = {name: str(importlib.import_module(name).__version__) for name in VERSIONS_OF}
+  return {'python': platform.python_version(), **found}
+
+
+def _plain_items(items: Any) -> tuple[dict[str, Any], list[str]]:
+  """The items as JSON holds them, and what it cannot hold."""
+  if not isinstance(items, Mapping):
+    return {}, [f'hyperparameters: expected a dict, found {checks.kind_of(items)}']
+  found, problems = {}, []
+  for name, value in items.items():
+    try:
+      line = json.dumps({name: value}, default=_plain, allow_nan=False)
+      found[name] = msgspec.json.decode(line)[name]
+    except (TypeError, ValueError, KeyError, msgspec.DecodeError):  # KeyError: a name of no string
+      problems.append(
+        f'hyperparameters {name!r}: expected a finite number, a string, None, or a list or dict of '
+        f'them, by a name; found {checks.kind_of(value)} (describe a function in words)'
+      )
+  return found, problems
+
+
+def _plain(value: Any) -> Any:
+  if isinstance(value, os.PathLike):
+    return os.fspath(value)
+  if hasattr(value, 'tolist'):
+    return value.tolist()
+  raise TypeError
+
+
+def _checked_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+  """The metrics by names for JSON, on their way to the host.
+
+  Raises:
+    TypeError: naming all that are no numbers.
+  """
+  if not isinstance(metrics, Mapping):
+    raise TypeError(
+      f'AuditLog.record: metrics: expected numbers by name, found {checks.kind_of(metrics)}'
+    )
+  numeric = bool | int | float | np.number | np.bool_ | np.ndarray | jax.Array
+  problems = [
+    f'{name!r}: {checks.kind_of(value)}'
+    for name, value in metrics.items()
+    if not isinstance(name, str) or not isinstance(value, numeric) or np.ndim(value)
+  ]
+  if problems:
+    raise TypeError('AuditLog.record: metrics must be numbers by name:\n  ' + '\n  '.join(problems))
+  # Arrays of NumPy may change, and those of JAX be donated, before the record is written.
+  found = {
+    format.text(name): jax.numpy.copy(x) if isinstance(x, jax.Array) else float(x)
+    for name, x in metrics.items()
+  }
+  for value in found.values():
+    if isinstance(value, jax.Array):
+      value.copy_to_host_async()
+  return found

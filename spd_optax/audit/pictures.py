@@ -1,7 +1,4 @@
-"""The pictures of a report: what was held, the distances, and the metrics over time.
-
-Each takes one run, or two to compare.
-"""
+"""The pictures of a report, of one run or of two: what was held, distances, and metrics."""
 
 import math
 from collections.abc import Sequence
@@ -10,9 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from spd_optax.audit import series as over_time
-from spd_optax.audit.series import Curve, Series
-from spd_optax.audit.tables import printable
+from spd_optax.audit import tables
+from spd_optax.audit.tables import Curve, Series
 
 LABELS = 48  # layers' names along an axis
 CURVES = 12  # layers with a curve of their own color
@@ -20,6 +16,17 @@ COLUMNS = 120  # of a heat map
 POINTS = 600  # of a curve
 SMALLEST = 1e-4  # distance shown, relative to the largest
 DPI = 120
+
+
+def draw(runs: Sequence[Series]) -> dict[str, Figure]:
+  """Every picture by its name; the relative distances only if a norm is known."""
+  found = {'held': held(runs)}
+  found['distance'] = distances(runs, [x.distance for x in runs], '‖θ − θ₀‖', log=True)
+  relative = [100 * series.relative for series in runs]
+  if any(np.isfinite(values).any() for values in relative):
+    label = '‖θ − θ₀‖ / ‖θ₀‖, %'
+    found['relative_distance'] = distances(runs, relative, label, log=False)
+  return found | {'metrics': metrics(runs)}
 
 
 def held(runs: Sequence[Series]) -> Figure:
@@ -30,7 +37,7 @@ def held(runs: Sequence[Series]) -> Figure:
   same = all(series.layers == runs[0].layers for series in runs)
   row = figure.subplots(1, len(runs), squeeze=False)[0]
   for i, (axes, series) in enumerate(zip(row, runs, strict=True)):
-    steps, shares = over_time.held_between(series, COLUMNS)
+    steps, shares = tables.held_between(series, COLUMNS)
     image = axes.pcolormesh(
       steps, np.arange(len(series.layers) + 1), shares.T, vmin=0, vmax=1, cmap='viridis'
     )
@@ -38,14 +45,14 @@ def held(runs: Sequence[Series]) -> Figure:
     axes.set_facecolor('0.85')  # where a layer had no update
     axes.invert_yaxis()
     _name_layers(axes, series.layers, shown=i == 0 or not same)
-    axes.set(xlabel='step', title=f'{printable(series.name)}: updates held')
+    axes.set(xlabel='step', title=f'{_text(series.name)}: updates held')
   figure.colorbar(image, ax=row[-1], label='share of the updates held', fraction=0.05)
   return figure
 
 
 def _name_layers(axes: Axes, layers: Sequence[str], shown: bool) -> None:
   """Names each layer, or each block of layers where there are many, left of the axes."""
-  found = over_time.blocks(layers, LABELS)
+  found = tables.blocks(layers, LABELS)
   for block in found[1:] if len(found) < len(layers) else ():
     axes.axhline(block.begin, color='white', linewidth=0.6)
   apart, last = len(layers) / LABELS, -math.inf
@@ -53,37 +60,29 @@ def _name_layers(axes: Axes, layers: Sequence[str], shown: bool) -> None:
   for block in found:
     middle = (block.begin + block.end) / 2
     if middle - last >= 0.7 * apart:  # else the names would overlap
-      named[middle] = _short(printable(block.name)) if shown else ''
+      named[middle] = _text(block.name) if shown else ''
       last = middle
   axes.set_yticks(list(named), list(named.values()), fontsize=8 if len(named) <= 30 else 7)
   axes.tick_params(axis='y', length=0)
 
 
-def _short(name: str) -> str:
-  """The end of a long name."""
-  return name if len(name) <= 44 else '…' + name[-43:]
+def _text(name: str) -> str:
+  """A name as it is, but the end of a long one; no part of it is taken for mathematics."""
+  shown = tables.printable(name)
+  shown = shown if len(shown) <= 44 else '…' + shown[-43:]
+  return shown.replace('$', r'\$')
 
 
-def distances(runs: Sequence[Series]) -> Figure:
-  """The distance from the anchor of each layer over time."""
-  return _curves(runs, [series.distance for series in runs], '‖θ − θ₀‖', log=True)
-
-
-def relative_distances(runs: Sequence[Series]) -> Figure | None:
-  """The distance per norm of the anchor, in %; None where no norm is known."""
-  values = [100 * over_time.relative(series) for series in runs]
-  if not any(np.isfinite(v).any() for v in values):
-    return None
-  return _curves(runs, values, '‖θ − θ₀‖ / ‖θ₀‖, %', log=False)
-
-
-def _curves(runs: Sequence[Series], values: Sequence[np.ndarray], label: str, log: bool) -> Figure:
+def distances(
+  runs: Sequence[Series], values: Sequence[np.ndarray], label: str, log: bool
+) -> Figure:
+  """Curves of each layer over time."""
   figure = Figure(figsize=(10, 5.5 * len(runs)), dpi=DPI)
   figure.set_layout_engine('constrained')
   column = figure.subplots(len(runs), 1, squeeze=False, sharex=True, sharey=True)[:, 0]
   for axes, series, value in zip(column, runs, values, strict=True):
     _layer_curves(axes, series, np.where(np.isfinite(value), value, np.nan), log)
-    axes.set(xlabel='step', ylabel=label, title=f'{printable(series.name)}: distance of each layer')
+    axes.set(xlabel='step', ylabel=label, title=f'{_text(series.name)}: distance of each layer')
     axes.grid(alpha=0.3)
   every = np.concatenate([np.ravel(value) for value in values])
   shown = every[np.isfinite(every) & (every > 0)]
@@ -95,7 +94,7 @@ def _curves(runs: Sequence[Series], values: Sequence[np.ndarray], label: str, lo
 
 def _layer_curves(axes: Axes, series: Series, values: np.ndarray, log: bool) -> None:
   """All layers as lines; where there are many, only the farthest in color and with a name."""
-  at = over_time.thinned(len(series.step), POINTS)
+  at = tables.thinned(len(series.step), POINTS)
   steps, values = series.step[at], values[at]
   if log:
     values = np.where(values > 0, values, np.nan)
@@ -103,18 +102,27 @@ def _layer_curves(axes: Axes, series: Series, values: np.ndarray, log: bool) -> 
   last = np.array([values[np.isfinite(values[:, i]), i][-1] for i in known])
   order = known[np.argsort(-last, kind='stable')]
   marker = 'o' if len(at) == 1 else ''
-  rest = order[CURVES:]
+  rest, named = order[CURVES:], []
   if len(rest):
     axes.plot(steps, values[:, rest], color='0.75', linewidth=0.5, marker=marker, zorder=1)
-    axes.plot([], [], color='0.75', label=f'the other {len(rest)} layers')
+    named += [(axes.plot([], [], color='0.75')[0], f'the other {len(rest)} layers')]
     middle = np.ma.median(np.ma.masked_invalid(values[:, known]), axis=1).filled(np.nan)
-    axes.plot(steps, middle, color='black', linestyle='--', label='median of all layers')
+    named += [(axes.plot(steps, middle, 'k--')[0], 'median of all layers')]
   for place, i in enumerate(order[:CURVES]):
     style = '-' if place < 10 else '--'
-    name = _short(printable(series.layers[i]))
-    axes.plot(steps, values[:, i], style, color=f'C{place % 10}', marker=marker, label=name, lw=1.3)
-  if len(order):
-    axes.legend(fontsize=7, loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False)
+    line = axes.plot(steps, values[:, i], style, color=f'C{place % 10}', marker=marker, lw=1.3)[0]
+    named.append((line, _text(series.layers[i])))
+  lines = [line for line, _ in named]
+  legend = axes.legend(
+    lines,
+    [''] * len(lines),
+    fontsize=7,
+    loc='center left',
+    bbox_to_anchor=(1.01, 0.5),
+    frameon=False,
+  )
+  for shown, (_, name) in zip(legend.get_texts(), named, strict=True):
+    shown.set_text(name)  # a label that begins with '_' would be left out
 
 
 def metrics(runs: Sequence[Series]) -> Figure:
@@ -129,10 +137,10 @@ def metrics(runs: Sequence[Series]) -> Figure:
     for series, panel in zip(runs, panels, strict=True):
       if name in panel:
         steps, values = panel[name]
-        at = over_time.thinned(len(steps), POINTS)
+        at = tables.thinned(len(steps), POINTS)
         marker = '.' if len(at) < 40 else ''
-        axes.plot(steps[at], values[at], marker=marker, label=printable(series.name), lw=1.3)
-    axes.set_title(_short(printable(name)), fontsize=9)
+        axes.plot(steps[at], values[at], marker=marker, label=_text(series.name), lw=1.3)
+    axes.set_title(_text(name), fontsize=9)
     axes.grid(alpha=0.3)
     axes.set_xlabel('step', fontsize=8)
     if len(runs) > 1:
@@ -144,7 +152,7 @@ def metrics(runs: Sequence[Series]) -> Figure:
 
 def _panels(series: Series) -> dict[str, Curve]:
   """Curves by name, those of the library first."""
-  steps, shares = over_time.held_between(series, COLUMNS)
-  name, far = over_time.overall(series)
+  steps, shares = tables.held_between(series, COLUMNS)
+  name, far = tables.overall(series)
   share = 100 * np.ma.masked_invalid(shares).mean(axis=1).filled(np.nan)
   return {'layers held, %': (steps[1:], share), name: far, **series.metrics}

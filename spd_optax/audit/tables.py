@@ -1,20 +1,144 @@
-"""The tables of a report, as rows of strings for a terminal or a page."""
+"""A run over time, and the tables of a report as rows of strings."""
 
 import json
+import math
 from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
 
 from spd_optax import reports
-from spd_optax.audit import series as over_time
-from spd_optax.audit.lines import Fields
-from spd_optax.audit.reading import Run
-from spd_optax.audit.series import Series
+from spd_optax.audit.format import Anchor, Record, Run
+
+Curve = tuple[np.ndarray, np.ndarray]  # steps, values
+
+
+class Series(NamedTuple):
+  """The records of a run over T ≥ 1 logged steps and L layers.
+
+  Attributes:
+    name: of the run, for titles.
+    layers: L names.
+    norms: float[L], ‖θ_0‖; NaN where not known.
+    step: int[T].
+    updates, constrained, distance: [T, L], as in `Record`.
+    last: the last record.
+    metrics: each of the user's by name, at the steps that have it.
+  """
+
+  name: str
+  layers: list[str]
+  norms: np.ndarray
+  step: np.ndarray
+  updates: np.ndarray
+  constrained: np.ndarray
+  distance: np.ndarray
+  last: Record
+  metrics: dict[str, Curve]
+
+  @property
+  def share(self) -> np.ndarray:
+    """float[L]: the share of a layer's updates so far with a true condition."""
+    found: np.ndarray = self.last.constrained / np.maximum(self.last.updates, 1)
+    return found
+
+  @property
+  def relative(self) -> np.ndarray:
+    """float[T, L]: the distance per ‖θ_0‖; NaN where that is 0 or not known."""
+    return reports.relative(self.distance, self.norms)
+
+
+def of_run(run: Run, name: str | None = None) -> Series:
+  """The records of a run, without those that it went through again."""
+  records = run.current()
+  metrics = {}
+  for metric in dict.fromkeys(name for record in records for name in record.metrics):
+    having = [record for record in records if metric in record.metrics]
+    steps = np.array([record.step for record in having])
+    metrics[metric] = steps, np.array([record.metrics[metric] for record in having])
+  return Series(
+    name=run.path.stem if name is None else name,
+    layers=run.layers,
+    norms=run.norms,
+    step=np.array([record.step for record in records]),
+    updates=np.array([record.updates for record in records]),
+    constrained=np.array([record.constrained for record in records]),
+    distance=np.array([record.distance for record in records]),
+    last=records[-1],
+    metrics=metrics,
+  )
+
+
+def overall(series: Series) -> tuple[str, Curve]:
+  """The distance over all layers, relative to the anchor where that is known, and its name."""
+  far = reports.overall(series.distance, series.norms)
+  if np.isfinite(far).any():
+    return 'distance from the anchor, % of its norm', (series.step, 100 * far)
+  return 'distance from the anchor', (series.step, np.linalg.norm(series.distance, axis=-1))
+
+
+def held_between(series: Series, most: int) -> Curve:
+  """The share of the updates held, between up to `most` + 1 of the logged steps.
+
+  Returns:
+    The steps at the edges, int[n + 1], and the shares, float[n, L]. A share is NaN if the updates
+    do not increase: between two of `optax.MultiSteps`, or where a run went on with a new state.
+  """
+  at = thinned(len(series.step), most + 1)
+  if len(at) == 1:
+    step = int(series.step[0])
+    return np.array([step - 1, step]), series.share[None]
+  updates = np.diff(series.updates[at], axis=0)
+  held = np.diff(series.constrained[at], axis=0)
+  good = updates > 0
+  return series.step[at], np.where(good, held, np.nan) / np.where(good, updates, 1)
+
+
+def thinned(count: int, most: int) -> np.ndarray:
+  """Up to `most` of `count` indices, evenly, with the first and the last."""
+  return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+
+
+class Block(NamedTuple):
+  """Layers begin to end, under one name."""
+
+  name: str
+  begin: int
+  end: int
+
+
+def blocks(names: Sequence[str], most: int) -> list[Block]:
+  """Each layer; of more than `most`, runs of layers whose paths begin alike.
+
+  A run is split along the next part of the path as long as the parts are not small. Names
+  without common beginnings make runs of equal length, each named after its first layer.
+  """
+  if len(names) <= most:
+    return [Block(name, i, i + 1) for i, name in enumerate(names)]
+  size = math.ceil(len(names) / most)
+  parts = [name.replace('[', '/[').split('/') for name in names]
+  found = _split(parts, Block('', 0, len(names)), 0, size)
+  if len(found) > 1:
+    return found
+  return [Block(names[i], i, min(i + size, len(names))) for i in range(0, len(names), size)]
+
+
+def _split(parts: Sequence[Sequence[str]], block: Block, depth: int, size: int) -> list[Block]:
+  """The runs within a block that agree in `depth` + 1 parts, if they have `size` on average."""
+  starts = ['/'.join(part[: depth + 1]) for part in parts[block.begin : block.end]]
+  lengths = [(name.replace('/[', '['), len(list(run))) for name, run in groupby(starts)]
+  if len(starts) < size * len(lengths) or depth >= max(map(len, parts)):
+    return [block]
+  found, begin = [], block.begin
+  for name, length in lengths:
+    found += _split(parts, Block(name, begin, begin + length), depth + 1, size)
+    begin += length
+  return found
 
 
 class Table(NamedTuple):
-  """A title, a header, and rows of as many cells."""
+  """A title, a header, and rows of as many cells, without characters that steer a terminal."""
 
   title: str
   header: list[str]
@@ -24,34 +148,35 @@ class Table(NamedTuple):
 def facts(run: Run) -> Table:
   """What the header says, and how much was logged."""
   header, records = run.header, run.records
-  anchor = header['anchor']
-  steps = f'{records[0].step} to {records[-1].step}' if records else 'none'
-  resumed = [str(record.step) for record in records if record.resumed]
-  rows = [
-    ['transform', header['transform']],
-    ['hyperparameters', json.dumps(header['hyperparameters'], ensure_ascii=False)[1:-1] or '–'],
-    ['anchor', _anchor(anchor, run.norms)],
-    ['its source', 'not named' if anchor['source'] is None else anchor['source']],
-    ['fingerprint', anchor['fingerprint']],
-    ['started', header['started']],
-    ['versions', ', '.join(f'{name} {v}' for name, v in header['versions'].items())],
-    ['records', f'{len(records)}, steps {steps}'],
-    ['layers', str(len(run.layers))],
-    ['last hash', run.hash],
-  ]
-  rows += [['resumed at step', ', '.join(resumed)]] if resumed else []
-  rows += [['torn', torn(run)]] if run.torn else []
-  return Table(run.path.name, ['', ''], [[printable(cell) for cell in row] for row in rows])
+  source = header.anchor.source
+  resumed = ', '.join(str(record.step) for record in records if record.resumed)
+  rows = {
+    'transform': header.transform,
+    'hyperparameters': json.dumps(header.hyperparameters, ensure_ascii=False)[1:-1] or '–',
+    'anchor': _anchor(header.anchor, run.norms),
+    'its source': 'not named' if source is None else source,
+    'fingerprint': header.anchor.fingerprint,
+    'started': header.started,
+    'versions': ', '.join(f'{name} {version}' for name, version in header.versions.items()),
+    'records': f'{len(records)}, steps {records[0].step} to {records[-1].step}',
+    'layers': str(len(run.layers)),
+    'last hash': run.hash,
+    'resumed at step': resumed,
+    'torn': torn(run) if run.torn else '',
+  }
+  optional = ('resumed at step', 'torn')
+  shown = [[name, printable(x)] for name, x in rows.items() if x or name not in optional]
+  return Table(printable(run.path.name), ['', ''], shown)
 
 
-def _anchor(anchor: Fields, norms: np.ndarray) -> str:
+def _anchor(anchor: Anchor, norms: np.ndarray) -> str:
   """Where the anchor is, by what the user said and the norms show."""
   said = {True: 'captured: the params at the first update', False: 'passed', None: ''}
   zero = np.count_nonzero(norms == 0)
   parts = [
-    said[anchor['captured']],
+    said[anchor.captured],
     '' if not zero else 'zero' if zero == len(norms) else f'zero in {zero} of {len(norms)} layers',
-    'moving' if anchor['moving'] else '',
+    'moving' if anchor.moving else '',
   ]
   return '; '.join(filter(None, parts)) or 'not said whether captured or passed'
 
@@ -64,84 +189,71 @@ def torn(run: Run) -> str:
   )
 
 
-def layers(series: Series, most: int | None = None) -> Table:
-  """A row per layer; where there are more than `most`, those that were held most."""
-  share, far = over_time.shares(series), _last(over_time.relative(series))
-  chosen = _most_held(share, most)
+def layers(runs: Sequence[Series], most: int | None = None) -> Table:
+  """A row per layer of one run, or of two side by side; of more than `most`, the first of them.
+
+  The first are those that were held most, or that differ most.
+  """
+  names = list(dict.fromkeys(name for series in runs for name in series.layers))
+  shares = [dict(zip(series.layers, series.share.tolist(), strict=True)) for series in runs]
+  first, last = ([share.get(name, 0.0) for name in names] for share in (shares[0], shares[-1]))
+  order = np.array(first) if len(runs) == 1 else np.abs(np.subtract(first, last))
+  chosen = list(range(len(names)))
+  title = 'Layers'
+  if most is not None and len(names) > most:
+    chosen = np.argsort(-order, kind='stable')[:most].tolist()
+    how = 'held most' if len(runs) == 1 else 'that differ most'
+    title = f'Layers {how} ({most} of {len(names)}; --all: all)'
+  cells = [_cells(series) for series in runs]
+  header = list(dict.fromkeys(key for column in cells for key in column))
   rows = [
-    [
-      printable(series.layers[i]),
-      'yes' if series.held[i] else '',
-      f'{100 * share[i]:.1f}',
-      f'{series.ratio[i]:.3g}',
-      f'{_last(series.distance)[i]:.4g}',
-      _percent(far[i]),
-    ]
+    [printable(names[i]), *(x.get(key, {}).get(names[i], '–') for key in header for x in cells)]
     for i in chosen
   ]
-  header = ['layer', 'held now', 'held, %', 'ratio', 'distance', '% of ‖θ₀‖']
-  title = 'Layers' if len(rows) == len(share) else 'Layers held most'
-  return Table(_title(title, chosen, len(share)), header, rows)
+  if len(runs) > 1:
+    title += ', ' + ' and '.join(printable(series.name) for series in runs)
+    header = [cell for key in header for cell in (f'{key}: A', 'B')]
+  return Table(title, ['layer', *header], rows)
 
 
-def blocks(series: Series, most: int) -> Table:
-  """A row per block of layers, where there are more than `most` of them; else none."""
-  share, distance = over_time.shares(series), _last(series.distance)
+def _cells(series: Series) -> dict[str, dict[str, str]]:
+  """The cells of a run by the header of their column, and by layer."""
+  last = series.last
+  columns = {
+    'held now': ['yes' if held else '' for held in last.condition],
+    'held, %': map(_percent, series.share),
+    'ratio': map(_number, last.ratio),
+    'distance': map(_number, last.distance),
+    '% of ‖θ₀‖': map(_percent, series.relative[-1]),
+    **{printable(name): map(_number, values) for name, values in last.rule_state.items()},
+  }
+  return {key: dict(zip(series.layers, x, strict=True)) for key, x in columns.items()}
+
+
+def of_blocks(series: Series, most: int) -> Table:
+  """A row per block of layers; none if there are at most so many layers."""
   rows = []
-  for name, begin, end in over_time.blocks(series.layers, most):
+  for name, begin, end in blocks(series.layers, most):
     part = slice(begin, end)
+    distance = series.distance[-1, part]
     rows.append(
       [
         printable(name),
         str(end - begin),
-        f'{100 * np.mean(series.held[part]):.1f}',
-        f'{100 * np.mean(share[part]):.1f}',
-        _number(float(np.linalg.norm(distance[part]))),
-        _percent(float(reports.overall(distance[part], series.norms[part]))),
+        f'{100 * np.mean(series.last.condition[part]):.1f}',
+        f'{100 * np.mean(series.share[part]):.1f}',
+        _number(float(np.linalg.norm(distance))),
+        _percent(float(reports.overall(distance, series.norms[part]))),
       ]
     )
   header = ['block', 'layers', 'held now, %', 'held, %', 'distance', '% of ‖θ₀‖']
   return Table('Blocks of layers', header, rows if len(rows) < len(series.layers) else [])
 
 
-def compared(a: Series, b: Series, most: int | None = None) -> Table:
-  """A row per layer of either run; where there are more than `most`, those that differ most."""
-  names = list(dict.fromkeys([*a.layers, *b.layers]))
-  columns = [_by_name(series) for series in (a, b)]
-  held = [np.array([column.get(name, _NOTHING)[0] for name in names]) for column in columns]
-  chosen = _most_held(np.abs(np.nan_to_num(held[0]) - np.nan_to_num(held[1])), most)
-  rows = [
-    [
-      printable(names[i]),
-      *(
-        cell(column.get(names[i], _NOTHING)[field])
-        for field, cell in enumerate((_percent, _number, _percent))
-        for column in columns
-      ),
-    ]
-    for i in chosen
-  ]
-  fields = ('held, %', 'distance', '% of ‖θ₀‖')
-  header = ['layer', *(cell for field in fields for cell in (f'{field}: A', 'B'))]
-  title = 'Layers' if len(chosen) == len(names) else 'Layers that differ most'
-  title += f', {printable(a.name)} and {printable(b.name)}'
-  return Table(_title(title, chosen, len(names)), header, rows)
-
-
-_NOTHING = (np.nan, np.nan, np.nan)
-
-
-def _by_name(series: Series) -> dict[str, tuple[float, float, float]]:
-  """Share held, distance and relative distance of each layer at the last record."""
-  columns = over_time.shares(series), _last(series.distance), _last(over_time.relative(series))
-  return dict(zip(series.layers, zip(*(c.tolist() for c in columns), strict=True), strict=True))
-
-
 def metrics(runs: Sequence[Series]) -> Table:
   """A row per metric and run: its first, last, smallest and largest value."""
-  names = dict.fromkeys(name for series in runs for name in series.metrics)
   rows = []
-  for name in names:
+  for name in dict.fromkeys(name for series in runs for name in series.metrics):
     for series in runs:
       if name in series.metrics:
         values = series.metrics[name][1]
@@ -150,21 +262,6 @@ def metrics(runs: Sequence[Series]) -> Table:
         cells = [_number(x) for x in (values[0], values[-1], *ends)]
         rows.append([printable(name), printable(series.name), *cells])
   return Table('Metrics', ['metric', 'run', 'first', 'last', 'smallest', 'largest'], rows)
-
-
-def _last(values: np.ndarray) -> np.ndarray:
-  return values[-1] if len(values) else np.full(values.shape[1:], np.nan)
-
-
-def _most_held(share: np.ndarray, most: int | None) -> list[int]:
-  if most is None or len(share) <= most:
-    return list(range(len(share)))
-  chosen: list[int] = np.argsort(-share, kind='stable')[:most].tolist()
-  return chosen
-
-
-def _title(title: str, chosen: Sequence[int], count: int) -> str:
-  return title if len(chosen) == count else f'{title} ({len(chosen)} of {count}; --all: all)'
 
 
 def _number(value: float) -> str:
@@ -177,9 +274,4 @@ def _percent(value: float) -> str:
 
 def printable(text: str) -> str:
   """The text without characters that could steer a terminal."""
-  return ''.join(c if c.isprintable() else '\N{REPLACEMENT CHARACTER}' for c in str(text))
-
-
-def printable_lines(text: str) -> str:
-  """The same for a message of several lines."""
-  return '\n'.join(map(printable, text.split('\n')))
+  return ''.join(c if c.isprintable() else '\N{REPLACEMENT CHARACTER}' for c in text)

@@ -1,0 +1,354 @@
+"""Audit logs as files: the format, and how to read one with every check.
+
+A log is a text file of JSON objects, one a line. Each line is sealed. Its last two keys are
+`previous`, the hash of the line before ('' in the first), and `hash`. That is the SHA-256 of the
+line without `hash` itself: the bytes up to `,"hash":`, and a closing brace. So a line that
+was edited, removed, inserted or moved is found. Lines that were cut off at the end are not found
+that way. Keep a later `AuditLog.hash` elsewhere, and pass it to `verify`.
+
+The first line is the header:
+
+- `format`: 'spd_optax audit'.
+- `schema`: 1. Readers refuse a newer schema.
+- `started`: ISO 8601 in UTC.
+- `versions`: of python, jax, jaxlib, optax, numpy and spd_optax.
+- `transform`, `hyperparameters`: as the user named them.
+- `anchor`: an object. `fingerprint` is that of `spd.fingerprint`. `source` is as the user named
+  it, or null. `captured` is true where the user says that the anchor is the params at the first
+  update, false where it was passed, null where neither was said. `moving` says whether it is
+  meant to change. `norms` has ‖θ_0‖ for each layer: 0 also where the anchor is `0`, null where it
+  is not known.
+- `layers`: names. Every list per layer is in this order. Slices of a stacked leaf follow each
+  other: 'layers/kernel[0]', 'layers/kernel[1]', ...
+- `states`: how many of the layers are in each state of SPD. The layers of one state stand in a
+  row. Only an optimizer with several states (`optax.partition`) has several numbers here.
+
+Every other line is a record:
+
+- `step`: the user's; `time`: seconds since 1970.
+- `updates`: updates so far, a number for each of `states`. They differ if one part is updated
+  more rarely, as under `optax.MultiSteps`.
+- `condition`: 0 or 1 for each layer. `ratio`, `distance`: 7 digits for each layer.
+  `constrained`: updates so far with a true condition, for each layer. All four are those of
+  `ProjectionDecayState`.
+- `rule_state`: the rule's own numbers by name, a list for each; 'NaN' for a layer whose rule has no
+  such number.
+- `metrics`: the user's numbers by name.
+- `resumed`: only in the first record after the file was opened again: `versions` as above. Its
+  step may lie before that of earlier records, which are then superseded.
+
+Numbers that are not finite are the strings 'NaN', 'Infinity' and '-Infinity'.
+"""
+
+import functools
+import hashlib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+
+FORMAT = 'spd_optax audit'
+SCHEMA = 1
+START = f'{{"format":"{FORMAT}","schema":'.encode()  # of every log
+SHOWN = 20  # problems in one message
+SEAL = len(',"hash":""}\n') + 64  # bytes at the end of a line
+
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+Number = float | Literal['NaN', 'Infinity', '-Infinity']
+
+
+class AuditFileError(ValueError):
+  """The file is no whole audit log: foreign, edited, incomplete, or of a newer schema."""
+
+
+class Anchor(msgspec.Struct, frozen=True):
+  """The anchor in a header."""
+
+  fingerprint: str
+  source: str | None
+  captured: bool | None
+  moving: bool
+  norms: list[float | None]
+
+
+class Header(msgspec.Struct, frozen=True):
+  """The first line of a log."""
+
+  format: str
+  schema: int
+  started: str
+  versions: dict[str, str]
+  transform: str
+  hyperparameters: dict[str, Any]
+  anchor: Anchor
+  layers: list[str]
+  states: list[Count]
+
+  def __post_init__(self) -> None:
+    layers = len(self.layers)
+    for name, count in (('anchor.norms', len(self.anchor.norms)), ('states', sum(self.states))):
+      if count != layers:
+        raise ValueError(f'{name}: of {count} layers, layers: {layers}')
+
+  def norms(self) -> np.ndarray:
+    """‖θ_0‖ for each layer, NaN where not known."""
+    return np.array(self.anchor.norms, float)
+
+
+class Line(msgspec.Struct, omit_defaults=True):
+  """A record as JSON has it."""
+
+  step: int
+  time: float
+  updates: list[Count]
+  condition: list[Literal[0, 1]]
+  ratio: list[Number]
+  distance: list[Number]
+  constrained: list[Count]
+  rule_state: dict[str, list[Number]]
+  metrics: dict[str, Number]
+  resumed: dict[str, str] | None = None
+
+
+class Record(NamedTuple):
+  """What was logged at one step; arrays have an entry per layer."""
+
+  step: int
+  time: float
+  updates: np.ndarray  # int32, of the state that has the layer
+  condition: np.ndarray  # bool
+  ratio: np.ndarray  # float32
+  distance: np.ndarray  # float32
+  constrained: np.ndarray  # int32
+  rule_state: dict[str, np.ndarray]  # float32 by name; NaN where a layer has no such number
+  metrics: dict[str, float]
+  resumed: bool
+
+
+class Run(NamedTuple):
+  """A log as read from its file.
+
+  Attributes:
+    header: the first line.
+    records: in the order of the file.
+    hash: of the last whole line.
+    torn: bytes after the last whole line, of a record whose writer was killed.
+  """
+
+  path: Path
+  header: Header
+  records: list[Record]
+  hash: str
+  torn: int
+
+  @property
+  def layers(self) -> list[str]:
+    """The names of the layers."""
+    return self.header.layers
+
+  @property
+  def norms(self) -> np.ndarray:
+    """‖θ_0‖ for each layer, NaN where not known."""
+    return self.header.norms()
+
+  def current(self) -> list[Record]:
+    """The records but those that a resumed run went through again."""
+    found: list[Record] = []
+    for record in self.records:
+      while record.resumed and found and found[-1].step >= record.step:
+        found.pop()
+      found.append(record)
+    return found
+
+
+def read(path: str | os.PathLike[str]) -> Run:
+  """Reads a log, and checks every line.
+
+  Args:
+    path: a file that `AuditLog` wrote, or is writing.
+
+  Returns:
+    Every whole line. `Run.torn` says whether the last line is torn.
+
+  Raises:
+    AuditFileError: if it is no audit log or of a newer schema. The message names every line that
+      was edited, or before which one is missing.
+    OSError: if it is not there, or cannot be read.
+
+  Example:
+    See `AuditLog`.
+  """
+  lines = Lines(path)
+  records: list[Record] = []
+  for line in lines:
+    if not lines.problems:  # else there is no run to return
+      try:
+        records.append(_record(line, lines.checked()))
+      except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        lines.report(f'no record of this schema: {error}')
+  return Run(lines.path, lines.checked(), records, lines.hash, lines.torn)
+
+
+def verify(path: str | os.PathLike[str], hash: str | None = None) -> Run:
+  """Reads a log, checks every line, and that nothing was cut off after a known one.
+
+  Args:
+    path: a file that `AuditLog` wrote.
+    hash: an `AuditLog.hash` that was kept elsewhere.
+
+  Returns:
+    As `read`.
+
+  Raises:
+    AuditFileError: as `read`, or if no line has this hash.
+    OSError: if it is not there, or cannot be read.
+
+  Example:
+    See `AuditLog`.
+  """
+  run = read(path)
+  with run.path.open('rb') as lines:
+    if hash is not None and not any(line.endswith(f'"{hash}"}}\n'.encode()) for line in lines):
+      raise AuditFileError(
+        f'{path}: no line has the hash {hash}; the end was cut off, or it is the log of another run'
+      )
+  return run
+
+
+class Lines:
+  """The whole lines of a log but the first, each checked against the one before; one at a time.
+
+  Attributes:
+    header: the first line; None before it was read, or if there is no whole one.
+    count: lines that were read.
+    hash: of the last of them.
+    whole: bytes of the whole lines.
+    torn: bytes after the last whole line, of a line whose writer was killed.
+    problems: what is wrong with the first lines that are not as they were written.
+  """
+
+  def __init__(self, path: str | os.PathLike[str]):
+    self.path = Path(path)
+    self.header: Header | None = None
+    self.hash, self.count, self.whole, self.torn = '', 0, 0, 0
+    self.problems: list[str] = []
+
+  def __iter__(self) -> Iterator[bytes]:
+    if self.path.exists() and not self.path.is_file():
+      kind = 'a directory' if self.path.is_dir() else 'no regular file'
+      raise AuditFileError(f'{self.path}: {kind}; pass the .jsonl file of a run')
+    with self.path.open('rb') as file:
+      if not START.startswith(start := file.read(len(START))):
+        raise AuditFileError(
+          f'{self.path}: no audit log; expected a first line {START.decode()}…, found '
+          f'{start.decode("utf-8", "replace")!r}'
+        )
+      file.seek(0)
+      for line in file:
+        if not line.endswith(b'\n'):
+          self.torn = len(line)
+          return
+        self.count, self.whole = self.count + 1, self.whole + len(line)
+        self._check_seal(line)
+        if self.header is None:
+          self.header = _header(self.path, line)
+        else:
+          yield line
+
+  def _check_seal(self, line: bytes) -> None:
+    body, end = line[:-SEAL] + b'}', line[-SEAL:]
+    before, self.hash = self.hash, ''
+    if not (end.startswith(b',"hash":"') and end.endswith(b'"}\n')):
+      return self.report('has no hash: it was edited, or AuditLog did not write it')
+    self.hash = end[len(',"hash":"') :][:64].decode('latin-1')
+    if hashlib.sha256(body).hexdigest() != self.hash:
+      return self.report('its hash does not fit: it was edited')
+    if not body.endswith(f'"previous":"{before}"}}'.encode()):
+      self.report('does not continue the line before: lines are missing, added or in another order')
+
+  def report(self, problem: str) -> None:
+    """Takes down a problem of the last line; of a file full of them only the first."""
+    if len(self.problems) < SHOWN:
+      self.problems.append(f'line {self.count}: {problem}')
+
+  def checked(self) -> Header:
+    """The header, if there is one and every line that was read is as it was written."""
+    if self.header is None:
+      raise AuditFileError(f'{self.path}: no audit log: not one whole line in it')
+    if self.problems:
+      shown = self.problems + ['…'] * (len(self.problems) == SHOWN)
+      raise AuditFileError(f'{self.path}: not as it was written:\n  ' + '\n  '.join(shown))
+    return self.header
+
+
+def _header(path: Path, line: bytes) -> Header:
+  """The header in a line that begins as one.
+
+  Raises:
+    AuditFileError: if it is of a newer schema, or not as described above.
+  """
+  try:
+    schema = msgspec.json.decode(line).get('schema')
+    if isinstance(schema, int) and schema > SCHEMA:
+      raise AuditFileError(
+        f'{path}: has schema {schema}, this version of spd_optax reads up to {SCHEMA}: '
+        "pip install --upgrade 'spd_optax[audit]'"
+      )
+    return msgspec.json.decode(line, type=Header)
+  except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+    raise AuditFileError(
+      f'{path}: line 1: the header was edited, or AuditLog did not write it: {error}'
+    ) from None
+
+
+def _record(line: bytes, header: Header) -> Record:
+  fields = _decoder().decode(line)
+  own: list[list[Any]] = [fields.condition, fields.ratio, fields.distance, fields.constrained]
+  lengths = {len(values) for values in (*own, *fields.rule_state.values())}
+  if lengths != {len(header.layers)} or len(fields.updates) != len(header.states):
+    raise ValueError(f'values for {sorted(lengths)} layers, the header names {len(header.layers)}')
+  return Record(
+    step=fields.step,
+    time=fields.time,
+    updates=np.repeat(np.array(fields.updates, np.int32), header.states),
+    condition=np.array(fields.condition, bool),
+    ratio=np.array(fields.ratio, np.float32),
+    distance=np.array(fields.distance, np.float32),
+    constrained=np.array(fields.constrained, np.int32),
+    rule_state={name: np.array(x, np.float32) for name, x in fields.rule_state.items()},
+    metrics={name: float(value) for name, value in fields.metrics.items()},
+    resumed=fields.resumed is not None,
+  )
+
+
+@functools.cache
+def _decoder() -> msgspec.json.Decoder[Line]:
+  return msgspec.json.Decoder(Line)
+
+
+def seal(fields: msgspec.Struct, previous: str) -> tuple[bytes, str]:
+  """The line for a header or record, and its hash."""
+  body = msgspec.json.encode(fields)[:-1] + f',"previous":"{previous}"}}'.encode()
+  digest = hashlib.sha256(body).hexdigest()
+  return body[:-1] + f',"hash":"{digest}"}}\n'.encode(), digest
+
+
+def numbers(values: np.ndarray) -> list[Number]:
+  """A list for JSON: 7 digits, and strings for what is not finite."""
+  return [number(float(f'{x:.7g}')) for x in values.tolist()]
+
+
+def number(value: float) -> Number:
+  """A number for JSON: a string if it is not finite."""
+  if math.isfinite(value):
+    return value
+  return 'NaN' if math.isnan(value) else 'Infinity' if value > 0 else '-Infinity'
+
+
+def text(value: str) -> str:
+  """A string for JSON: without what is no Unicode, as in the names of some files."""
+  return value.encode('utf-8', 'backslashreplace').decode()
