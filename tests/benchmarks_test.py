@@ -65,7 +65,7 @@ def test_step_time_writes_a_row_for_each_method(run):
 def test_step_time_holds_some_layers_and_not_others(run):
   # Would catch: times of a step that never does what SPD is there for.
   for name, row in run[1]['tiny'].items():
-    assert ('held, %' in row) == (name.startswith('form') and 'no reports' not in name)
+    assert ('held, %' in row) == (not name.startswith('optax') and 'no reports' not in name)
     assert 10 < row.get('held, %', [50])[0] < 60, name
 
 
@@ -103,7 +103,7 @@ def test_other_reports_are_of_the_same_steps(change):
 
 
 def test_steps_in_one_program_are_the_same_steps():
-  # The form that accelerators time; would catch steps that are dropped or see other gradients.
+  # The way that accelerators time; would catch steps that are dropped or see other gradients.
   step = methods.make_step(spd.adam_spd(1e-2))
   params = shapes.random(SMALL, scale=0.1)
   gradients = shapes.random(SMALL, seed=1)
