@@ -10,8 +10,9 @@ d = x − θ_0, in which everything is a scalar problem. With h lr ≪ 1 − β:
 `with_projection_decay`, λ = 1. A step is taken back where the gradient has turned, G > 0, but the
 momentum V before it carries on outward: G < W with W = −β V. In units of σ, G is normal with the
 mean h b / σ = −(1 − β) κ, and W is normal with the variance s² = β² / (1 − β²) and the mean β κ,
-where −κ is the mean of V. The outward steps taken back, lr σ κ on average, equal the mean step outward, −lr h b / (1 − β), at a mean
-offset b = E[x] − x*. With φ and Φ the normal density and distribution:
+where −κ is the mean of V. The outward steps taken back, lr σ κ on average, equal the mean step
+outward, −lr h b / (1 − β), at a mean offset b = E[x] − x*. With φ and Φ the normal density and
+distribution:
 
     κ = E[max(0, W − G); G > 0]          b = −(σ/h) (1 − β) κ
     share held with r > 0 = P(0 < G < W)
