@@ -134,7 +134,7 @@ class Variant(NamedTuple):
   batch: int = 0
 
 
-ADAM, LINK, ADAM_SPD = 'Adam', 'projection_decay', 'adam_spd'
+ADAM, CHAIN, ADAM_SPD = 'Adam', 'projection_decay', 'adam_spd'
 
 
 def root(cos: jax.Array) -> jax.Array:
@@ -182,9 +182,9 @@ def of_projection_decay() -> dict[str, Make]:
 
 def variants() -> dict[str, Variant]:
   """All of them, by name; each comes after its base."""
-  whole = {ADAM: optax.adam, LINK: chain(), ADAM_SPD: adam_spd()}
+  whole = {ADAM: optax.adam, CHAIN: chain(), ADAM_SPD: adam_spd()}
   found = {name: Variant(make, ADAM) for name, make in whole.items()}
-  for base, changes in ((ADAM_SPD, of_adam_spd()), (LINK, of_projection_decay())):
+  for base, changes in ((ADAM_SPD, of_adam_spd()), (CHAIN, of_projection_decay())):
     found |= {f'{base}: {name}': Variant(make, base) for name, make in changes.items()}
   for batch in (4, 64):
     base = f'batch of {batch}: {ADAM}'

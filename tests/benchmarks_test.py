@@ -79,8 +79,8 @@ def test_the_timed_gradients_make_spd_take_steps_back():
   for gradients in (first, second, first, second, first, second):
     params, state = step(params, state, gradients)
   own = state.projection_decay
-  assert {name for name, held in own.condition.items() if held} == {'b/c', 'b/d'}
-  assert all(own.ratio[name] > 0 for name in ('b/c', 'b/d'))
+  assert {name for name, held in own.condition.items() if held} == {'b~c', 'b~d'}
+  assert all(own.ratio[name] > 0 for name in ('b~c', 'b~d'))
 
 
 @pytest.mark.parametrize('change', [methods.without_reports, methods.with_packed_reports])
@@ -103,7 +103,7 @@ def test_other_reports_are_of_the_same_steps(change):
 
 
 def test_steps_in_one_program_are_the_same_steps():
-  # The way that accelerators time; would catch steps that are dropped or see other gradients.
+  # The form that accelerators time; would catch steps that are dropped or see other gradients.
   step = methods.make_step(spd.adam_spd(1e-2))
   params = shapes.random(SMALL, scale=0.1)
   gradients = shapes.random(SMALL, seed=1)

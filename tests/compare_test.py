@@ -225,13 +225,13 @@ def test_every_variant_differs_from_its_base() -> None:
     if each.batch:
       assert each.make is variants[name.rpartition(': ')[2]].make
       assert variants[each.base].batch == each.batch
-  for form in (ablations.ADAM_SPD, ablations.LINK):
+  for form in (ablations.ADAM_SPD, ablations.CHAIN):
     assert sorted(found[f'{form}: a layer is a module'][1]) == ['hidden']
     assert sorted(found[f'{form}: a layer is the model'][1]) == ['model']
     units = found[f'{form}: a layer is an output unit'][1]
     assert {name: x.shape for name, x in units.items()} == {
-      'hidden/bias': (2,),
-      'hidden/kernel': (2,),
+      'hidden~bias': (2,),
+      'hidden~kernel': (2,),
     }
 
 

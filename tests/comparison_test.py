@@ -43,13 +43,13 @@ def test_the_settings_that_are_logged_are_those_of_the_optimizer():
 
 def test_settings_are_known_for_the_methods_of_every_example():
   # Would catch: a new method whose log has no hyperparameters.
-  firm, paper = {'strength': 10.0, 'margin': 0.1}, {'strength': 1.0, 'margin': 0.0}
+  firm, exact = {'strength': 10.0, 'margin': 0.1}, {'strength': 1.0, 'margin': 0.0}
   for name, expected in {
     'projection_decay, firm, anchor 0': firm,
     'projection_decay, anchor 0': comparison.DEFAULT,
     'projection_decay, firm, following': firm,
     'projection_decay, λ = 10, m = 0.1': firm,
-    'adam_spd, frozen embedding': paper,
+    'adam_spd, frozen embedding': exact,
   }.items():
     assert comparison.settings(name, 0.1) == {'learning_rate': 0.1, **expected}
 
