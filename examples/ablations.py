@@ -2,10 +2,10 @@
 
     python examples/ablations.py
 
-Adam, form 1 in front of it, and the exact rule around it are changed in one way each, and
-fine-tune the same models on the same examples as in `compare.py`, at learning rates 1e-3 and
-3e-3. The table shows the difference of each to the rule that it changes, in points: the mean over
-tasks, rates and seeds, ± its standard error over tasks (of the mean over rates and seeds).
+Adam, `projection_decay` in front of it, and `adam_spd` are changed in one way each. They fine-tune
+the same models on the same examples as in `compare.py`, at learning rates 1e-3 and 3e-3. The table
+shows the difference of each to what it changes, in points: the mean over tasks, rates and seeds,
+± its standard error over tasks (of the mean over rates and seeds).
 """
 
 import argparse
@@ -33,7 +33,7 @@ Condition = Callable[[Any], jax.Array]  # norms of a layer -> whether it is held
 
 
 def from_momentum(decay: Optimizer) -> Optimizer:
-  """Form 1's pull, computed from the mean of the gradients (0.9) and not from the last one."""
+  """The link's pull, computed from the mean of the gradients (0.9) and not from the last one."""
 
   def init(params: Any) -> Any:
     return optax.tree.zeros_like(params), decay.init(params)
@@ -47,12 +47,12 @@ def from_momentum(decay: Optimizer) -> Optimizer:
 
 
 def chain(link: Optimizer | None = None, **options: Any) -> Make:
-  """Form 1 and Adam."""
+  """`projection_decay` and Adam."""
   return lambda rate: optax.chain(link or spd.projection_decay(**options), optax.adam(rate))
 
 
-def exact(**options: Any) -> Make:
-  """The exact rule around Adam."""
+def adam_spd(**options: Any) -> Make:
+  """`adam_spd`."""
   return lambda rate: spd.adam_spd(rate, **options)
 
 
@@ -92,7 +92,7 @@ def projection(condition: Condition | None = None, ratio: float | None = None) -
       whole = super().ratio(norms)
       return whole if ratio is None else jnp.full_like(whole, ratio)
 
-  return exact(rule=Changed())
+  return adam_spd(rule=Changed())
 
 
 def turn(
@@ -134,7 +134,7 @@ class Variant(NamedTuple):
   batch: int = 0
 
 
-ADAM, CHAIN, EXACT = 'Adam', 'form 1', 'exact'
+ADAM, CHAIN, ADAM_SPD = 'Adam', 'projection_decay', 'adam_spd'
 
 
 def root(cos: jax.Array) -> jax.Array:
@@ -143,7 +143,7 @@ def root(cos: jax.Array) -> jax.Array:
 
 
 def of_both(make: Callable[..., Make]) -> dict[str, Make]:
-  """Changes that either form can have."""
+  """Changes that either can have."""
   return {
     'a layer is a module': make(group=module),
     'a layer is an output unit': make(stack_axis=lambda path, leaf: leaf.ndim - 1),
@@ -152,21 +152,21 @@ def of_both(make: Callable[..., Make]) -> dict[str, Make]:
   }
 
 
-def of_exact() -> dict[str, Make]:
-  """Changes of the exact rule."""
+def of_adam_spd() -> dict[str, Make]:
+  """Changes of `adam_spd`."""
   return {
     'always held': projection(always),
     'condition inverted': projection(inverted),
     'held at random, 40 %': projection(at_random(0.4)),
-    **of_both(exact),
-    **{f'm = {m:g}': exact(margin=m) for m in (0.05, 0.1)},
-    **{f'λ = {x:g}': exact(strength=x) for x in (0.5, 1.5, 2.0, 3.0)},
+    **of_both(adam_spd),
+    **{f'm = {m:g}': adam_spd(margin=m) for m in (0.05, 0.1)},
+    **{f'λ = {x:g}': adam_spd(strength=x) for x in (0.5, 1.5, 2.0, 3.0)},
     **{f'r = {r:g} when held': projection(ratio=r) for r in (0.01, 0.1)},
   }
 
 
-def of_chain() -> dict[str, Make]:
-  """Changes of form 1."""
+def of_projection_decay() -> dict[str, Make]:
+  """Changes of `projection_decay`."""
   return {
     'always held, φ = abs cos': turn(always, jnp.abs),
     'condition inverted, φ = abs cos': turn(inverted, jnp.abs),
@@ -182,9 +182,9 @@ def of_chain() -> dict[str, Make]:
 
 def variants() -> dict[str, Variant]:
   """All of them, by name; each comes after its base."""
-  whole = {ADAM: optax.adam, CHAIN: chain(), EXACT: exact()}
+  whole = {ADAM: optax.adam, CHAIN: chain(), ADAM_SPD: adam_spd()}
   found = {name: Variant(make, ADAM) for name, make in whole.items()}
-  for base, changes in ((EXACT, of_exact()), (CHAIN, of_chain())):
+  for base, changes in ((ADAM_SPD, of_adam_spd()), (CHAIN, of_projection_decay())):
     found |= {f'{base}: {name}': Variant(make, base) for name, make in changes.items()}
   for batch in (4, 64):
     base = f'batch of {batch}: {ADAM}'

@@ -49,8 +49,8 @@ QUICK = ('digits_mlp', 'code_to_prose', 'tumours')
 
 
 DEFAULTS = {
-  'SPD, chain': comparison.DEFAULT,
-  'SPD, exact, Adam': comparison.EXACT,
+  'projection_decay': comparison.DEFAULT,
+  'adam_spd': comparison.ADAM_SPD,
 }
 
 Result = dict[str, Any]  # title, before, records of a task

@@ -23,16 +23,14 @@ def default_of(transform: Callable[..., Any]) -> dict[str, float]:
   return {name: options[name].default for name in ('strength', 'margin')}
 
 
-EXACT = default_of(spd.adam_spd)
+ADAM_SPD = default_of(spd.adam_spd)
 DEFAULT = default_of(spd.projection_decay)
 FIRM = {'strength': 10.0, 'margin': 0.1}
 SETTINGS = {  # by how the name of a method begins
-  'SPD, exact': EXACT,
-  'SPD, in the chain': DEFAULT,
-  'SPD, in the chain, λ = 10, m = 0.1': FIRM,
-  'SPD, chain': DEFAULT,
-  'SPD, chain, firm': FIRM,
-  'SPD, firm': FIRM,
+  'adam_spd': ADAM_SPD,
+  'projection_decay': DEFAULT,
+  'projection_decay, λ = 10, m = 0.1': FIRM,
+  'projection_decay, firm': FIRM,
 }
 
 
@@ -42,11 +40,11 @@ def methods(lr: Any, anchor: Any) -> dict[str, optax.GradientTransformation]:
     'Adam': optax.adam(lr),
     'AdamW, 0.01': optax.adamw(lr, weight_decay=0.01),
     'L2-SP, λ = 0.01': optax.chain(spd.l2_sp(anchor, 0.01), optax.adam(lr)),
-    'SPD, in the chain': optax.chain(spd.projection_decay(anchor, **DEFAULT), optax.adam(lr)),
-    'SPD, in the chain, λ = 10, m = 0.1': optax.chain(
+    'projection_decay': optax.chain(spd.projection_decay(anchor, **DEFAULT), optax.adam(lr)),
+    'projection_decay, λ = 10, m = 0.1': optax.chain(
       spd.projection_decay(anchor, **FIRM), optax.adam(lr)
     ),
-    'SPD, exact (Adam-SPD)': spd.adam_spd(lr, anchor, **EXACT),
+    'adam_spd': spd.adam_spd(lr, anchor, **ADAM_SPD),
   }
 
 

@@ -38,19 +38,19 @@ class Method(NamedTuple):
 
 
 def methods(lr: float, anchor: Any, ema: float) -> dict[str, Method]:
-  """Adam, and each form of SPD with each kind of anchor; firm is form 1."""
+  """Adam, and `adam_spd` and a firm `projection_decay` with each kind of anchor."""
 
   def firm(**options: Any) -> optax.GradientTransformation:
     return optax.chain(spd.projection_decay(anchor, **comparison.FIRM, **options), optax.adam(lr))
 
   return {
     'Adam': Method(optax.adam(lr)),
-    'SPD, exact': Method(spd.adam_spd(lr, anchor)),
-    'SPD, exact, reanchored': Method(spd.adam_spd(lr, anchor), reanchored=True),
-    'SPD, exact, following': Method(spd.adam_spd(lr, anchor, anchor_ema=ema), follows=True),
-    'SPD, firm': Method(firm()),
-    'SPD, firm, reanchored': Method(firm(), reanchored=True),
-    'SPD, firm, following': Method(firm(anchor_ema=ema), follows=True),
+    'adam_spd': Method(spd.adam_spd(lr, anchor)),
+    'adam_spd, reanchored': Method(spd.adam_spd(lr, anchor), reanchored=True),
+    'adam_spd, following': Method(spd.adam_spd(lr, anchor, anchor_ema=ema), follows=True),
+    'projection_decay, firm': Method(firm()),
+    'projection_decay, firm, reanchored': Method(firm(), reanchored=True),
+    'projection_decay, firm, following': Method(firm(anchor_ema=ema), follows=True),
   }
 
 

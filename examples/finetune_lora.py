@@ -176,9 +176,9 @@ def lora_methods(lr: float, adapters: Any) -> dict[str, optax.GradientTransforma
     default, firm = (
       spd.projection_decay(anchor, **own) for own in (comparison.DEFAULT, comparison.FIRM)
     )
-    methods[f'SPD, exact, anchor {name}'] = spd.adam_spd(lr, anchor, **comparison.EXACT)
-    methods[f'SPD, chain, anchor {name}'] = optax.chain(default, adam)
-    methods[f'SPD, chain, firm, anchor {name}'] = optax.chain(firm, adam)
+    methods[f'adam_spd, anchor {name}'] = spd.adam_spd(lr, anchor, **comparison.ADAM_SPD)
+    methods[f'projection_decay, anchor {name}'] = optax.chain(default, adam)
+    methods[f'projection_decay, firm, anchor {name}'] = optax.chain(firm, adam)
   return methods
 
 
@@ -195,8 +195,8 @@ def all_methods(lr: float) -> dict[str, optax.GradientTransformation]:
   return {
     'Adam': adam,
     'Adam, frozen embedding': frozen(adam),
-    'SPD, exact, frozen embedding': frozen(spd.adam_spd(lr, **comparison.EXACT)),
-    'SPD, chain, frozen embedding': frozen(
+    'adam_spd, frozen embedding': frozen(spd.adam_spd(lr, **comparison.ADAM_SPD)),
+    'projection_decay, frozen embedding': frozen(
       optax.chain(spd.projection_decay(**comparison.DEFAULT), adam)
     ),
   }

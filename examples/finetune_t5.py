@@ -36,7 +36,7 @@ import prose
 import reporting
 import training
 
-SHOWN = ('pre-trained', 'Adam', 'SPD, in the chain, λ = 10, m = 0.1')  # what generates
+SHOWN = ('pre-trained', 'Adam', 'projection_decay, λ = 10, m = 0.1')  # what generates
 
 
 class NumpyWithOldClip:

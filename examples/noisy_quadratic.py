@@ -1,4 +1,4 @@
-"""When does each form hold a layer, and how near to the anchor does it settle? Theory and check.
+"""When does SPD hold a layer, and how near to the anchor does it settle? Theory and check.
 
     python examples/noisy_quadratic.py
 
@@ -7,27 +7,27 @@ deviation σ in each. It is trained by SGD with momentum β; its anchor is 0, at
 D = ‖x*‖ that is large against its own fluctuations. What matters then is the component along
 d = x − θ_0, in which everything is a scalar problem. With h lr ≪ 1 − β:
 
-Form 2, λ = 1. A step is taken back where the gradient has turned, G > 0, but the momentum V
-before it carries on outward: G < W with W = −β V. In units of σ, G is normal with the mean
-h b / σ = −(1 − β) κ, and W is normal with the variance s² = β² / (1 − β²) and the mean β κ,
-where −κ is the mean of V. The outward
-steps taken back, lr σ κ on average, equal the mean step outward, −lr h b / (1 − β), at a mean
-offset b = E[x] − x*. With φ and Φ the normal density and distribution:
+`with_projection_decay`, λ = 1. A step is taken back where the gradient has turned, G > 0, but the
+momentum V before it carries on outward: G < W with W = −β V. In units of σ, G is normal with the
+mean h b / σ = −(1 − β) κ, and W is normal with the variance s² = β² / (1 − β²) and the mean β κ,
+where −κ is the mean of V. The outward steps taken back, lr σ κ on average, equal the mean step
+outward, −lr h b / (1 − β), at a mean offset b = E[x] − x*. With φ and Φ the normal density and
+distribution:
 
     κ = E[max(0, W − G); G > 0]          b = −(σ/h) (1 − β) κ
     share held with r > 0 = P(0 < G < W)
 
 Without these means they are (1/√(1 − β²) − 1) / √(8π) and arctan(s) / 2π.
 
-Form 1. Its gradient along d is G' = G + λ max(0, G + m ‖g‖); in balance E[G'] = 0. With
+`projection_decay`. Its gradient along d is G' = G + λ max(0, G + m ‖g‖); in balance E[G'] = 0. With
 z = h b / σ, ‖g‖ ≈ σ √n and a = z + m √n:
 
     z + λ (φ(a) + a Φ(a)) = 0
     share held = Φ(a)
 
-Neither depends on the learning rate. Form 2 is gentle: |b| is about 0.03 σ/h at most, at
-any β. Form 1 does not need momentum: it pulls with the noise itself, and with a margin the
-more the larger the layer is.
+Neither depends on the learning rate. `with_projection_decay` is gentle: |b| is about 0.03 σ/h at
+most, at any β. `projection_decay` does not need momentum. It pulls with the noise itself, and with
+a margin the more the larger the layer is.
 """
 
 import argparse
@@ -55,8 +55,8 @@ SIZES = (1, 10, 100, 1000)  # n, at m = 0.05 and λ = 1
 MARGIN = 0.05
 
 
-def form_2(momentum: float) -> tuple[float, float]:
-  """Share of steps held, and the offset b, at λ = 1; h = σ = 1."""
+def with_projection_decay(momentum: float) -> tuple[float, float]:
+  """Theory: share of steps held, and the offset b, at λ = 1; h = σ = 1."""
   s = momentum / np.sqrt(1 - momentum**2)
   if not s:
     return 0.0, 0.0
@@ -78,8 +78,8 @@ def form_2(momentum: float) -> tuple[float, float]:
   return float(integrate.quad(held, 0, np.inf, kappa)[0]), float(-(1 - momentum) * kappa)
 
 
-def form_1(strength: float, margin: float = 0.0, size: int = 1) -> tuple[float, float]:
-  """Share of steps held, and the offset b; h = σ = 1."""
+def projection_decay(strength: float, margin: float = 0.0, size: int = 1) -> tuple[float, float]:
+  """Theory: share of steps held, and the offset b; h = σ = 1."""
   shift = margin * np.sqrt(size)
 
   def force(z: float) -> float:
@@ -130,12 +130,12 @@ def panels(runs: int, steps: int) -> dict[str, list[Point]]:
     return simulate(optimizer, size, runs, steps)
 
   return {
-    'form 2: momentum β': [
-      (b, form_2(b), check(spd.with_projection_decay(sgd(b), 0))) for b in MOMENTA
+    'with_projection_decay: momentum β': [
+      (b, with_projection_decay(b), check(spd.with_projection_decay(sgd(b), 0))) for b in MOMENTA
     ],
-    'form 1: strength λ': [(x, form_1(x), check(chain(x))) for x in STRENGTHS],
-    f'form 1, λ = 1, m = {MARGIN}: size n': [
-      (n, form_1(1.0, MARGIN, n), check(chain(1.0, MARGIN), n)) for n in SIZES
+    'projection_decay: strength λ': [(x, projection_decay(x), check(chain(x))) for x in STRENGTHS],
+    f'projection_decay, λ = 1, m = {MARGIN}: size n': [
+      (n, projection_decay(1.0, MARGIN, n), check(chain(1.0, MARGIN), n)) for n in SIZES
     ],
   }
 

@@ -23,8 +23,8 @@ ADAM = optax.adam(1e-3)
 
 
 FORMS = {
-  'form 1': lambda anchor, **kw: optax.chain(spd.projection_decay(anchor, **kw), ADAM),
-  'form 2': lambda anchor, **kw: spd.with_projection_decay(ADAM, anchor, **kw),
+  'projection_decay': lambda anchor, **kw: optax.chain(spd.projection_decay(anchor, **kw), ADAM),
+  'with_projection_decay': lambda anchor, **kw: spd.with_projection_decay(ADAM, anchor, **kw),
 }
 every_form = pytest.mark.parametrize('make', FORMS.values(), ids=FORMS)
 
@@ -48,7 +48,7 @@ def test_one_tpu_chip(make, captured):
 
 def test_apply_is_at_the_floor_on_a_tpu():
   """Catches params or an anchor that are read again once the sums are known."""
-  tx, tree = methods.OPTIMIZERS['form 2, apply'], shapes.vit_b16()
+  tx, tree = methods.OPTIMIZERS['adam_spd, apply'], shapes.vit_b16()
   one, _ = compiled.compile_step(tx(compiled.nowhere(tree)), tree, compiled.TARGETS['v5e'])
   assert 7.9 < one.passes <= 8.05
   assert one.temporaries <= 0.01

@@ -31,13 +31,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
   out = tmp_path_factory.mktemp('compare')
   some = {
     'Adam': methods.Method(methods.adam),
-    'SPD, chain': methods.Method(methods.chained, (SPD,)),
+    'projection_decay': methods.Method(methods.chained, (SPD,)),
   }
   again, run_job = [], jobs.run
 
   def diverging(*args: Any) -> Any:
     records = run_job(*args)
-    if args[1] == 'SPD, chain':
+    if args[1] == 'projection_decay':
       records[-1] |= {'id': [70.0, math.nan], 'moved': [1.0, math.nan]}
     return records
 
@@ -51,7 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(compare, 'METHODS', some)
     patch.setattr(jobs, 'run', diverging)
-    patch.setattr(compare, 'DEFAULTS', {'SPD, chain': SPD})
+    patch.setattr(compare, 'DEFAULTS', {'projection_decay': SPD})
     patch.setattr(compare, 'each_task', each_task)
     return out, compare.main([*ARGUMENTS, str(out)]), again[0]
 
@@ -80,7 +80,7 @@ def test_records_are_whole_and_valid_json(run: Any) -> None:
       assert len(record[column]) == 2, column
     means = np.mean([*record['sets'].values()], axis=0)
     np.testing.assert_allclose(record['ood'], means, atol=0.011)
-  assert counts == {'Adam': 2, 'SPD, chain': 2}
+  assert counts == {'Adam': 2, 'projection_decay': 2}
   diverged = records[-1]
   assert diverged['id'] == [70, 0]
   assert diverged['moved'] == [1, None]
@@ -93,15 +93,15 @@ def test_results_have_all_tables_and_pictures(run: Any) -> None:
   written = json.loads((out / 'results.json').read_text())
   assert written['settings']['seeds'] == 2
   assert 0 <= written['settings']['friedman'] <= 1
-  rows = ['Adam', 'SPD, chain', 'SPD, chain, default']
+  rows = ['Adam', 'projection_decay', 'projection_decay, default']
   table = written['results']['tumours']
   assert list(table) == ['pre-trained', *rows]
   columns = ['setting', 'rate', 'ID', 'OOD', 'moved', 'held', 'oracle ID', 'oracle OOD']
-  assert list(table['SPD, chain']) == columns
+  assert list(table['projection_decay']) == columns
   assert list(table['Adam']) == [column for column in columns if column != 'held']
-  assert table['SPD, chain, default']['setting'] == 'λ = 1, m = 0'
+  assert table['projection_decay, default']['setting'] == 'λ = 1, m = 0'
   assert sorted(written['results']['overall']) == sorted(rows)
-  assert list(written['results']['rates']) == ['Adam', 'SPD, chain λ = 1, m = 0']
+  assert list(written['results']['rates']) == ['Adam', 'projection_decay λ = 1, m = 0']
   for name in ('pareto.png', 'ranks.png'):
     assert (out / name).read_bytes().startswith(b'\x89PNG')
 
@@ -150,7 +150,7 @@ def test_a_killed_write_leaves_what_there_was(
 
 def test_a_key_follows_all_that_changes_a_result() -> None:
   """Catches a key without the optimizer inside, what a method calls, or what goes on from it."""
-  inner = [cache.digest(methods.exact(each)) for each in (methods.adam, methods.sgd, methods.lion)]
+  inner = [cache.digest(methods.around(each)) for each in (methods.adam, methods.sgd, methods.lion)]
   assert len(set(inner)) == 3
   assert methods.thaw in cache.calls(methods.freezing)
   adam = methods.METHODS['Adam']
@@ -224,7 +224,7 @@ def test_every_variant_differs_from_its_base() -> None:
     if each.batch:
       assert each.make is variants[name.rpartition(': ')[2]].make
       assert variants[each.base].batch == each.batch
-  for form in (ablations.EXACT, ablations.CHAIN):
+  for form in (ablations.ADAM_SPD, ablations.CHAIN):
     assert sorted(found[f'{form}: a layer is a module'][1]) == ['hidden']
     assert sorted(found[f'{form}: a layer is the model'][1]) == ['model']
     units = found[f'{form}: a layer is an output unit'][1]
@@ -242,7 +242,7 @@ def test_ablations_tabulate_differences_to_the_base() -> None:
     for task, up in (('one', 2), ('two', 4))
   }
   rows = ablations.table(records)
-  assert rows['form 1']['ID'] == f'{10 + 1.5:.1f}'
+  assert rows['projection_decay']['ID'] == f'{10 + 1.5:.1f}'
   for i, name in enumerate(names):
     base = names.index(rows[name]['compared to'])
     assert rows[name]['ID, difference'] == [10 * (i - base)] * 2

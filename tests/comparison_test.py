@@ -16,7 +16,7 @@ PARAMS, ANCHOR = {'w': jnp.ones(3)}, {'w': jnp.zeros(3)}
 
 
 def course(tx):
-  """The updates of two steps, of which the second is to be held by either form."""
+  """The updates of two steps, of which SPD is to hold the second."""
   state, params, found = tx.init(PARAMS), PARAMS, []
   step = jax.jit(tx.update)
   for gradient in (-1.0, 0.1):
@@ -31,11 +31,11 @@ def test_the_settings_that_are_logged_are_those_of_the_optimizer():
   courses = {}
   for name, optimizer in comparison.methods(0.1, ANCHOR).items():
     settings = comparison.settings(name, 0.1)
-    if 'SPD' not in name:
+    if not name.startswith(('projection_decay', 'adam_spd')):
       assert settings == {}
       continue
     lr = settings.pop('learning_rate')
-    if 'exact' in name:
+    if name == 'adam_spd':
       expected = spd.adam_spd(lr, ANCHOR, **settings)
     else:
       expected = optax.chain(spd.projection_decay(ANCHOR, **settings), optax.adam(lr))
@@ -48,10 +48,11 @@ def test_settings_are_known_for_the_methods_of_every_example():
   """Catches a new method whose log has no hyperparameters."""
   firm, exact = {'strength': 10.0, 'margin': 0.1}, {'strength': 1.0, 'margin': 0.0}
   for name, expected in {
-    'SPD, chain, firm, anchor 0': firm,
-    'SPD, chain, anchor 0': comparison.DEFAULT,
-    'SPD, firm, following': firm,
-    'SPD, exact, frozen embedding': exact,
+    'projection_decay, firm, anchor 0': firm,
+    'projection_decay, anchor 0': comparison.DEFAULT,
+    'projection_decay, firm, following': firm,
+    'projection_decay, λ = 10, m = 0.1': firm,
+    'adam_spd, frozen embedding': exact,
   }.items():
     assert comparison.settings(name, 0.1) == {'learning_rate': 0.1, **expected}
 
@@ -61,10 +62,10 @@ def test_a_log_of_an_example_has_them_and_is_begun_anew(tmp_path):
   tx = spd.adam_spd(1e-3, ANCHOR)
   _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
   for _ in range(2):
-    with comparison.audit_log(tmp_path, 'SPD, exact', {'strength': 1.0}, captured=False) as record:
+    with comparison.audit_log(tmp_path, 'adam_spd', {'strength': 1.0}, captured=False) as record:
       record(1, state)
       record(2, optax.adam(1e-3).init(PARAMS))  # has no SPD
-  run = audit.verify(tmp_path / 'SPD_exact.jsonl')
+  run = audit.verify(tmp_path / 'adam_spd.jsonl')
   assert len(run.records) == 1
   assert run.header.hyperparameters == {'strength': 1.0}
   assert run.header.anchor.captured is False

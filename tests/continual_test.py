@@ -43,7 +43,7 @@ def test_it_writes_its_results(run):
 def test_methods_part_where_their_anchors_do(run):
   """Catches a new anchor in the first task, and none in the second; and an anchor that stays."""
   _, results = run
-  fixed, moved = results['SPD, exact'], results['SPD, exact, reanchored']
+  fixed, moved = results['adam_spd'], results['adam_spd, reanchored']
   assert fixed['thick 1'] == moved['thick 1']
   assert fixed['old 1'] == moved['old 1']
   late = [tuple(row['old 3'] + row['thick 3']) for row in results.values()]

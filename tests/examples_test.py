@@ -69,7 +69,7 @@ def test_a_head_with_other_classes_is_new_and_free(run, tmp_path):
   assert anchor['classifier'] is None
   state = spd.adam_spd(1e-3, anchor).init(model.params)
   names = optax.tree.get(state, 'condition')
-  assert 'vit/layernorm/scale' in names
+  assert 'vit~layernorm~scale' in names
   assert not any(name.startswith('classifier') for name in names)
 
   model, anchor = finetune_vit.load(str(run[0] / 'foundation'))

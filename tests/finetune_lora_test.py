@@ -20,8 +20,9 @@ pytestmark = pytest.mark.examples
 TINY = ['--pretrain-steps', '3', '--steps', '3', '--seeds', '2', '--batch', '4', '--shots', '8']
 LR = 1e-2
 # Each method takes seconds to compile; these are one of each kind.
-LORA = ('Adam', 'SPD, chain, firm, anchor 0 for B')
-WHOLE = ('SPD, exact, frozen embedding',)
+LORA = ('Adam', 'projection_decay, firm, anchor 0 for B')
+WHOLE = ('adam_spd, frozen embedding',)
+WITH_SPD = tuple(name for name in LORA + WHOLE if name != 'Adam')
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -71,7 +72,7 @@ def test_it_writes_its_results(run):
   for name, row in results.items():
     seeds = 1 if name == 'pre-trained' else 2
     assert {len(row[c]) for c in ('new style', 'old, mean', 'old, worst', 'moved')} == {seeds}
-    assert ('held' in row) == ('anchor, bytes/param' in row) == ('SPD' in name), name
+    assert ('held' in row) == ('anchor, bytes/param' in row) == name.endswith(WITH_SPD), name
   moved = {name: tuple(row['moved']) for name, row in results.items()}
   assert moved.pop('pre-trained') == (0,)
   assert all(0 < first != second for first, second in moved.values())
@@ -90,7 +91,7 @@ def test_the_zero_anchor_stores_nothing(problem):
     found = finetune_lora.anchor_bytes(optimizer, adapters)
     assert found.get('anchor, bytes/param', []) == expected, name
     held = optax.tree.get(jax.eval_shape(optimizer.init, adapters), 'condition', {})
-    assert {path.rpartition('/')[2] for path in held} == (
+    assert {path.rpartition('~')[2] for path in held} == (
       set() if name == 'Adam' else {'lora_b'} if '0 for B' in name else {'lora_a', 'lora_b'}
     ), name
   whole = weights(model)
@@ -117,7 +118,7 @@ def test_the_template_is_the_shared_loop(problem):
   _, adapted, data, order = problem
   before = base(adapted)
   part = finetune_lora.trained(adapted, nnx.LoRAParam)
-  optimizer = finetune_lora.lora_methods(LR, part.start)['SPD, exact, anchor 0']
+  optimizer = finetune_lora.lora_methods(LR, part.start)['adam_spd, anchor 0']
   shared, state = training.train(part.loss, optimizer, part.start, data, order)
   assert sum(np.sum(n) for n in optax.tree.get(state, 'constrained').values()) > 0
   for seed in range(2):
@@ -138,7 +139,7 @@ def test_the_frozen_part_keeps_every_bit(problem):
   model, _, data, order = problem
   part = finetune_lora.trained(model, nnx.Param)
   methods = finetune_lora.all_methods(LR)
-  for name in ('SPD, exact, frozen embedding', 'SPD, chain, frozen embedding'):
+  for name in ('adam_spd, frozen embedding', 'projection_decay, frozen embedding'):
     optimizer = methods[name]
     end, state = training.train(part.loss, optimizer, part.start, data, order[:1])
     assert sum(np.sum(n) for n in optax.tree.get(state, 'constrained').values()) > 0

@@ -21,9 +21,9 @@ def agree(values: np.ndarray, expected: float) -> None:
 
 
 @pytest.mark.parametrize('momentum', [0.5, 0.9])
-def test_form_2_balances_in_a_draw(momentum: float) -> None:
+def test_with_projection_decay_balances_in_a_draw(momentum: float) -> None:
   """Catches wrong integrals, and a gradient without the mean that it has at the offset."""
-  share, offset = noisy_quadratic.form_2(momentum)
+  share, offset = noisy_quadratic.with_projection_decay(momentum)
   rng = np.random.default_rng(0)
   kappa = -offset / (1 - momentum)
   spread = momentum / np.sqrt(1 - momentum**2)
@@ -34,18 +34,18 @@ def test_form_2_balances_in_a_draw(momentum: float) -> None:
   agree(held.astype(float), share)
 
 
-def test_form_2_without_momentum_never_acts() -> None:
+def test_with_projection_decay_without_momentum_never_acts() -> None:
   """Catches 0/0 at β = 0, and a wrong limit for small β, where κ ≈ β² / 2√(8π)."""
-  assert noisy_quadratic.form_2(0.0) == (0.0, 0.0)
-  share, offset = noisy_quadratic.form_2(0.01)
+  assert noisy_quadratic.with_projection_decay(0.0) == (0.0, 0.0)
+  share, offset = noisy_quadratic.with_projection_decay(0.01)
   assert share == pytest.approx(0.01 / (2 * np.pi), rel=0.01)
   assert offset == pytest.approx(-0.99 * 0.01**2 / 2 / np.sqrt(8 * np.pi), rel=0.02)
 
 
 @pytest.mark.parametrize(('strength', 'margin', 'size'), [(1.0, 0.0, 1), (3.0, 0.05, 100)])
-def test_form_1_balances_in_a_draw(strength: float, margin: float, size: int) -> None:
+def test_projection_decay_balances_in_a_draw(strength: float, margin: float, size: int) -> None:
   """Catches a wrong expectation: the turned gradient is 0 on average at the offset."""
-  share, offset = noisy_quadratic.form_1(strength, margin, size)
+  share, offset = noisy_quadratic.projection_decay(strength, margin, size)
   g = offset + np.random.default_rng(1).normal(size=DRAWS)
   pull = np.maximum(g + margin * np.sqrt(size), 0)
   assert offset < -0.1
@@ -63,7 +63,10 @@ def wrapped(rate: float) -> optax.GradientTransformation:
 
 @pytest.mark.parametrize(
   ('make', 'theory'),
-  [(chain, noisy_quadratic.form_1(1.0)), (wrapped, noisy_quadratic.form_2(0.9))],
+  [
+    (chain, noisy_quadratic.projection_decay(1.0)),
+    (wrapped, noisy_quadratic.with_projection_decay(0.9)),
+  ],
 )
 def test_the_library_does_what_theory_says(make: Any, theory: tuple[float, float]) -> None:
   """Catches a simulation that measures another layer's, another step's or no condition."""
@@ -77,8 +80,8 @@ def test_tables_and_picture(tmp_path: Any) -> None:
   """Catches theory and simulation that are swapped, and shares that are not in %."""
   simulated = {'held': [0.2, 0.4], 'offset': [-0.1, -0.3]}
   point = (0.9, (0.25, -0.5), simulated)
-  found = {'form 2: momentum β': [point], 'form 1: strength λ': [point]}
-  row = noisy_quadratic.table(found)['form 2: momentum β = 0.9']
+  found = {'with_projection_decay: momentum β': [point], 'projection_decay: strength λ': [point]}
+  row = noisy_quadratic.table(found)['with_projection_decay: momentum β = 0.9']
   assert row['held, theory (%)'] == '25.0'
   assert row['held (%)'] == [20, 40]
   assert (row['offset, theory'], row['offset']) == ('-0.500', '-0.200 ± 0.100')

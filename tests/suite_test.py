@@ -86,7 +86,7 @@ def test_a_diverged_run_scores_0() -> None:
 
 # Tables and pictures.
 
-DEFAULTS = {'SPD, chain': {'strength': 0.3}}
+DEFAULTS = {'projection_decay': {'strength': 0.3}}
 
 
 def two_tasks() -> dict[str, list[dict[str, Any]]]:
@@ -96,7 +96,7 @@ def two_tasks() -> dict[str, list[dict[str, Any]]]:
     found[task] = [record('Adam', ([70, 70], [80, 82], [50, 50]), rate=rate) for rate in (1, 2)]
     for strength, up in ((0.3, 0), (3.0, 1)):
       values = ([70 + up] * 2, [80 + up * more[0], 82 + up * more[0]], [50 + up * more[1]] * 2)
-      found[task] += [record('SPD, chain', values, {'strength': strength}, r) for r in (1, 2)]
+      found[task] += [record('projection_decay', values, {'strength': strength}, r) for r in (1, 2)]
   return found
 
 
@@ -105,18 +105,18 @@ def test_tables_say_what_the_records_do() -> None:
   records = two_tasks()
   best = {task: choice.chosen(found, DEFAULTS) for task, found in records.items()}
   overall = tables.overall(best)
-  assert next(iter(overall)) == 'SPD, chain'
-  assert overall['SPD, chain']['ID − Adam'] == [2, 4]
-  assert overall['SPD, chain']['OOD − Adam'] == [6, 10]
-  assert overall['SPD, chain, default']['OOD − Adam'] == [0, 0]
-  assert overall['SPD, chain']['rank'] == [1, 1]
+  assert next(iter(overall)) == 'projection_decay'
+  assert overall['projection_decay']['ID − Adam'] == [2, 4]
+  assert overall['projection_decay']['OOD − Adam'] == [6, 10]
+  assert overall['projection_decay, default']['OOD − Adam'] == [0, 0]
+  assert overall['projection_decay']['rank'] == [1, 1]
   assert overall['Adam']['rank'] == [2.5, 2.5]
-  assert (overall['Adam']['ID'], overall['SPD, chain']['OOD']) == ('81.0', '58.0')
+  assert (overall['Adam']['ID'], overall['projection_decay']['OOD']) == ('81.0', '58.0')
 
   records['one'][0]['moved'] = [None, None]
   row = tables.of_task(records['one'], DEFAULTS)
-  assert row['SPD, chain']['setting'] == 'λ = 3'
-  assert row['SPD, chain']['OOD'] == row['SPD, chain']['oracle OOD'] == [56, 56]
+  assert row['projection_decay']['setting'] == 'λ = 3'
+  assert row['projection_decay']['OOD'] == row['projection_decay']['oracle OOD'] == [56, 56]
   assert row['Adam']['moved'] == '–'
 
   records['two'][1]['id'] = [90, 90]

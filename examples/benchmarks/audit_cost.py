@@ -2,7 +2,7 @@
 
     python examples/benchmarks/audit_cost.py
 
-A training step of the example's ViT with form 2 and one that is logged take turns, as in
+A training step of the example's ViT with `adam_spd` and one that is logged take turns, as in
 training_step.py; both are of one program. The report, in a process of its own, is of a log of
 10,000 records of 200 layers.
 """
@@ -28,7 +28,7 @@ import training
 from benchmarks import methods, step_time, training_step
 from spd_optax.audit import format
 
-PLAIN, LOGGED = 'form 2', 'form 2, every step logged'
+PLAIN, LOGGED = 'adam_spd', 'adam_spd, every step logged'
 
 
 class LoggedRun(training_step.TrainingRun):
@@ -68,7 +68,7 @@ def steps(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, list[fl
   found = {}
   for name, seconds in times.items():
     columns = step_time.columns(seconds, seconds / times[PLAIN], None)
-    columns['% of form 2'] = columns.pop('% of Adam')
+    columns['% of adam_spd'] = columns.pop('% of Adam')
     found[name] = columns
   return found
 

@@ -23,7 +23,7 @@ import reporting
 import training
 from benchmarks import compiled, hlo, methods, shapes
 
-METHODS = (methods.REFERENCE, 'form 1', 'form 2', 'form 2, apply')
+METHODS = (methods.REFERENCE, 'projection_decay', 'adam_spd', 'adam_spd, apply')
 SHOWN = 0.01  # of the params; what all smaller leaves take is not shown
 # By what the name of a program's argument says: (params, state, gradients) -> (params, state).
 MOVED = {

@@ -19,10 +19,12 @@ def _adam() -> optax.GradientTransformation:
   return optax.adam(LEARNING_RATE)
 
 
-FORMS: dict[str, Callable[[Any], Any]] = {
-  'form 1': lambda anchor: optax.chain(spd.projection_decay(anchor), _adam()),
-  'form 2': lambda anchor: spd.adam_spd(LEARNING_RATE, anchor),
-}
+def _projection_decay(anchor: Any) -> Any:
+  return optax.chain(spd.projection_decay(anchor), _adam())
+
+
+def _adam_spd(anchor: Any) -> Any:
+  return spd.adam_spd(LEARNING_RATE, anchor)
 
 
 class WritesParams(NamedTuple):
@@ -85,16 +87,18 @@ def with_packed_reports(optimizer: optax.GradientTransformationExtraArgs) -> Wit
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
   REFERENCE: lambda anchor: _adam(),
   'optax.adamw': lambda anchor: optax.adamw(LEARNING_RATE),
-  'form 1': FORMS['form 1'],
-  'form 1, captured': lambda anchor: FORMS['form 1'](None),
-  'form 2': FORMS['form 2'],
-  'form 2, captured': lambda anchor: FORMS['form 2'](None),
-  'form 2, zero anchor': lambda anchor: FORMS['form 2'](0),
-  'form 2, apply': lambda anchor: WritesParams(FORMS['form 2'](anchor)),
-  'form 1, no reports': lambda anchor: without_reports(FORMS['form 1'](anchor)),
-  'form 2, no reports': lambda anchor: without_reports(FORMS['form 2'](anchor)),
-  'form 1, captured, packed reports': lambda anchor: with_packed_reports(FORMS['form 1'](None)),
-  'form 2, captured, packed reports': lambda anchor: with_packed_reports(FORMS['form 2'](None)),
+  'projection_decay': _projection_decay,
+  'projection_decay, captured': lambda anchor: _projection_decay(None),
+  'adam_spd': _adam_spd,
+  'adam_spd, captured': lambda anchor: _adam_spd(None),
+  'adam_spd, zero anchor': lambda anchor: _adam_spd(0),
+  'adam_spd, apply': lambda anchor: WritesParams(_adam_spd(anchor)),
+  'projection_decay, no reports': lambda anchor: without_reports(_projection_decay(anchor)),
+  'adam_spd, no reports': lambda anchor: without_reports(_adam_spd(anchor)),
+  'projection_decay, captured, packed reports': lambda anchor: with_packed_reports(
+    _projection_decay(None)
+  ),
+  'adam_spd, captured, packed reports': lambda anchor: with_packed_reports(_adam_spd(None)),
 }
 
 

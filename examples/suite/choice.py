@@ -12,7 +12,6 @@ from scipy import stats
 Record = dict[str, Any]
 Table = dict[str, dict[str, list[float]]]
 
-SPD = 'SPD, chain'
 PEER = 'Adam'
 VALIDATION, ID, OOD = 'validation', 'id', 'ood'
 

@@ -137,8 +137,8 @@ def lion(learning_rate: Scalar, blocks: Any = None) -> optax.GradientTransformat
   return optax.lion(learning_rate, weight_decay=0.0)
 
 
-def exact(inner: Callable[..., optax.GradientTransformation]) -> Callable[..., Any]:
-  """The paper's rule around an optimizer."""
+def around(inner: Callable[..., optax.GradientTransformation]) -> Callable[..., Any]:
+  """`with_projection_decay` around an optimizer."""
 
   def optimizer(
     learning_rate: Scalar, blocks: Any, strength: Scalar, margin: Scalar
@@ -151,7 +151,7 @@ def exact(inner: Callable[..., optax.GradientTransformation]) -> Callable[..., A
 def chained(
   learning_rate: Scalar, blocks: Any, strength: Scalar, margin: Scalar
 ) -> optax.GradientTransformation:
-  """Form 1 in front of Adam."""
+  """`projection_decay` in front of Adam."""
   return optax.chain(
     spd.projection_decay(strength=strength, margin=margin), optax.adam(learning_rate)
   )
@@ -186,8 +186,10 @@ METHODS: dict[str, Method] = {
   'DiGraP': Method(digrap, sweep(strength=(1.0, 0.3, 0.1))),
   'SGD': Method(sgd, rate=5),
   'Lion': Method(lion, rate=0.2),
-  'SPD, exact, Adam': Method(exact(adam), dial((1, 0), (2, 0), (1, 0.05))),
-  'SPD, exact, SGD': Method(exact(sgd), dial((1, 0), (1, 0.05)), rate=5),
-  'SPD, exact, Lion': Method(exact(lion), dial((1, 0), (1, 0.05)), rate=0.2),
-  'SPD, chain': Method(chained, dial((0.3, 0), (1, 0), (3, 0), (1, 0.05), (3, 0.05), (10, 0.1))),
+  'adam_spd': Method(around(adam), dial((1, 0), (2, 0), (1, 0.05))),
+  'with_projection_decay, SGD': Method(around(sgd), dial((1, 0), (1, 0.05)), rate=5),
+  'with_projection_decay, Lion': Method(around(lion), dial((1, 0), (1, 0.05)), rate=0.2),
+  'projection_decay': Method(
+    chained, dial((0.3, 0), (1, 0), (3, 0), (1, 0.05), (3, 0.05), (10, 0.1))
+  ),
 }

@@ -18,9 +18,10 @@ COLORS = {
   'L2-SP': 'tab:blue',
   'L2-SP, decoupled': 'tab:cyan',
   'WiSE-FT': 'tab:olive',
-  'SPD, exact, Adam': 'tab:orange',
-  'SPD, chain': 'tab:red',
+  'adam_spd': 'tab:orange',
+  'projection_decay': 'tab:red',
 }
+SPD = ('projection_decay', 'with_projection_decay', 'adam_spd')  # how its names begin
 
 
 def pareto(
@@ -86,7 +87,7 @@ def ranks(path: Path, methods: Sequence[str], values: np.ndarray) -> None:
   order = np.argsort(values.mean(0))[::-1]
   figure, axes = plt.subplots(figsize=(7, 0.32 * len(methods) + 1), layout='constrained')
   for y, i in enumerate(order):
-    color = 'tab:red' if methods[i].startswith('SPD') else '0.35'
+    color = 'tab:red' if methods[i].startswith(SPD) else '0.35'
     axes.scatter(values[:, i], np.full(len(values), y), s=12, color=color, alpha=0.35)
     axes.scatter(values[:, i].mean(), y, s=60, marker='D', color=color)
   axes.set_yticks(range(len(methods)), [methods[i] for i in order])
