@@ -69,7 +69,8 @@ def test_params_and_anchors_that_can_be_called(case, wrap):
   """Catches an anchor that is taken for a function because it can be called."""
   params, gradients, anchors = problem()
   found = run(case, case.make(wrap(Dense(**anchors))), params, gradients)
-  assert_as_expected(found, steps(case, case.make(), params, gradients, wrap(anchors)))
+  plain = case.make(wrap(anchors))
+  assert_as_expected(found, steps(case, plain, params, gradients, wrap(anchors)))
 
 
 PARTS = {

@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 SHAPE = (8, 4)
 FACTORS = (-1.0, -1.0, 0.25)  # gradients by the deviation at the start: away, away, and home
 every_case = pytest.mark.parametrize('case', CASES.values(), ids=CASES)
-every_mesh = pytest.mark.parametrize('devices', [1, 2, 8])
+small_meshes = pytest.mark.parametrize('devices', [1, 2])
+meshes = pytest.mark.parametrize('devices', [1, 8])
 every_layered = pytest.mark.parametrize(
   'case', [case for case in CASES.values() if case.layered], ids=[n for n in CASES if n != 'l2_sp']
 )
@@ -66,7 +67,7 @@ def expected(case, make, params, gradients, anchors):
 
 
 @pytest.mark.parametrize('anchor', ['tree', 'captured'])
-@every_mesh
+@small_meshes
 @every_case
 def test_replicated_values(case, devices, anchor):
   """Catches a step that fails where nothing varies over the mesh."""
@@ -80,7 +81,7 @@ def test_replicated_values(case, devices, anchor):
 
 
 @pytest.mark.parametrize('anchor', ['tree', 'captured'])
-@every_mesh
+@small_meshes
 @every_case
 def test_gradients_that_vary_beside_params_that_do_not(case, devices, anchor):
   """Catches sums of values that vary over the mesh and of others that do not, in one reduction.
@@ -112,7 +113,7 @@ def test_gradients_that_vary_beside_params_that_do_not(case, devices, anchor):
       np.testing.assert_allclose(distance[name][at], step.report[name].distance, 1e-5, 1e-6)
 
 
-@every_mesh
+@meshes
 @every_layered
 def test_layers_that_are_split_over_the_mesh(case, devices):
   """Catches a sum over shards where the only shard is the whole."""
@@ -128,24 +129,24 @@ def test_layers_that_are_split_over_the_mesh(case, devices):
   assert_as_expected(found, expected(case, lambda _: case.make(), params, gradients, None))
 
 
-@every_mesh
+@meshes
 @every_layered
 def test_one_leaf_split_and_one_replicated(case, devices):
-  """Catches leaves of one group that do not vary over the same axes."""
+  """Catches sums that are added over the mesh though a leaf is replicated, or are not."""
   params, gradients, _ = problem()
   tx = case.make(axis_name={'a': 'x', 'b': None})
   split = {'a': P('x'), 'b': P()}
   sharded = jax.shard_map(
     functools.partial(run, case, tx),
     mesh=mesh_of(devices),
-    in_specs=(split, split),
+    in_specs=(split, [split] * len(gradients)),
     out_specs=[(split, state_specs(tx, params, split))] * len(gradients),
   )
   found = jax.jit(sharded)(params, gradients)
   assert_as_expected(found, expected(case, lambda _: case.make(), params, gradients, None))
 
 
-@every_mesh
+@meshes
 @every_layered
 def test_stacked_layers_that_are_dealt_out(case, devices):
   """Catches a stack of which each device has some layers, and one device has all."""
