@@ -244,7 +244,7 @@ def _find_states(opt_state: Any) -> States:
   """Finds the states in a tree, by path; the path of a lone one is ''."""
   states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
   if len(states) <= 1:  # the paths of all other leaves would take most of the time
-    return dict.fromkeys([''], *states) if states else {}
+    return {'': states[0]} if states else {}
   flat = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_state)[0]
   return {jax.tree_util.keystr(path): node for path, node in flat if is_state(node)}
 
