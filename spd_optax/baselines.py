@@ -1,5 +1,6 @@
 """Other ways to stay near the pre-trained weights, for comparison."""
 
+import math
 from typing import Any
 
 import chex
@@ -86,7 +87,7 @@ def interpolate(anchor: optax.Params, params: optax.Params, alpha: chex.Numeric)
   """
   if anchor is None:
     raise TypeError('interpolate(anchor, params, alpha): the anchor must be given, not None')
-  checks.scalar('alpha', alpha, 'a number', lambda v: bool(jnp.isfinite(v)))
+  checks.scalar('alpha', alpha, 'a number', math.isfinite)
   flat = anchors.flat_params(params)
 
   def between(start: Any, leaf: Any) -> Any:

@@ -15,7 +15,7 @@ leaf of the same shape costs no second trace, and a step without jit compiles no
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -117,6 +117,8 @@ class Engine:
     name = type(rule).__name__
     if unknown := sorted(set(rule.sums) - SUMS):
       raise ValueError(f'{name}.sums: expected some of {sorted(SUMS)}, found {unknown}')
+    if not isinstance(rule.init, Mapping):
+      raise TypeError(f'{name}.init: expected numbers by name, found {checks.kind_of(rule.init)}')
     if taken := sorted(set(rule.init) & TAKEN):
       raise ValueError(f'{name}.init: reports have numbers of these names already: {taken}')
 
@@ -290,16 +292,14 @@ def _check_decision(rule: Rule, decision: Any, like: jax.Array) -> None:
   name = f'{type(rule).__name__}.decide'
   if not isinstance(decision, Decision):
     raise TypeError(f'{name}: expected a spd.Decision, found {checks.kind_of(decision)}')
-  missing = set(rule.init) ^ set(decision.numbers)
-  if missing:
-    raise ValueError(
-      f'{name}: expected the numbers of `init`, {sorted(rule.init)}, found '
-      f'{sorted(decision.numbers)}'
-    )
+  numbers: Any = decision.numbers
+  if not isinstance(numbers, Mapping) or set(numbers) != set(rule.init):
+    shown = sorted(numbers) if isinstance(numbers, Mapping) else checks.kind_of(numbers)
+    raise ValueError(f'{name}: expected the numbers of `init`, {sorted(rule.init)}, found {shown}')
   fields = decision._asdict()
   arrays = {'condition': bool, 'ratio': jnp.floating, 'scale': jnp.floating}
   found = {field: (fields[field], kind) for field, kind in arrays.items()}
-  found |= {f'numbers[{key!r}]': (x, jnp.floating) for key, x in decision.numbers.items()}
+  found |= {f'numbers[{key!r}]': (x, jnp.floating) for key, x in numbers.items()}
   trees.raise_all(
     [
       f'{field}: {checks.kind_of(x)}'

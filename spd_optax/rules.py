@@ -5,8 +5,8 @@ for each layer, and decides from both. The engine does everything else.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple, dataclass_transform
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import chex
 import jax
@@ -77,7 +77,18 @@ class Rule:
   init: ClassVar[Mapping[str, float]] = {}
 
   def __init_subclass__(cls) -> None:
-    jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+    names = [field.name for field in dataclasses.fields(dataclasses.dataclass(frozen=True)(cls))]
+
+    def build(nothing: None, values: Iterable[Any]) -> Rule:
+      rule = object.__new__(cls)
+      rule.__dict__.update(zip(names, values, strict=True))
+      return rule
+
+    # Of two classes that jax.tree_util.register_dataclass registers, jit may take one for the other:
+    # their treedefs are equal.
+    jax.tree_util.register_pytree_node(
+      cls, lambda rule: ([getattr(rule, name) for name in names], None), build
+    )
 
   def decide(
     self, norms: Mapping[str, jax.Array], numbers: Numbers, strength: chex.Numeric

@@ -157,7 +157,9 @@ def prefix_values(
     f'{name} must be a tree like the params, or a prefix of it '
     f'(None at a leaf or subtree leaves it out){hint}:',
   )
-  return [entries[at] for at in used.values() if at is not None]
+  found_at = [entries[at] for at in used.values() if at is not None]
+  # A module all of whose leaves are None says None.
+  return [None if _is_hole(x) and not isinstance(x, optax.MaskedNode) else x for x in found_at]
 
 
 def _covering(entries: Any, keys: Keys) -> Keys | None:
