@@ -47,7 +47,7 @@ class Anchoring:
   ema: chex.Numeric | None = None
 
   def __post_init__(self) -> None:
-    _check_no_module('anchor', self.anchor)
+    _check_no_module(self.anchor)
     if isinstance(self.anchor, optax.GradientTransformation) or checks.is_function(self.anchor):
       raise TypeError(
         f'anchor: expected a tree of arrays, 0 or None, found {checks.kind_of(self.anchor)}. '
@@ -226,13 +226,16 @@ def _cast_of_second(old: list[Any], new: list[Any]) -> list[Any]:
   return _cast(new, old)
 
 
-def _check_no_module(name: str, value: Any) -> None:
+def _check_no_module(anchor: Any) -> None:
   """Raises a TypeError for a model of flax.nnx where its params are expected."""
   nnx = sys.modules.get('flax.nnx')
-  if nnx is not None and isinstance(value, nnx.Module):
-    raise TypeError(
-      f'{name}: found the nnx module {type(value).__name__}; pass nnx.state(model, nnx.Param)'
-    )
+  if nnx is None:
+    return
+  for node in jax.tree.leaves(anchor, is_leaf=lambda node: isinstance(node, nnx.Module)):
+    if isinstance(node, nnx.Module):
+      raise TypeError(
+        f'anchor: found the nnx module {type(node).__name__}; pass nnx.state(model, nnx.Param)'
+      )
 
 
 def flat_params(params: Any) -> trees.Flat:
@@ -243,7 +246,6 @@ def flat_params(params: Any) -> trees.Flat:
   """
   if params is None:
     raise TypeError('params: expected a tree of arrays, found None')
-  _check_no_module('params', params)
   flat = trees.flatten(params)
   checks.arrays('params', flat.by_path)
   return flat

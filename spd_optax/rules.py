@@ -77,15 +77,16 @@ class Rule:
   init: ClassVar[Mapping[str, float]] = {}
 
   def __init_subclass__(cls) -> None:
-    names = [field.name for field in dataclasses.fields(dataclasses.dataclass(frozen=True)(cls))]
+    made: Any = dataclasses.dataclass(frozen=True)(cls)
+    names = [field.name for field in dataclasses.fields(made)]
 
     def build(nothing: None, values: Iterable[Any]) -> Rule:
       rule = object.__new__(cls)
       rule.__dict__.update(zip(names, values, strict=True))
       return rule
 
-    # Of two classes that jax.tree_util.register_dataclass registers, jit may take one for the other:
-    # their treedefs are equal.
+    # The treedefs of two classes are equal if jax.tree_util.register_dataclass registered them;
+    # jit may then take one for the other.
     jax.tree_util.register_pytree_node(
       cls, lambda rule: ([getattr(rule, name) for name in names], None), build
     )
