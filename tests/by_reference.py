@@ -40,11 +40,6 @@ class Case(NamedTuple):
   writes: bool = False
 
 
-def phi(cos: float, margin: float) -> float:
-  """max(0, cos + m)."""
-  return max(0.0, cos + margin)
-
-
 def around(make: Callable[..., Any], inner: Any, margin: float = 0.0, writes: bool = False) -> Case:
   def expected(params, gradients, updates, anchors, strength=1.0, **layers):
     after, report = reference.with_projection_decay(
@@ -61,9 +56,7 @@ def link(margin: float) -> Case:
 
   def expected(params, gradients, updates, anchors, strength=1.0, **layers):
     del updates
-    return reference.projection_decay(
-      params, gradients, anchors, strength, phi, margin=margin, **layers
-    )
+    return reference.projection_decay(params, gradients, anchors, strength, margin=margin, **layers)
 
   return Case(make, optax.identity(), expected, pace=-0.125)
 
