@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spd_optax import checks, formulas, leafwise, trees
+from spd_optax import checks, formulas, leafwise, rules, trees
 from spd_optax.anchors import Anchoring, View
 from spd_optax.layers import Arrangement, Layers, Sums, layer_name
 from spd_optax.rules import Decision, Rule
@@ -82,7 +82,6 @@ class Outcome(NamedTuple):
 
 
 PER_LAYER = ('condition', 'ratio', 'distance', 'constrained')
-SUMS = {'gradient_norm', 'after'}  # that a rule may ask for
 TAKEN = {*ProjectionDecayState._fields, 'constrained_share', 'relative_distance', 'inner_state'}
 
 
@@ -110,17 +109,7 @@ class Engine:
 
   def __post_init__(self) -> None:
     checks.number_or_schedule('strength', self.strength)
-    rule: Any = self.rule
-    if not isinstance(rule, Rule):
-      advice = '; call it' if isinstance(rule, type) and issubclass(rule, Rule) else ''
-      raise TypeError(f'rule: expected a spd.Rule, found {checks.kind_of(rule)}{advice}')
-    name = type(rule).__name__
-    if unknown := sorted(set(rule.sums) - SUMS):
-      raise ValueError(f'{name}.sums: expected some of {sorted(SUMS)}, found {unknown}')
-    if not isinstance(rule.init, Mapping):
-      raise TypeError(f'{name}.init: expected numbers by name, found {checks.kind_of(rule.init)}')
-    if taken := sorted(set(rule.init) & TAKEN):
-      raise ValueError(f'{name}.init: reports have numbers of these names already: {taken}')
+    rules.check(self.rule, TAKEN)
 
   def init(self, params: optax.Params) -> ProjectionDecayState:
     """The state before the first update."""

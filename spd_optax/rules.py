@@ -5,7 +5,7 @@ for each layer, and decides from both. The engine does everything else.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import chex
@@ -187,6 +187,20 @@ class L2SP(Rule):
   ) -> Decision:
     ones = jnp.ones_like(norms['distance'])
     return Decision(ones > 0, ones, strength * ones)
+
+
+def check(rule: Any, taken: Collection[str]) -> None:
+  """Raises an error unless it is a rule whose numbers have names that are not taken."""
+  if not isinstance(rule, Rule):
+    advice = '; call it' if isinstance(rule, type) and issubclass(rule, Rule) else ''
+    raise TypeError(f'rule: expected a spd.Rule, found {checks.kind_of(rule)}{advice}')
+  name, init = type(rule).__name__, rule.init
+  if unknown := sorted(set(rule.sums) - {'gradient_norm', 'after'}):
+    raise ValueError(f"{name}.sums: expected some of 'gradient_norm' and 'after', found {unknown}")
+  if not isinstance(init, Mapping) or not all(isinstance(x, int | float) for x in init.values()):
+    raise TypeError(f'{name}.init: expected numbers by name, found {init!r:.60}')
+  if both := sorted(set(init) & set(taken)):
+    raise ValueError(f'{name}.init: reports have numbers of these names already: {both}')
 
 
 def chosen(rule: Rule | None, default: type[Rule], margin: chex.Numeric) -> Rule:

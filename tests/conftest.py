@@ -38,8 +38,8 @@ except ImportError:  # one process then runs all tests
 ON_BOTH = {
   'anchors_test', 'apply_test', 'baselines_test', 'bfloat16_test', 'callable_trees_test',
   'contract_test', 'eager_test', 'faults_test', 'forms_test', 'golden_test', 'nesting_test',
-  'numerics_test', 'one_device_mesh_test', 'properties_test', 'rules_test', 'scan_layout_test', 'stacks_test',
-  'strengths_test', 'sums_test', 'trees_test', 'typed_shardings_test', 'widths_test',
+  'numerics_test', 'one_device_mesh_test', 'properties_test', 'rules_test', 'scan_layout_test',
+  'stacks_test', 'strengths_test', 'sums_test', 'trees_test', 'typed_shardings_test', 'widths_test',
 }  # fmt: skip
 # What splits arrays in ways that need all eight.
 ON_EIGHT = {'devices_test', 'exchange_test', 'fingerprints_test', 'loading_test', 'reports_test'}
