@@ -11,7 +11,7 @@ import optax
 from spd_optax import anchors, checks
 from spd_optax.anchors import Anchoring
 from spd_optax.engine import Engine
-from spd_optax.layers import Arrangement
+from spd_optax.layers import Arrangement, AxisName, Group, StackAxis
 from spd_optax.leafwise import at_least_float32
 from spd_optax.projection_decay import link
 from spd_optax.rules import L2SP
@@ -21,6 +21,9 @@ def l2_sp(
   anchor: optax.Params | None = None,
   strength: optax.ScalarOrSchedule = 0.01,
   *,
+  stack_axis: StackAxis = None,
+  group: Group = None,
+  axis_name: AxisName = None,
   anchor_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""L2-SP: decay toward the anchor, for every layer at every step.
@@ -37,10 +40,14 @@ def l2_sp(
   Args:
     anchor: θ_0, a tree like the params or a prefix of it; see `projection_decay`.
     strength: λ, a number ≥ 0 or a schedule of the step.
+    stack_axis: the axis that stacks layers in a leaf, for the reports; see `projection_decay`.
+    group: which leaves are one layer in the reports; see `projection_decay`.
+    axis_name: mapped axes that the leaves are sharded over; see `projection_decay`.
     anchor_dtype: dtype to store the anchor in; see `projection_decay`.
 
   Returns:
-    A transformation whose state is a `ProjectionDecayState`, with every `condition` true.
+    A transformation whose state is a `ProjectionDecayState`, with every `condition`
+    true where the gradient is finite.
 
   Raises:
     ValueError, TypeError: as `projection_decay`.
@@ -54,7 +61,8 @@ def l2_sp(
     >>> import spd_optax as spd
     >>> optimizer = optax.chain(spd.l2_sp(strength=0.01), optax.adam(1e-3))
   """
-  return link(Engine(L2SP(), strength, Anchoring(anchor, anchor_dtype), Arrangement()))
+  arrangement = Arrangement(stack_axis, group, axis_name)
+  return link(Engine(L2SP(), strength, Anchoring(anchor, anchor_dtype), arrangement))
 
 
 def interpolate(anchor: optax.Params, params: optax.Params, alpha: chex.Numeric) -> optax.Params:

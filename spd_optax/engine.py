@@ -10,11 +10,12 @@ One step, from the gradients g, the params θ and the state:
 4. From them the rule decides, per layer, whether it is held and how far it is taken back.
 5. A held layer is taken back: in a chain its gradient, around an optimizer its step.
 
-What is computed for one leaf or one layer is a jitted function of this module. So a second
+What is computed for one leaf or one layer is a jitted function of a module. So a second
 leaf of the same shape costs no second trace, and a step without jit compiles nothing anew.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -92,11 +93,6 @@ class Step(NamedTuple):
   layers: Layers
   outcomes: list[Outcome]
 
-  def per_leaf(self) -> list[tuple[jax.Array, jax.Array, Any]]:
-    """For each constrained leaf, whether it is taken back, how far, and its stack axis."""
-    pairs = zip(self.layers.layer_of, self.layers.stack_axes, strict=True)
-    return [(self.outcomes[i].active, self.outcomes[i].scale, axis) for i, axis in pairs]
-
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
@@ -135,7 +131,7 @@ class Engine:
       ratio=filled(0, jnp.float32),
       distance=filled(0, jnp.float32),
       constrained=filled(0, jnp.int32),
-      rule_state={name: filled(value, jnp.float32) for name, value in self.rule.init.items()},
+      rule_state={name: filled(value, jnp.float32) for name, value in self.rule.numbers.items()},
     )
 
   def view(
@@ -151,10 +147,10 @@ class Engine:
       'the layers in the optimizer state do not fit `group` and `stack_axis`; '
       'the shapes of their conditions differ:',
     )
-    if set(state.rule_state) != set(self.rule.init):
+    if set(state.rule_state) != set(self.rule.numbers):
       raise ValueError(
         f'the optimizer state is of another rule: {type(self.rule).__name__} keeps '
-        f'{sorted(self.rule.init)}, the state has {sorted(state.rule_state)}'
+        f'{sorted(self.rule.numbers)}, the state has {sorted(state.rule_state)}'
       )
     return view, layers
 
@@ -169,7 +165,7 @@ class Engine:
 
     `after` has θ̃ for each constrained leaf, where the rule is around an optimizer.
     """
-    needed = tuple(self.rule.sums)
+    needed = tuple(self.rule.needs)
     each = zip(
       view.gradients,
       view.params,
@@ -188,6 +184,7 @@ class Engine:
         {name: values[key] for name, values in state.rule_state.items()},
         strength,
         state.constrained[key],
+        decide=(type(self.rule), type(self.rule).decide),
       )
       for key, sums in zip(layers.keys, layers.totals(per_leaf), strict=True)
     ]
@@ -242,32 +239,37 @@ def _warn_of_narrow(params: dict[str, Any]) -> None:
     )
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames='decide')
 def _outcome(
   rule: Rule,
   sums: Sums,
   numbers: dict[str, jax.Array],
   strength: chex.Numeric,
   constrained: jax.Array,
+  *,
+  decide: Any,
 ) -> Outcome:
   """What the rule decides for one layer.
 
-  A strength that is negative or not finite holds nothing.
+  A sum, or a strength, that is not finite holds nothing, nor does a negative strength.
+  `decide` has the class and its method: the treedefs of two rules may be equal.
   """
+  del decide
   norms = {name: x if name == 'inner' else formulas.norm(x) for name, x in sums.items()}
-  usable = (strength >= 0) & jnp.isfinite(strength)
-  decision = rule.decide(norms, numbers, jnp.where(usable, strength, 0))
-  _check_decision(rule, decision, norms['inner'])
-  condition, scale = decision.condition & usable, decision.scale
+  inner = norms['inner']
+  usable = (strength >= 0) & jnp.isfinite(strength) & jnp.isfinite(inner)
+  decision = rule.decide(norms, numbers, jnp.where(usable, strength, 0.0))
+  condition, ratio, scale, new = _per_layer(rule, decision, inner)
+  condition = condition & usable
   return Outcome(
     condition=condition,
-    ratio=decision.ratio.astype(jnp.float32),
+    ratio=ratio.astype(jnp.float32),
     distance=norms['distance'].astype(jnp.float32),
     constrained=jnp.where(condition, optax.safe_increment(constrained), constrained),
     # A single NaN gradient must not stay in a running mean for good.
     numbers={
       name: jnp.where(jnp.isfinite(x), x, numbers[name]).astype(jnp.float32)
-      for name, x in decision.numbers.items()
+      for name, x in new.items()
     },
     scale=scale,
     # scale == 0 (a schedule at 0, say) must leave every bit alone, also of a NaN or −0;
@@ -276,36 +278,38 @@ def _outcome(
   )
 
 
-def _check_decision(rule: Rule, decision: Any, like: jax.Array) -> None:
-  """Raises an error that names the rule, unless its decision has the right form."""
+def _per_layer(rule: Rule, decision: Any, like: jax.Array) -> Decision:
+  """The decision as arrays of one shape; raises an error that names the rule if it has none."""
   name = f'{type(rule).__name__}.decide'
   if not isinstance(decision, Decision):
-    raise TypeError(f'{name}: expected a spd.Decision, found {checks.kind_of(decision)}')
+    raise TypeError(f'{name}: expected an spd.Decision, found {checks.kind_of(decision)}')
   numbers: Any = decision.numbers
-  if not isinstance(numbers, Mapping) or set(numbers) != set(rule.init):
+  if not isinstance(numbers, Mapping) or set(numbers) != set(rule.numbers):
     shown = sorted(numbers) if isinstance(numbers, Mapping) else checks.kind_of(numbers)
-    raise ValueError(f'{name}: expected the numbers of `init`, {sorted(rule.init)}, found {shown}')
-  fields = decision._asdict()
-  arrays = {'condition': bool, 'ratio': jnp.floating, 'scale': jnp.floating}
-  found = {field: (fields[field], kind) for field, kind in arrays.items()}
-  found |= {f'numbers[{key!r}]': (x, jnp.floating) for key, x in numbers.items()}
-  trees.raise_all(
-    [
-      f'{field}: {checks.kind_of(x)}'
-      for field, (x, kind) in found.items()
-      if not isinstance(x, jax.Array) or x.shape != like.shape or not jnp.issubdtype(x.dtype, kind)
-    ],
-    f'{name}: expected a bool condition and floating ratio, scale and numbers of shape '
-    f'{list(like.shape)}, found',
+    raise ValueError(f'{name}: expected the numbers {sorted(rule.numbers)}, found {shown}')
+
+  def broadcast(field: str, value: Any, kind: Any) -> jax.Array:
+    try:
+      if not jnp.can_cast(jnp.result_type(value), kind, 'same_kind'):
+        raise TypeError(f'expected {jnp.dtype(kind).name}, found {checks.kind_of(value)}')
+      return jnp.broadcast_to(jnp.asarray(value, kind), like.shape)
+    except (TypeError, ValueError) as error:
+      raise type(error)(f'{name}: {field}: {error}') from None
+
+  return Decision(
+    broadcast('condition', decision.condition, bool),
+    broadcast('ratio', decision.ratio, like.dtype),
+    broadcast('scale', decision.scale, like.dtype),
+    {key: broadcast(f'numbers[{key!r}]', x, like.dtype) for key, x in numbers.items()},
   )
 
 
 def replaced(tree: Any, step: Step, leaves: list[jax.Array], function: Any) -> Any:
   """The tree with function(leaf, param, anchor, active, scale) for each constrained leaf."""
   every, treedef = jax.tree.flatten(tree)
-  each = zip(
-    step.view.at, leaves, step.view.params, step.view.anchors, step.per_leaf(), strict=True
-  )
-  for i, leaf, param, anchor, (active, scale, axis) in each:
-    every[i] = function(leaf, param, anchor, active, scale, axis=axis)
+  view, layers = step.view, step.layers
+  outcomes = [step.outcomes[i] for i in layers.layer_of]
+  each = zip(view.at, leaves, view.params, view.anchors, outcomes, layers.stack_axes, strict=True)
+  for i, leaf, param, anchor, outcome, axis in each:
+    every[i] = function(leaf, param, anchor, outcome.active, outcome.scale, axis=axis)
   return jax.tree.unflatten(treedef, every)

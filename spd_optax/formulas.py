@@ -40,11 +40,8 @@ def cosine(inner: jax.Array, gradient_norm: jax.Array, distance: jax.Array) -> j
 
 
 def turned_back(inner: jax.Array) -> jax.Array:
-  """The paper's condition, eq. 3 and 4: c < 0 with c = −⟨g, d⟩.
-
-  A sum that is not finite (a NaN or infinite gradient) does not hold a layer.
-  """
-  return (inner > 0) & jnp.isfinite(inner)
+  """The paper's condition, eq. 3 and 4: c < 0 with c = −⟨g, d⟩."""
+  return inner > 0
 
 
 def not_clearly_outward(
@@ -53,14 +50,14 @@ def not_clearly_outward(
   """The condition with a margin m in [0, 1): c < m ‖g‖ ‖d‖, that is cos(g, d) > −m.
 
   A layer moves freely only where −g points clearly away from the anchor. Never true where
-  ‖g‖ or ‖d‖ is 0, or where a sum is not finite. A square leaves float32 where its root leaves
+  ‖g‖ or ‖d‖ is 0 or not finite. A square leaves float32 where its root leaves
   1e-19 to 1e19; the cosine is then not known, and does not hold a layer.
   """
   threshold: jax.Array = margin * gradient_norm * distance
   measured: jax.Array = (
     (gradient_norm > 0) & (distance > 0) & jnp.isfinite(gradient_norm + distance)
   )
-  return (-inner < threshold) & jnp.isfinite(inner) & jnp.isfinite(threshold) & measured
+  return (-inner < threshold) & jnp.isfinite(threshold) & measured
 
 
 def projection_ratio(distance: jax.Array, distance_after: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """What is computed for one leaf.
 
-These are jitted functions of the module. So a second leaf of the same shape costs no second
+Those that a step calls are jitted. So a second leaf of the same shape costs no second
 trace, and a step without jit compiles nothing anew.
 """
 
@@ -93,10 +93,6 @@ def fusion_barrier(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 def _on_tpu(*arrays: jax.Array) -> tuple[jax.Array, ...]:
   kept: tuple[jax.Array, ...] = jax.lax.platform_dependent(
-    arrays, tpu=jax.lax.optimization_barrier, default=_without_barrier
+    arrays, tpu=jax.lax.optimization_barrier, default=tuple
   )
   return kept
-
-
-def _without_barrier(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-  return arrays

@@ -112,7 +112,7 @@ def projection_decay(
 
 def link(engine: Engine) -> optax.GradientTransformationExtraArgs:
   """A link of a chain that changes the gradients of held layers."""
-  if 'after' in engine.rule.sums:
+  if 'after' in engine.rule.needs:
     raise ValueError(
       f"rule: {type(engine.rule).__name__} needs 'after', the weights after the optimizer's step. "
       'A link of a chain never sees them; use with_projection_decay(optimizer, rule=…)'

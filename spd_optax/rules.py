@@ -5,7 +5,8 @@ for each layer, and decides from both. The engine does everything else.
 """
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import chex
@@ -22,10 +23,10 @@ class Decision(NamedTuple):
 
   Attributes:
     condition: bool, whether the layer is held.
-    ratio: what the rule reports of its size; 0 where a held layer is not moved.
+    ratio: a number for the reports: how much the layer is moved, 0 if not at all.
     scale: how far the layer is taken back where it is held. In a chain the gradient
       becomes g + scale · d, around an optimizer θ̃ becomes θ̃ − scale · (θ̃ − θ_0).
-    numbers: the rule's own numbers after this step, with the names in `Rule.init`.
+    numbers: the rule's own numbers after this step, with the names in `Rule.numbers`.
   """
 
   condition: jax.Array
@@ -38,13 +39,18 @@ class Decision(NamedTuple):
 class Rule:
   """A rule; subclass it to write your own.
 
-  A subclass becomes a frozen dataclass and a pytree. Its annotated fields are
-  hyperparameters, which may be traced. `decide` is a pure function of values per layer.
+  A subclass becomes a frozen dataclass and a pytree. Its annotated fields are hyperparameters.
+  They are traced, so Python cannot ask `if self.z > 0`; a field of strings or flags is declared by
+  ``dataclasses.field(metadata={'static': True})``. `decide` is a pure function of its
+  arguments and of the fields, because JAX traces it once for each class.
+
+  No rule holds a layer whose ⟨g, d⟩ is not finite, nor any layer in a step whose strength is
+  negative or not finite. The engine sees to that.
 
   Attributes:
-    sums: the sums over a layer that `decide` needs besides 'inner' and 'distance': of
+    needs: what `decide` needs to know of a layer besides 'inner' and 'distance': any of
       'gradient_norm' and 'after'. Only a rule around an optimizer may ask for 'after'.
-    init: the numbers of its own that the rule keeps for each layer, by name, and their
+    numbers: the numbers of its own that the rule keeps for each layer, by name, and their
       values before the first update. They are float32, and reports show them by name. Where a
       new value is not finite, as after a NaN gradient, the old one stays.
 
@@ -55,8 +61,8 @@ class Rule:
     >>> import spd_optax as spd
     >>> class NotSignificantlyOutward(spd.Rule):
     ...   z: float = 2.0
-    ...   sums = ('after',)
-    ...   init = {'mean': 0.0, 'square': 0.0}
+    ...   needs = ('after',)
+    ...   numbers = {'mean': 0.0, 'square': 0.0}
     ...
     ...   def decide(self, norms, numbers, strength):
     ...     outward = norms['inner'] / jnp.maximum(norms['distance'], 1e-30)
@@ -65,7 +71,7 @@ class Rule:
     ...     error = jnp.sqrt(square * 0.05 / 1.95)
     ...     growth = jnp.maximum(norms['after'] - norms['distance'], 0)
     ...     ratio = growth / jnp.maximum(norms['after'], 1e-30)
-    ...     held = (mean > -self.z * error) & jnp.isfinite(outward)
+    ...     held = mean > -self.z * error
     ...     return spd.Decision(held, ratio, strength * ratio, {'mean': mean, 'square': square})
     >>> optimizer = spd.with_projection_decay(optax.adam(1e-3), rule=NotSignificantlyOutward(z=1.0))
     >>> state = optimizer.init({'kernel': jnp.ones((2, 3))})
@@ -73,23 +79,18 @@ class Rule:
     {'kernel': Array(0., dtype=float32)}
   """
 
-  sums: ClassVar[Sequence[str]] = ()
-  init: ClassVar[Mapping[str, float]] = {}
+  needs: ClassVar[Sequence[str]] = ()
+  numbers: ClassVar[Mapping[str, float]] = {}
 
   def __init_subclass__(cls) -> None:
-    made: Any = dataclasses.dataclass(frozen=True)(cls)
-    names = [field.name for field in dataclasses.fields(made)]
-
-    def build(nothing: None, values: Iterable[Any]) -> Rule:
-      rule = object.__new__(cls)
-      rule.__dict__.update(zip(names, values, strict=True))
-      return rule
-
-    # The treedefs of two classes are equal if jax.tree_util.register_dataclass registered them;
-    # jit may then take one for the other.
-    jax.tree_util.register_pytree_node(
-      cls, lambda rule: ([getattr(rule, name) for name in names], None), build
-    )
+    own = inspect.get_annotations(cls)
+    above = [name for base in cls.__mro__[1:] for name in inspect.get_annotations(base)]
+    hidden = sorted({name for name in above if name in vars(cls)} - {*own, 'needs', 'numbers'})
+    if hidden:
+      raise TypeError(f'{cls.__name__}: annotate {hidden}, as in margin: float = 0.1')
+    if fields := sorted({'needs', 'numbers'} & {*own}):
+      raise TypeError(f'{cls.__name__}: {fields} are no hyperparameters; leave out the annotation')
+    jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
   def decide(
     self, norms: Mapping[str, jax.Array], numbers: Numbers, strength: chex.Numeric
@@ -132,7 +133,7 @@ class Projection(Rule):
   margin: chex.Numeric = 0.0
 
   @property
-  def sums(self) -> Sequence[str]:  # type: ignore[override]  # depends on the margin
+  def needs(self) -> Sequence[str]:  # type: ignore[override]  # depends on the margin
     return ('after',) if is_zero(self.margin) else ('after', 'gradient_norm')
 
   def decide(
@@ -160,7 +161,7 @@ class GradientTurn(Rule):
   """
 
   margin: chex.Numeric = 0.05
-  sums = ('gradient_norm',)
+  needs = ('gradient_norm',)
 
   def decide(
     self, norms: Mapping[str, jax.Array], numbers: Numbers, strength: chex.Numeric
@@ -192,15 +193,20 @@ class L2SP(Rule):
 def check(rule: Any, taken: Collection[str]) -> None:
   """Raises an error unless it is a rule whose numbers have names that are not taken."""
   if not isinstance(rule, Rule):
-    advice = '; call it' if isinstance(rule, type) and issubclass(rule, Rule) else ''
-    raise TypeError(f'rule: expected a spd.Rule, found {checks.kind_of(rule)}{advice}')
-  name, init = type(rule).__name__, rule.init
-  if unknown := sorted(set(rule.sums) - {'gradient_norm', 'after'}):
-    raise ValueError(f"{name}.sums: expected some of 'gradient_norm' and 'after', found {unknown}")
-  if not isinstance(init, Mapping) or not all(isinstance(x, int | float) for x in init.values()):
-    raise TypeError(f'{name}.init: expected numbers by name, found {init!r:.60}')
-  if both := sorted(set(init) & set(taken)):
-    raise ValueError(f'{name}.init: reports have numbers of these names already: {both}')
+    found = checks.kind_of(rule)
+    if isinstance(rule, type) and issubclass(rule, Rule):
+      found = f'the class {rule.__name__}; write {rule.__name__}()'
+    raise TypeError(f'rule: expected an spd.Rule, found {found}')
+  name, numbers = type(rule).__name__, rule.numbers
+  if isinstance(rule.needs, str) or set(rule.needs) - {'gradient_norm', 'after'}:
+    raise ValueError(
+      f"{name}.needs: expected a tuple of 'gradient_norm' or 'after', found {rule.needs!r}"
+    )
+  values = numbers.values() if isinstance(numbers, Mapping) else [None]
+  if not all(isinstance(x, int | float) for x in values):
+    raise TypeError(f'{name}.numbers: expected numbers by name, found {numbers!r:.60}')
+  if both := sorted(set(numbers) & set(taken)):
+    raise ValueError(f'{name}.numbers: reports have numbers of these names already: {both}')
 
 
 def chosen(rule: Rule | None, default: type[Rule], margin: chex.Numeric) -> Rule:

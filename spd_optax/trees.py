@@ -84,7 +84,9 @@ def _is_hole(node: Any) -> bool:
 
 def is_placeholder(params: Any) -> bool:
   """Whether `optax.tree.map_params` passed its placeholder, a node without leaves, as params."""
-  return _is_hole(params) and params is not None and not isinstance(params, optax.MaskedNode)
+  treedef: Any = jax.tree.structure(params)
+  lone = treedef.num_nodes == 1  # a module of holes is none
+  return lone and _is_hole(params) and not isinstance(params, optax.MaskedNode | None)
 
 
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] = lambda node: False) -> Flat:

@@ -13,7 +13,7 @@ from spd_optax.anchors import Anchoring
 from spd_optax.engine import Engine, ProjectionDecayState, Step, check_state, replaced
 from spd_optax.layers import Arrangement, AxisName, Group, StackAxis
 from spd_optax.leafwise import at_least_float32, deviation, fusion_barrier, like_param, taken_back
-from spd_optax.rules import Projection, Rule
+from spd_optax.rules import GradientTurn, Projection, Rule
 
 
 class WithProjectionDecayState(NamedTuple):
@@ -144,6 +144,10 @@ def with_projection_decay(
     )
   if isinstance(optimizer, optax.MultiSteps):
     optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+  if isinstance(rule, GradientTurn):
+    raise ValueError(
+      'rule: GradientTurn changes gradients; use projection_decay(rule=…) in a chain'
+    )
   engine = Engine(
     rules.chosen(rule, Projection, margin),
     strength,
@@ -170,11 +174,7 @@ class _Around:
     """The step, the inner optimizer's updates, θ̃ of the constrained leaves, the next state."""
     check_state(state, WithProjectionDecayState)
     view, layers = self.engine.view(gradients, state.projection_decay, params)
-    try:
-      updates, inner_state = self.inner.update(gradients, state.inner_state, params, **extra_args)
-    except Exception:
-      _check_inner_state(state.inner_state, jax.eval_shape(self.inner.init, params))
-      raise
+    updates, inner_state = self.inner.update(gradients, state.inner_state, params, **extra_args)
     leaves = trees.leaves_like(updates, view.flat, 'updates of the inner optimizer')
     moved = [_sum(p, leaves[i]) for i, p in zip(view.at, view.params, strict=True)]  # θ̃
     step, own = self.engine.decide(state.projection_decay, view, layers, moved)
@@ -230,13 +230,3 @@ def _projected(after, param, anchor, active, scale, *, axis):  # type: ignore[no
   after, active, scale = fusion_barrier(after, active, scale)
   shifted = taken_back(after, deviation(after, anchor), active, -scale, axis)
   return shifted.astype(param.dtype)
-
-
-def _check_inner_state(value: Any, expected: Any) -> None:
-  """After the inner optimizer failed: raises a TypeError if its state was made by another."""
-  found, wanted = str(jax.tree.structure(value)), str(jax.tree.structure(expected))
-  if found != wanted:
-    raise TypeError(
-      'the inner_state is not of this inner optimizer; restore checkpoints into the structure of '
-      f'init(params):\n  found {found[:300]}\n  expected {wanted[:300]}'
-    )

@@ -78,12 +78,10 @@ def test_turned_back_is_the_papers_sign():
 
 @pytest.mark.parametrize('bad', BAD)
 def test_sums_that_are_not_finite_hold_nothing(bad):
-  """Catches a NaN or overflowed gradient that turns into a constraint."""
-  assert not formulas.turned_back(jnp.asarray(bad))
+  """Catches norms out of the range of their dtype that turn into a constraint."""
   for margin in MARGINS:
-    for sums in ([bad, 1.0, 1.0], [bad, abs(bad), 1.0], [1.0, abs(bad), 1.0], [1.0, 1.0, abs(bad)]):
-      if margin or not np.isfinite(sums[0]):  # without a margin the norms do not count
-        assert not formulas.not_clearly_outward(*arrays(*sums), margin), (sums, margin)
+    for norms in ([abs(bad), 1.0], [1.0, abs(bad)], [0.0, 1.0], [1.0, 0.0]):
+      assert not formulas.not_clearly_outward(*arrays(1.0, *norms), margin), (norms, margin)
 
 
 def test_margin_by_hand():
@@ -114,15 +112,6 @@ def test_margin_zero_is_the_papers_condition(layer, scale):
     plain = formulas.turned_back(jnp.asarray(inner))
     scaled = arrays(inner * scale, gradient_norm * scale, distance)
     assert formulas.not_clearly_outward(*scaled, 0.0) == plain == (inner > 0)
-
-
-def test_measured_are_norms_that_are_neither_zero_nor_infinite():
-  """Catches a cosine of norms that have left the range of their dtype."""
-  good, bad = [1e-19, 1.0, 1e19], [0.0, np.inf, NAN]
-  for size in good + bad:
-    for distance in good + bad:
-      expected = size in good and distance in good
-      assert bool(formulas.measured(*arrays(size, distance))) == expected, (size, distance)
 
 
 def test_projection_ratio_by_hand():

@@ -144,13 +144,6 @@ SIBLINGS: list[tuple[str, Any, Any, type[Exception], str]] = [
     'ProjectionDecayState & found dict & init',
   ),
   (
-    'with_projection_decay',
-    WRAPPED,
-    FRESH._replace(inner_state=OTHER),
-    TypeError,
-    'inner_state is not of this inner optimizer & found .*TraceState & expected .*ScaleByAdamState',
-  ),
-  (
     'projection_decay',
     spd.projection_decay(group=lambda path: 'all'),
     OWN,
@@ -211,9 +204,6 @@ def steps() -> Iterator[Row]:
   for name, tx, state, error, text in SIBLINGS:
     call = partial(jax.jit(tx.update), PARAMS, state, PARAMS)
     yield Row(f'{name}.update', 'state', f'of another, {text}', call, error, text)
-  call = partial(stepping, spd.adam_spd(lambda count: jnp.ones(3)))
-  text = 'learning_rate: expected a schedule that returns a number ≥ 0'
-  yield Row('adam_spd', 'learning_rate', 'schedule of a vector', call, ValueError, text)
   same = {'a': {'b/c': jnp.ones(2)}, 'a/b': {'c': jnp.ones(2)}}
   call = partial(spd.projection_decay().init, same)
   yield Row('projection_decay.init', 'params', 'one path', call, ValueError, 'a/b/c & rename')
