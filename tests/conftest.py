@@ -34,13 +34,14 @@ try:
 except ImportError:  # one process then runs all tests
   LoadFileScheduling = object
 
-# What the library does to params and states: on one device and on eight.
+# What depends on the number of devices: on one and on eight. A test of what does not runs once, on
+# whichever worker is free.
 ON_BOTH = {
-  'anchors_test', 'apply_test', 'baselines_test', 'bfloat16_test', 'callable_trees_test',
-  'contract_test', 'eager_test', 'faults_test', 'forms_test', 'golden_test', 'nesting_test',
-  'numerics_test', 'one_device_mesh_test', 'properties_test', 'rules_test', 'scan_layout_test',
-  'stacks_test', 'strengths_test', 'sums_test', 'trees_test', 'typed_shardings_test', 'widths_test',
+  'apply_test', 'contract_test', 'eager_test', 'forms_test', 'golden_test', 'one_device_mesh_test',
+  'scan_layout_test', 'stacks_test', 'sums_test', 'typed_shardings_test',
 }  # fmt: skip
+# What XLA treats in another way where a CPU is alone.
+ON_ONE = {'widths_test'}
 # What splits arrays in ways that need all eight.
 ON_EIGHT = {'devices_test', 'exchange_test', 'fingerprints_test', 'loading_test', 'reports_test'}
 # Few tests, but long ones: they start first.
@@ -75,7 +76,7 @@ def pytest_generate_tests(metafunc):
   if module in ON_EIGHT or metafunc.definition.get_closest_marker('eight_devices'):
     counts = [8]
   else:
-    counts = [1, 8] if module in ON_BOTH else []
+    counts = [1, 8] if module in ON_BOTH else [1] if module in ON_ONE else []
   if counts:
     names = ['8-devices' if count == 8 else '1-device' for count in counts]
     metafunc.parametrize('device_count', counts, ids=names, indirect=True, scope='session')

@@ -9,6 +9,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import spd_optax as spd
+from benchmarks import shapes
 
 LEARNING_RATE = 1e-3
 
@@ -20,11 +21,11 @@ def _adam() -> optax.GradientTransformation:
 
 
 def _projection_decay(anchor: Any) -> Any:
-  return optax.chain(spd.projection_decay(anchor), _adam())
+  return optax.chain(spd.projection_decay(anchor, stack_axis=shapes.stack_axis), _adam())
 
 
 def _adam_spd(anchor: Any) -> Any:
-  return spd.adam_spd(LEARNING_RATE, anchor)
+  return spd.adam_spd(LEARNING_RATE, anchor, stack_axis=shapes.stack_axis)
 
 
 class WritesParams(NamedTuple):
