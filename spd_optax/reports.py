@@ -5,6 +5,7 @@ travel to the host in one small array per field, however many layers there are.
 """
 
 import functools
+import itertools
 import math
 import re
 import weakref
@@ -23,7 +24,6 @@ from spd_optax.fingerprints import is_dropped
 from spd_optax.layers import Arrangement, Group, StackAxis, layer_key, layer_name
 
 States = Mapping[str, ProjectionDecayState]  # by their path in the optimizer state
-Shapes = dict[str, tuple[int, ...]]  # of a layer's values, by its key in the state
 
 
 class LayerRecord(NamedTuple):
@@ -168,45 +168,35 @@ def scalars(
   records, norms = _records(states_in(opt_state, 'scalars'), stack_axis, group)
   distance = np.array([record.distance for record in records])
   found = {
-    'condition': _mean([record.condition for record in records]),
-    'constrained_share': _mean([record.constrained_share for record in records]),
-    'distance': float(np.linalg.norm(distance)),
+    word: float(np.mean([getattr(record, word) for record in records] or [0]))
+    for word in ('condition', 'constrained_share')
   }
+  found['distance'] = float(np.linalg.norm(distance))
   if np.any(norms > 0):
     found['relative_distance'] = float(overall(distance, norms))
   names = _distinct([re.sub(r"[][/'()]+[.]?", '/', x.name).strip('/') or 'root' for x in records])
   for name, record in zip(names, records, strict=True):
-    found |= {f'{name}/{word}': value for word, value in _words(record).items()}
+    found |= {f'{name}/{word}': float(x) for word, x in _words(record).items() if x is not None}
   start = f'{prefix}/' if prefix else ''
   return {start + key: value for key, value in found.items()}
 
 
-def _words(record: LayerRecord) -> dict[str, float]:
+def _words(record: LayerRecord) -> dict[str, float | None]:
   """The scalars of one layer; no word has a '/'."""
   own = ('condition', 'ratio', 'distance', 'constrained_share', 'relative_distance')
-  named = [(word, getattr(record, word)) for word in own]
-  named += [(re.sub(r'[^\w.-]', '_', word), value) for word, value in record.rule_state.items()]
-  words = _distinct([word for word, _ in named])
-  return {
-    word: float(value) for word, (_, value) in zip(words, named, strict=True) if value is not None
-  }
+  words = [*own, *(re.sub(r'[^\w.-]', '_', word) for word in record.rule_state)]
+  values = [*(getattr(record, word) for word in own), *record.rule_state.values()]
+  return dict(zip(_distinct(words), values, strict=True))
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
   """The names; where one has come before, with the first of '_2', '_3', ... that is free."""
-  taken, found = set(names), list(dict.fromkeys(names))
-  if len(found) == len(names):
-    return found
-  found = []
+  given, found = set(names), dict[str, None]()
   for name in names:
-    free = (f'{name}_{i}' for i in range(2, len(names) + len(taken) + 2))
-    found.append(name if name not in found else next(x for x in free if x not in taken))
-    taken.add(found[-1])
-  return found
-
-
-def _mean(values: Sequence[float]) -> float:
-  return float(np.mean(values)) if len(values) else 0.0
+    numbered = (f'{name}_{i}' for i in itertools.count(2))
+    free = (x for x in numbered if x not in given and x not in found)
+    found[name if name not in found else next(free)] = None
+  return list(found)
 
 
 # The states in an optimizer state, and the layers in them.
@@ -215,11 +205,13 @@ def _mean(values: Sequence[float]) -> float:
 def states_in(opt_state: Any, name: str) -> States:
   """Finds every `ProjectionDecayState` in an optimizer state, by its path there.
 
+  They are without the boxes of nnx.Optimizer, and have their layers in natural order.
+
   Raises:
     TypeError: if there is none, or no values in it. The message begins with `name`.
     ValueError: if one has a further axis.
   """
-  found = _find_states(opt_state)
+  found = {path: _plain(state) for path, state in _find_states(opt_state).items()}
   if not found:
     raise TypeError(
       f'{name}: expected the state of an optimizer with projection_decay, with_projection_decay '
@@ -227,15 +219,14 @@ def states_in(opt_state: Any, name: str) -> States:
       'optimizer.opt_state)'
     )
   for path, state in found.items():
-    count = _unboxed(state.count)
-    if isinstance(count, jax.core.Tracer):
+    if isinstance(state.count, jax.core.Tracer):
       raise TypeError(f'{name}: call it outside jit, with the state that a step returned')
-    if isinstance(count, jax.ShapeDtypeStruct):
+    if isinstance(state.count, jax.ShapeDtypeStruct):
       raise TypeError(f'{name}: found shapes without values in opt_state{path}')
-    if jnp.shape(count):
+    if shape := jnp.shape(state.count):
       raise ValueError(
-        f'{name}: opt_state{path}.count has the shape {jnp.shape(count)}: the state has a further '
-        'axis (vmap over seeds, or pmap); pass a part: jax.tree.map(lambda x: x[0], opt_state)'
+        f'{name}: opt_state{path}.count has the shape {shape}: the state has a further axis '
+        '(vmap over seeds, or pmap); pass a part: jax.tree.map(lambda x: x[0], opt_state)'
       )
   return found
 
@@ -249,28 +240,18 @@ def _find_states(opt_state: Any) -> States:
   return {jax.tree_util.keystr(path): node for path, node in flat if is_state(node)}
 
 
-def _unboxed(value: Any) -> Any:
-  """The array in a box of nnx.Optimizer, or the array itself."""
-  return jax.tree.leaves(value)[0]
+def _plain(state: ProjectionDecayState) -> ProjectionDecayState:
+  """The state without boxes, its layers in natural order."""
+  keys = _natural(tuple(state.condition))
 
+  def ordered(values: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(zip(keys, jax.tree.leaves([values[key] for key in keys]), strict=True))
 
-def updates(states: States) -> int:
-  """Updates so far; of several states, of the one with the most."""
-  return max(int(_unboxed(state.count)) for state in states.values())
-
-
-def shapes(states: States) -> list[Shapes]:
-  """The shape of each layer's values, in natural order of the keys, for each state."""
-  found = []
-  for state in states.values():
-    keys = _natural(tuple(state.condition))
-    arrays = _arrays(state.condition, keys)
-    found.append({key: array.shape for key, array in zip(keys, arrays, strict=True)})
-  return found
-
-
-def _arrays(values: Mapping[str, Any], keys: Sequence[str]) -> list[Any]:
-  return jax.tree.leaves([values[key] for key in keys])
+  return state._replace(
+    count=jax.tree.leaves(state.count)[0],
+    rule_state={name: ordered(values) for name, values in state.rule_state.items()},
+    **{field: ordered(getattr(state, field)) for field in PER_LAYER},
+  )
 
 
 @functools.lru_cache(maxsize=64)
@@ -278,15 +259,19 @@ def _natural(names: tuple[str, ...]) -> list[str]:
   """'block_2' before 'block_10'."""
 
   def key(name: str) -> list[Any]:
-    parts = re.split('([0-9]+)', name)
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
+    return [int(x) if i % 2 else x for i, x in enumerate(re.split('([0-9]+)', name))]
 
   return sorted(names, key=key)
 
 
+def shapes(state: ProjectionDecayState) -> dict[str, tuple[int, ...]]:
+  """The shape of each layer's values, by its key."""
+  return {key: array.shape for key, array in state.condition.items()}
+
+
 def sizes(states: States) -> list[int]:
   """How many layers each state has, with a slice as one."""
-  return [sum(map(math.prod, layers.values())) for layers in shapes(states)]
+  return [sum(map(math.prod, shapes(state).values())) for state in states.values()]
 
 
 class Slot(NamedTuple):
@@ -304,29 +289,21 @@ def slots(states: States) -> list[Slot]:
 
   If two states have a layer of one name, each name begins with the path of its state.
   """
-  found = [
-    (f'opt_state{path}/', slot)
-    for (path, state), layers in zip(states.items(), shapes(states), strict=True)
-    for slot in _slots(state, layers)
-  ]
-  twice = len({slot.name for _, slot in found}) < len(found)
-  return [slot._replace(name=start + slot.name) if twice else slot for start, slot in found]
+  found = [(path, slot) for path, state in states.items() for slot in _slots(state)]
+  if len({slot.name for _, slot in found}) == len(found):
+    return [slot for _, slot in found]
+  return [slot._replace(name=f'opt_state{path}/{slot.name}') for path, slot in found]
 
 
-def _slots(state: ProjectionDecayState, layers: Shapes) -> Iterator[Slot]:
-  flat = _flat_anchor(state)
+def _slots(state: ProjectionDecayState) -> Iterator[Slot]:
+  flat = trees.flatten(state.anchor, is_dropped)
   leaves = {layer_key(path): path for path in (*flat.paths, *map(trees.join, flat.holes))}
-  for key, shape in layers.items():
+  for key, shape in shapes(state).items():
     layer = leaves.get(key, layer_name(key))
     path, group = (layer, None) if key in leaves else (None, layer)
     for at in range(shape[0]) if shape else (None,):
       name = (layer or '(root)') + ('' if at is None else f'[{at}]')
       yield Slot(name, path, at, group, tuple(state.rule_state))
-
-
-def _flat_anchor(state: ProjectionDecayState) -> trees.Flat:
-  """The anchor taken apart; a dropped leaf is one leaf."""
-  return trees.flatten(state.anchor, is_dropped)
 
 
 # The values of all layers, brought to the host.
@@ -335,10 +312,8 @@ def _flat_anchor(state: ProjectionDecayState) -> trees.Flat:
 class Values(NamedTuple):
   """The values of all layers on the host: arrays with an entry per slot.
 
-  Attributes:
-    updates: int, updates so far of the state that has the layer.
-    condition, ratio, distance, constrained: as in `ProjectionDecayState`.
-    rule_state: likewise, by the number's name; NaN where a layer's rule has no such number.
+  `updates` are those of the state that has the layer. A number in `rule_state` is NaN where a
+  layer's rule has none of this name. All else is as in `ProjectionDecayState`.
   """
 
   updates: np.ndarray
@@ -357,48 +332,40 @@ def begin(states: States) -> Callable[[], Values]:
   Returns:
     A function that waits, and returns the values.
   """
-  finish = start(tuple(_listed(state) for state in states.values()))
+  every = list(states.values())
+  columns = {field: _column([getattr(state, field) for state in every]) for field in PER_LAYER}
+  rule_state = {
+    name: _column([state.rule_state.get(name) or _no_numbers(state) for state in every])
+    for name in dict.fromkeys(name for state in every for name in state.rule_state)
+  }
+  counts = [state.count for state in every]
+  packed = _start({'updates': counts, 'rule_state': rule_state, **columns})
 
   def values() -> Values:
-    found: tuple[Any, ...] = finish()
-    counts = [len(state.condition) for state in found]
-    rule_state: dict[str, list[np.ndarray]] = {x: [] for state in found for x in state.rule_state}
-    for state, count in zip(found, counts, strict=True):
-      for name, parts in rule_state.items():
-        parts.append(state.rule_state.get(name, np.full(count, np.nan, np.float32)))
-    return Values(
-      updates=np.repeat(np.concatenate([state.count for state in found]), counts),
-      **{field: np.concatenate([getattr(state, field) for state in found]) for field in PER_LAYER},
-      rule_state={name: np.concatenate(parts) for name, parts in rule_state.items()},
-    )
+    found = Values(**jax.tree.map(np.asarray, packed))
+    return found._replace(updates=np.repeat(found.updates, sizes(states)))
 
   return values
 
 
-def _listed(state: ProjectionDecayState) -> Any:
-  """The state without its anchor, and with a list of arrays for each column."""
-  keys = _natural(tuple(state.condition))
-  columns = {field: _arrays(getattr(state, field), keys) for field in PER_LAYER}
-  numbers = {name: _arrays(values, keys) for name, values in state.rule_state.items()}
-  own: dict[str, Any] = {'count': [_unboxed(state.count)], 'rule_state': numbers, **columns}
-  return state._replace(anchor=None, **own)
+def _column(states: Sequence[Mapping[str, Any]]) -> list[Any]:
+  return [array for values in states for array in values.values()]
 
 
-def start(tree: Any) -> Callable[[], Any]:
-  """Begins to bring a tree of lists of small arrays to the host; no list has another in it.
+def _no_numbers(state: ProjectionDecayState) -> dict[str, Any]:
+  return {key: np.full(shape, np.nan, np.float32) for key, shape in shapes(state).items()}
 
-  Returns:
-    A function that waits, and returns the tree, with one flat array for each list.
-  """
-  if jax.process_count() > 1:
-    tree = jax.tree.map(_whole, tree)
+
+def _start(tree: Any) -> Any:
+  """Makes one flat array of each list of small arrays, on its way to the host."""
+  tree = jax.tree.map(_whole, tree)
   # The arrays of a list become one array, which has one sharding. A mesh may be of one device.
   if len({getattr(x, 'sharding', None) for x in jax.tree.leaves(tree)}) > 1:
     tree = jax.device_put(tree, SingleDeviceSharding(jax.local_devices()[0]))
   packed = _pack(tree)
   for array in jax.tree.leaves(packed):
     array.copy_to_host_async()
-  return lambda: jax.tree.map(np.asarray, packed)
+  return packed
 
 
 def _whole(array: Any) -> Any:
@@ -430,34 +397,33 @@ def anchor_norms(states: States, stack_axis: StackAxis = None, group: Group = No
   Raises:
     ValueError: naming every layer that `stack_axis` and `group` give and the state lacks.
   """
-  found = shapes(states)
-  members = [
-    _members(state, layers, stack_axis, group)
-    for state, layers in zip(states.values(), found, strict=True)
-  ]
-  squares = iter(_squares([pair for part in members for pairs in part.values() for pair in pairs]))
   norms = [np.zeros(0)]
-  for part, layers in zip(members, found, strict=True):
-    known = {key: [next(squares) for _ in pairs] for key, pairs in part.items()}
-    for key, shape in layers.items():
-      unknown = np.full(shape, 0 if key in known else np.nan)
-      norms.append(np.ravel(sum(known.get(key, []), start=unknown)))
+  for state in states.values():
+    members = _members(state, stack_axis, group)
+    squares = _squares([(leaf, axis) for _, leaf, axis in members or ()])
+    # A layer without members has an anchor of which nothing is stored: `0`.
+    found = {key: np.full(x, np.nan if members is None else 0) for key, x in shapes(state).items()}
+    for (key, _, axis), square in zip(members or (), squares, strict=True):
+      found[key] = found[key] + (np.nan if axis == UNKNOWN else square)
+    norms += map(np.ravel, found.values())
   return np.sqrt(np.concatenate(norms))
 
 
-Members = dict[str, list[tuple[Any, int | None]]]  # by layer: arrays of its anchor, stack axes
+UNKNOWN = -1  # axis
+Member = tuple[str, Any, int | None]  # key of the layer, array of its anchor, stack axis
 
 
 def _members(
-  state: ProjectionDecayState, layers: Shapes, stack_axis: StackAxis, group: Group
-) -> Members:
-  """The arrays of each layer whose arrays are all known; none for one that stores none."""
-  flat = _flat_anchor(state)
+  state: ProjectionDecayState, stack_axis: StackAxis, group: Group
+) -> list[Member] | None:
+  """The arrays of the anchor with their layers; None if it is not known which have which."""
+  flat, layers = trees.flatten(state.anchor, is_dropped), shapes(state)
   if any(map(is_dropped, flat.leaves)):
-    return {}
+    return None
+  axes: list[int | None]
   if stack_axis is None and group is None:
-    stored = [layer_key(path) for path in flat.paths]
-    axes = [_evident_axis(leaf, layers.get(k)) for k, leaf in zip(stored, flat.leaves, strict=True)]
+    keys = [layer_key(path) for path in flat.paths]
+    axes = [_evident_axis(leaf, layers.get(k)) for k, leaf in zip(keys, flat.leaves, strict=True)]
   else:
     made = Arrangement(stack_axis, group).find_layers(flat, range(len(flat.leaves)))
     trees.match_shapes(
@@ -465,17 +431,10 @@ def _members(
       dict(zip(map(layer_name, made.keys), made.shapes, strict=True)),
       'stack_axis and group must be those of the transformation; the shapes of the layers differ:',
     )
-    stored, axes = [made.keys[at] for at in made.layer_of], list(made.stack_axes)
-  if not set(stored) <= set(layers):
-    return {}  # some leaves are in groups, perhaps in one that has the name of another leaf
-  found: Members = {key: [] for key in layers}
-  for key, leaf, axis in zip(stored, flat.leaves, axes, strict=True):
-    found[key].append((leaf, axis))
-  unknown = {key for key, axis in zip(stored, axes, strict=True) if axis == UNKNOWN}
-  return {key: pairs for key, pairs in found.items() if key not in unknown}
-
-
-UNKNOWN = -1  # axis
+    keys, axes = [made.keys[at] for at in made.layer_of], list(made.stack_axes)
+  if not set(keys) <= set(layers):
+    return None  # some leaves are in groups, perhaps in one that has the name of another leaf
+  return list(zip(keys, flat.leaves, axes, strict=True))
 
 
 def _evident_axis(leaf: Any, shape: tuple[int, ...] | None) -> int | None:
@@ -489,18 +448,15 @@ _KNOWN: dict[tuple[int, int | None], np.ndarray] = {}  # by the id of an array t
 
 def _squares(members: Sequence[tuple[Any, int | None]]) -> list[np.ndarray]:
   """‖θ_0‖² of each array, or of each slice; kept as long as the array is."""
-  keys = [(id(array), axis) for array, axis in members]
-  new = {key: member for key, member in zip(keys, members, strict=True) if key not in _KNOWN}
-  sums = [_square(memory.on_device(array), axis) for array, axis in new.values()]
-  ends = np.cumsum([x.size for x in sums])[:-1]
-  shapes = [x.shape for x in sums]
-  parts = np.split(start((sums,))()[0], ends) if sums else []
-  found = {key: x.reshape(shape) for key, x, shape in zip(new, parts, shapes, strict=True)}
+  found = dict(_KNOWN)
+  new = {(id(x), axis): (x, axis) for x, axis in members if (id(x), axis) not in found}
+  sums = [_whole(_square(memory.on_device(array), axis)) for array, axis in new.values()]
+  found |= zip(new, jax.device_get(sums), strict=True)
   for key, (array, _) in new.items():
     if isinstance(array, jax.Array):  # one of NumPy may change
       _KNOWN[key] = found[key]
       weakref.finalize(array, _KNOWN.pop, key, None).atexit = False
-  return [found[key] if key in found else _KNOWN[key] for key in keys]
+  return [found[id(array), axis] for array, axis in members]
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -510,8 +466,8 @@ def _square(array: jax.Array, stack_axis: int | None) -> jax.Array:
   return total
 
 
-def constrained_share(values: Values) -> np.ndarray:
-  """The share of the updates with a true condition; 0 before the first."""
+def constrained_share(values: Any) -> np.ndarray:
+  """The share of the updates with a true condition, in values or a record; 0 before the first."""
   found: np.ndarray = values.constrained / np.maximum(values.updates, 1)
   return found
 

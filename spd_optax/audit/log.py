@@ -227,9 +227,9 @@ class AuditLog:
 
   def _header_of(self, states: reports.States) -> Header:
     """The header before a record; checks that it still holds."""
-    layout = reports.shapes(states), [list(state.rule_state) for state in states.values()]
+    layout = [(reports.shapes(state), list(state.rule_state)) for state in states.values()]
     if self._header is None:
-      if reports.updates(states) == 0:
+      if not any(int(state.count) for state in states.values()):
         raise ValueError(
           'AuditLog.record: record after the first update; before it the anchor may not be the '
           'one that is captured, and there is nothing to log'

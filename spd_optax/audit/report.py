@@ -11,7 +11,6 @@ import jinja2
 import rich.box
 import rich.console
 import rich.table
-from matplotlib.figure import Figure
 
 from spd_optax.audit import pictures, tables
 from spd_optax.audit.advice import advise
@@ -27,14 +26,7 @@ TEMPLATE = Path(__file__).with_name('page.html')
 def show(
   runs: Sequence[Run], out: Path | None, html: Path | None, every: bool, patience: int
 ) -> None:
-  """Prints the tables and writes the pictures.
-
-  Args:
-    runs: one or two.
-    out: directory for the pictures; None for one beside the log.
-    html: path of a page to write as well.
-    every: whether the tables in the terminal have every layer.
-    patience: see `AuditLog`.
+  """Prints the tables of one or two runs, and writes the pictures; see `__main__`.
 
   Raises:
     AuditFileError: if a run has no records.
@@ -43,31 +35,32 @@ def show(
   if empty:
     raise AuditFileError(f'no records yet, or no layers: {", ".join(empty)}')
   starts = ['A: ', 'B: '] if len(runs) > 1 else ['']
-  series = [
-    tables.of_run(run, start + run.path.stem) for start, run in zip(starts, runs, strict=True)
-  ]
+  named = list(zip(starts, runs, strict=True))
+  series = [Series(run, start + run.path.stem) for start, run in named]
   advice = [
     f'{start}step {found.step}: {tables.printable(found.message)}'
-    for start, run in zip(starts, runs, strict=True)
+    for start, run in named
     for found in advise(run, patience)
   ]
   facts = [tables.facts(run) for run in runs]
   _print([*facts, *_tables(series, every)], advice)
-  stem = '_'.join(run.path.stem for run in runs)
-  out = out or runs[0].path.parent / f'{stem}_report'
+  out = out or runs[0].path.parent / ('_'.join(run.path.stem for run in runs) + '_report')
   out.mkdir(parents=True, exist_ok=True)
-  drawn = {name: _png(figure) for name, figure in pictures.draw(series).items()}
-  for name, data in drawn.items():
-    (out / f'{name}.png').write_bytes(data)
-  print(f'Pictures: {", ".join(str(out / f"{name}.png") for name in drawn)}')
+  drawn = {}
+  for name, figure in pictures.draw(series).items():
+    figure.savefig(buffer := io.BytesIO(), format='png')
+    drawn[out / f'{name}.png'] = buffer.getvalue()
+  for path, data in drawn.items():
+    path.write_bytes(data)
+  print(f'Pictures: {", ".join(map(str, drawn))}')
   if html:
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True)
-    page = environment.from_string(TEMPLATE.read_text('utf-8')).render(
+    template = jinja2.Template(TEMPLATE.read_text('utf-8'), autoescape=True, trim_blocks=True)
+    page = template.render(
       title='SPD audit: ' + tables.printable(' and '.join(run.path.name for run in runs)),
       advice=advice,
       facts=facts,
-      pictures={name: base64.b64encode(data).decode() for name, data in drawn.items()},
-      tables=_tables(series, True),
+      pictures={path.stem: base64.b64encode(data).decode() for path, data in drawn.items()},
+      tables=_tables(series, every=True),
     )
     html.write_text(page, encoding='utf-8')
     print(f'Page: {html}')
@@ -77,13 +70,9 @@ def _tables(runs: Sequence[Series], every: bool) -> list[Table]:
   """The metrics; then every layer, or of many layers blocks and the first of them."""
   most = None if every or len(runs[0].layers) <= ROWS else FIRST
   blocks = [tables.of_blocks(runs[0], ROWS)] if len(runs) == 1 else []
-  return [tables.metrics(runs), *blocks, tables.layers(runs, most)]
-
-
-def _png(figure: Figure) -> bytes:
-  buffer = io.BytesIO()
-  figure.savefig(buffer, format='png')
-  return buffer.getvalue()
+  return [
+    table for table in (tables.metrics(runs), *blocks, tables.layers(runs, most)) if table.rows
+  ]
 
 
 def _print(shown: Sequence[Table], advice: Sequence[str]) -> None:
@@ -91,22 +80,15 @@ def _print(shown: Sequence[Table], advice: Sequence[str]) -> None:
   console = rich.console.Console(
     width=None if known else WIDTH, markup=False, emoji=False, highlight=False
   )
-  for table in shown:
-    if table.rows:
-      plain = not any(table.header)
-      made = rich.table.Table(
-        title=table.title,
-        title_justify='left',
-        show_header=not plain,
-        box=rich.box.SIMPLE_HEAD,
-      )
-      for i, column in enumerate(table.header):
-        text = plain or i == 0
-        made.add_column(
-          column, justify='left' if text else 'right', no_wrap=not text, overflow='fold'
-        )
-      for row in table.rows:
-        made.add_row(*row)
-      console.print(made)
+  for title, header, rows in shown:
+    table = rich.table.Table(title=title, title_justify='left', box=rich.box.SIMPLE_HEAD)
+    table.show_header = any(header)
+    for i, column in enumerate(header):
+      number = i > 0 and table.show_header
+      justify = 'right' if number else 'left'
+      table.add_column(column, justify=justify, no_wrap=number, overflow='fold')
+    for row in rows:
+      table.add_row(*row)
+    console.print(table)
   for message in advice:
     console.print(f'WARNING: {message}', style='bold yellow')
