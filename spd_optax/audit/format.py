@@ -40,13 +40,13 @@ Every other line is a record:
 Numbers that are not finite are the strings 'NaN', 'Infinity' and '-Infinity'.
 """
 
-import functools
 import hashlib
+import json
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import msgspec
 import numpy as np
@@ -89,14 +89,9 @@ class Header(msgspec.Struct, frozen=True):
   states: list[Count]
 
   def __post_init__(self) -> None:
-    layers = len(self.layers)
     for name, count in (('anchor.norms', len(self.anchor.norms)), ('states', sum(self.states))):
-      if count != layers:
-        raise ValueError(f'{name}: of {count} layers, layers: {layers}')
-
-  def norms(self) -> np.ndarray:
-    """‖θ_0‖ for each layer, NaN where not known."""
-    return np.array(self.anchor.norms, float)
+      if count != len(self.layers):
+        raise ValueError(f'{name}: of {count} layers, layers: {len(self.layers)}')
 
 
 class Line(msgspec.Struct, omit_defaults=True):
@@ -153,7 +148,7 @@ class Run(NamedTuple):
   @property
   def norms(self) -> np.ndarray:
     """‖θ_0‖ for each layer, NaN where not known."""
-    return self.header.norms()
+    return np.array(self.header.anchor.norms, float)
 
   def current(self) -> list[Record]:
     """The records but those that a resumed run went through again."""
@@ -166,10 +161,7 @@ class Run(NamedTuple):
 
 
 def read(path: str | os.PathLike[str]) -> Run:
-  """Reads a log, and checks every line.
-
-  Args:
-    path: a file that `AuditLog` wrote, or is writing.
+  """Reads a log that `AuditLog` wrote, or is writing, and checks every line; see `AuditLog`.
 
   Returns:
     Every whole line. `Run.torn` says whether the last line is torn.
@@ -178,9 +170,6 @@ def read(path: str | os.PathLike[str]) -> Run:
     AuditFileError: if it is no audit log or of a newer schema. The message names every line that
       was edited, or before which one is missing.
     OSError: if it is not there, or cannot be read.
-
-  Example:
-    See `AuditLog`.
   """
   lines = Lines(path)
   records: list[Record] = []
@@ -194,21 +183,14 @@ def read(path: str | os.PathLike[str]) -> Run:
 
 
 def verify(path: str | os.PathLike[str], hash: str | None = None) -> Run:
-  """Reads a log, checks every line, and that nothing was cut off after a known one.
+  """Does what `read` does, and checks that nothing was cut off after a known line.
 
   Args:
     path: a file that `AuditLog` wrote.
     hash: an `AuditLog.hash` that was kept elsewhere.
 
-  Returns:
-    As `read`.
-
   Raises:
     AuditFileError: as `read`, or if no line has this hash.
-    OSError: if it is not there, or cannot be read.
-
-  Example:
-    See `AuditLog`.
   """
   run = read(path)
   with run.path.open('rb') as lines:
@@ -220,7 +202,7 @@ def verify(path: str | os.PathLike[str], hash: str | None = None) -> Run:
 
 
 class Lines:
-  """The whole lines of a log but the first, each checked against the one before; one at a time.
+  """The whole lines of a log but the first, one at a time, each checked against the one before.
 
   Attributes:
     header: the first line; None before it was read, or if there is no whole one.
@@ -244,8 +226,7 @@ class Lines:
     with self.path.open('rb') as file:
       if not START.startswith(start := file.read(len(START))):
         raise AuditFileError(
-          f'{self.path}: no audit log; expected a first line {START.decode()}…, found '
-          f'{start.decode("utf-8", "replace")!r}'
+          f'{self.path}: no audit log; expected a first line {START.decode()}…, found {start!r}'
         )
       file.seek(0)
       for line in file:
@@ -259,15 +240,20 @@ class Lines:
         else:
           yield line
 
+  def through(self) -> Self:
+    """Reads all lines; no record is parsed."""
+    for _ in self:
+      pass
+    return self
+
   def _check_seal(self, line: bytes) -> None:
     body, end = line[:-SEAL] + b'}', line[-SEAL:]
-    before, self.hash = self.hash, ''
-    if not (end.startswith(b',"hash":"') and end.endswith(b'"}\n')):
-      return self.report('has no hash: it was edited, or AuditLog did not write it')
-    self.hash = end[len(',"hash":"') :][:64].decode('latin-1')
-    if hashlib.sha256(body).hexdigest() != self.hash:
-      return self.report('its hash does not fit: it was edited')
-    if not body.endswith(f'"previous":"{before}"}}'.encode()):
+    before, self.hash = self.hash, end[-67:-3].decode('latin-1')
+    if end != f',"hash":"{self.hash}"}}\n'.encode('latin-1'):
+      self.report('has no hash: it was edited, or AuditLog did not write it')
+    elif hashlib.sha256(body).hexdigest() != self.hash:
+      self.report('its hash does not fit: it was edited')
+    elif not body.endswith(f'"previous":"{before}"}}'.encode()):
       self.report('does not continue the line before: lines are missing, added or in another order')
 
   def report(self, problem: str) -> None:
@@ -286,11 +272,7 @@ class Lines:
 
 
 def _header(path: Path, line: bytes) -> Header:
-  """The header in a line that begins as one.
-
-  Raises:
-    AuditFileError: if it is of a newer schema, or not as described above.
-  """
+  """The header in a line that begins as one."""
   try:
     schema = msgspec.json.decode(line).get('schema')
     if isinstance(schema, int) and schema > SCHEMA:
@@ -306,7 +288,7 @@ def _header(path: Path, line: bytes) -> Header:
 
 
 def _record(line: bytes, header: Header) -> Record:
-  fields = _decoder().decode(line)
+  fields = msgspec.json.decode(line, type=Line)
   own: list[list[Any]] = [fields.condition, fields.ratio, fields.distance, fields.constrained]
   lengths = {len(values) for values in (*own, *fields.rule_state.values())}
   if lengths != {len(header.layers)} or len(fields.updates) != len(header.states):
@@ -325,9 +307,21 @@ def _record(line: bytes, header: Header) -> Record:
   )
 
 
-@functools.cache
-def _decoder() -> msgspec.json.Decoder[Line]:
-  return msgspec.json.Decoder(Line)
+def as_line(record: Record, header: Header) -> Line:
+  """A record as JSON has it."""
+  first = np.cumsum(header.states, dtype=int) - header.states  # of the layers of each state
+  return Line(
+    step=record.step,
+    time=record.time,
+    updates=record.updates[first].tolist(),
+    condition=record.condition.astype(int).tolist(),
+    ratio=numbers(record.ratio),
+    distance=numbers(record.distance),
+    constrained=record.constrained.tolist(),
+    rule_state={name: numbers(values) for name, values in record.rule_state.items()},
+    metrics={name: number(value) for name, value in record.metrics.items()},
+    resumed=header.versions if record.resumed else None,
+  )
 
 
 def seal(fields: msgspec.Struct, previous: str) -> tuple[bytes, str]:
@@ -342,11 +336,9 @@ def numbers(values: np.ndarray) -> list[Number]:
   return [number(float(f'{x:.7g}')) for x in values.tolist()]
 
 
-def number(value: float) -> Number:
-  """A number for JSON: a string if it is not finite."""
-  if math.isfinite(value):
-    return value
-  return 'NaN' if math.isnan(value) else 'Infinity' if value > 0 else '-Infinity'
+def number(value: float) -> Any:
+  """A number for JSON: a string, 'NaN' or '-Infinity', if it is not finite."""
+  return value if math.isfinite(value) else json.dumps(value)
 
 
 def text(value: str) -> str:

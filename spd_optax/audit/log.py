@@ -1,13 +1,13 @@
 """Writing an audit log: one sealed line per logged step, never half a line."""
 
 import datetime
+import errno
 import importlib
 import json
 import operator
 import os
 import platform
 import time
-import types
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +24,7 @@ from spd_optax.audit.format import Header, Record
 from spd_optax.audit.writer import Writer
 from spd_optax.layers import Group, StackAxis
 
-VERSIONS_OF = ('jax', 'jaxlib', 'optax', 'numpy', 'spd_optax')
+VERSIONS_OF = ('jax', 'jaxlib', 'optax', 'numpy', 'spd_optax')  # and of Python
 
 
 class AuditLog:
@@ -41,10 +41,9 @@ class AuditLog:
   it.
 
   A record is written when the next one comes, or at `flush` or `close`. So nothing waits for
-  the step that the device still computes. Each record is one write of a whole line. A killed
-  process loses at most the last one. A full disk raises an error, and the file keeps all earlier
-  records. Each line carries the hash of the line before it, so `verify` finds an edited or missing
-  line.
+  the step that the device still computes. Each record is one write of a whole line, with the hash
+  of the line before it. A killed process loses at most the last one. A full disk raises an error,
+  and the file keeps all earlier records. `verify` finds an edited or missing line.
 
   The path of an earlier log continues it, if header and anchor agree. Call `flush` before each
   checkpoint; then no record is missing if a run goes on from it. Call `close` after the run went
@@ -52,7 +51,7 @@ class AuditLog:
 
   Warnings say, once each, that SPD never holds a layer, that it always does, that the anchor
   is not where training started, that a layer grows away from it while constrained, or that values
-  are not finite.
+  are not finite. A layer whose ratio is always 1, as of `l2_sp`, is meant to be held.
 
   `close` closes the file. So does the end of a `with` block, or the last reference to the log, as
   in a notebook whose cell makes a new one. A forked process does not write.
@@ -67,16 +66,14 @@ class AuditLog:
     transform: what SPD was built with, as 'adam_spd'; free text.
     hyperparameters: its arguments and the optimizer's, as JSON can hold them: numbers,
       strings, None, lists and dicts of them.
-    source: where the anchor comes from, as 'google/vit-base-patch16': free text or a path. None
-      does not name it.
+    source: where the anchor comes from, as 'google/vit-base-patch16': free text or a path.
     captured: True says that the anchor is the params at the first update (`anchor=None`). False
       says that it was passed. None says neither. A warning that training does not start at the
       anchor is then given only if `source` is None, too.
     moving_anchor: whether the anchor is meant to change (`anchor_ema`, `reanchor`). Its
       fingerprint is then not compared when the log is continued, and there are no relative
       distances.
-    stack_axis: the transformation's own; only for relative distances, see `layer_report`.
-    group: likewise.
+    stack_axis, group: the transformation's own; only for relative distances, see `layer_report`.
     patience: updates after which to warn that no layer is ever held, or that all always are.
     fsync: whether `record` writes at once, and waits until the disk has it. Even a power failure
       then loses nothing. It waits for the step, too.
@@ -145,8 +142,10 @@ class AuditLog:
     self._writer = Writer(self.path, operator.index(patience), fsync)
     weakref.finalize(self, self._writer.close).atexit = False  # the writer sees to that itself
     self._writes = jax.process_index() == 0
-    if self._writes:
-      self._writer.check_path()
+    if self._writes and self.path.exists():  # fails early, before a run has trained
+      next(iter(format.Lines(self.path)), None)
+    elif self._writes and not self.path.parent.is_dir():
+      raise FileNotFoundError(errno.ENOENT, 'AuditLog: no such directory', str(self.path.parent))
 
   @property
   def hash(self) -> str:
@@ -158,8 +157,7 @@ class AuditLog:
 
     Args:
       step: larger than the step before. After `close`, or in a new log of the same path, it may
-        go back to where a checkpoint was. The records that it goes through again are then
-        superseded.
+        go back to where a checkpoint was, and supersedes the records that it goes through again.
       opt_state: the optimizer state after the step, with SPD in it at any depth.
       metrics: the user's own numbers by name: loss, accuracy on the new data and on the old, ...
 
@@ -170,9 +168,6 @@ class AuditLog:
       OSError: if the disk is full, or another process writes the file. The file then ends with
         the last whole record.
       RuntimeError: in a process that was forked from the one that opened the file.
-
-    Example:
-      See `AuditLog`.
     """
     self._writer.check_owner()
     states = reports.states_in(opt_state, 'AuditLog.record(step, opt_state)')
@@ -198,31 +193,18 @@ class AuditLog:
       self._writer.write()
 
   def flush(self) -> None:
-    """Writes the last record now.
-
-    Raises:
-      OSError: see `record`.
-    """
+    """Writes the last record now; raises what `record` does."""
     self._writer.write()
 
   def close(self) -> None:
-    """Writes the last record and closes the file; the next record would open it again.
-
-    Raises:
-      OSError: see `record`.
-    """
+    """Writes the last record and closes the file; the next record would open it again."""
     self._header = self._last_step = None
     self._writer.close()
 
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: types.TracebackType | None,
-  ) -> None:
+  def __exit__(self, *error: object) -> None:
     self.close()
 
   def _header_of(self, states: reports.States) -> Header:
@@ -246,7 +228,8 @@ class AuditLog:
       format=format.FORMAT,
       schema=format.SCHEMA,
       started=datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-      versions=_versions(),
+      versions={'python': platform.python_version()}
+      | {name: str(importlib.import_module(name).__version__) for name in VERSIONS_OF},
       transform=self._transform,
       hyperparameters=self._hyperparameters,
       anchor=format.Anchor(
@@ -259,12 +242,6 @@ class AuditLog:
       layers=[slot.name for slot in reports.slots(states)],
       states=[count for count in reports.sizes(states) if count],
     )
-
-
-def _versions() -> dict[str, str]:
-  """Of Python and the libraries that decide what a run does."""
-  found = {name: str(importlib.import_module(name).__version__) for name in VERSIONS_OF}
-  return {'python': platform.python_version(), **found}
 
 
 def _plain_items(items: Any) -> tuple[dict[str, Any], list[str]]:
@@ -293,11 +270,7 @@ def _plain(value: Any) -> Any:
 
 
 def _checked_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
-  """The metrics by names for JSON, on their way to the host.
-
-  Raises:
-    TypeError: naming all that are no numbers.
-  """
+  """A copy of the metrics; raises a TypeError that names all that are no numbers."""
   if not isinstance(metrics, Mapping):
     raise TypeError(
       f'AuditLog.record: metrics: expected numbers by name, found {checks.kind_of(metrics)}'
@@ -311,11 +284,7 @@ def _checked_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
   if problems:
     raise TypeError('AuditLog.record: metrics must be numbers by name:\n  ' + '\n  '.join(problems))
   # Arrays of NumPy may change, and those of JAX be donated, before the record is written.
-  found = {
+  return {
     format.text(name): jax.numpy.copy(x) if isinstance(x, jax.Array) else float(x)
     for name, x in metrics.items()
   }
-  for value in found.values():
-    if isinstance(value, jax.Array):
-      value.copy_to_host_async()
-  return found

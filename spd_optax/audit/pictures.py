@@ -16,7 +16,11 @@ CURVES = 12  # layers with a curve of their own color
 COLUMNS = 120  # of a heat map
 POINTS = 600  # of a curve
 SMALLEST = 1e-4  # distance shown, relative to the largest
-BESIDE = {'loc': 'center left', 'bbox_to_anchor': (1.01, 0.5), 'frameon': False}  # a legend
+BESIDE: dict[str, Any] = {
+  'loc': 'center left',
+  'bbox_to_anchor': (1.01, 0.5),
+  'frameon': False,
+}  # a legend
 
 
 def draw(runs: Sequence[Series]) -> dict[str, Figure]:
@@ -30,7 +34,9 @@ def draw(runs: Sequence[Series]) -> dict[str, Figure]:
   return found | {'metrics': metrics(runs)}
 
 
-def _figure(rows: int, columns: int, width: float, height: float, **options: Any) -> Any:
+def _figure(
+  rows: int, columns: int, width: float, height: float, **options: Any
+) -> tuple[Figure, Any]:
   """A figure, and a grid of its panels."""
   figure = Figure(figsize=(width, height), dpi=120, layout='constrained')
   return figure, figure.subplots(rows, columns, squeeze=False, **options)

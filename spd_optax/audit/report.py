@@ -85,8 +85,9 @@ def _print(shown: Sequence[Table], advice: Sequence[str]) -> None:
     table.show_header = any(header)
     for i, column in enumerate(header):
       number = i > 0 and table.show_header
-      justify = 'right' if number else 'left'
-      table.add_column(column, justify=justify, no_wrap=number, overflow='fold')
+      table.add_column(
+        column, justify='right' if number else 'left', no_wrap=number, overflow='fold'
+      )
     for row in rows:
       table.add_row(*row)
     console.print(table)

@@ -15,10 +15,9 @@ Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 
 
 class Series:
-  """The records of a run over T ≥ 1 logged steps and L layers, those gone through again left out.
+  """The records of a run, T ≥ 1 of L layers, without those that it went through again.
 
-  `updates`, `constrained`, `distance` and `relative` are arrays [T, L] as in `Record`, `share` and
-  `norms` [L]. `last` is the last record. `metrics` has each of the user's at the steps that have it.
+  `updates`, `constrained`, `distance` and `relative` are arrays [T, L], `share` and `norms` [L].
   """
 
   def __init__(self, run: Run, name: str = ''):
