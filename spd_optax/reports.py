@@ -29,18 +29,15 @@ States = Mapping[str, ProjectionDecayState]  # by their path in the optimizer st
 class LayerRecord(NamedTuple):
   """What SPD did to one layer.
 
+  `condition`, `ratio`, `distance` and `constrained` are those of `ProjectionDecayState`.
+
   Attributes:
     name: unique among the records. 'layers/kernel[3]' is slice 3 of a stacked leaf.
     path: the '/'-joined path of the leaf; None for a group.
     slice: the index in a stacked leaf or group; None where nothing is stacked.
     group: the key of the group; None for a leaf.
-    condition: whether the layer was to be held at the last update. SPD moved it only if `ratio`
-      was above 0, too.
-    ratio: as in `ProjectionDecayState`.
-    distance: ‖θ − θ_0‖ before the last update.
     relative_distance: distance / ‖θ_0‖. It is NaN if the distance is, and None if ‖θ_0‖ is 0, NaN
       or not known.
-    constrained: updates so far with a true condition.
     constrained_share: `constrained` per update; 0 before the first.
     rule_state: the rule's own numbers by name; empty for a rule without any.
   """
@@ -127,8 +124,7 @@ def scalars(
   or ``writer.add_scalar(name, value, step)`` for each item (TensorBoard). Each key begins with
   `prefix`. The words are those of `LayerRecord`. Over all layers:
 
-  - ``condition``: the share of the layers with a true condition at the last update.
-  - ``constrained_share``: the mean of the layers' shares.
+  - ``condition``, ``constrained_share``: the means of the layers'.
   - ``distance``: ‖θ − θ_0‖.
   - ``relative_distance``: the distance of the layers with a known ‖θ_0‖, divided by that. It
     is left out if no ‖θ_0‖ is known and above 0.
@@ -147,9 +143,6 @@ def scalars(
     prefix: the first part of each key; '' for none.
     stack_axis: see `layer_report`.
     group: see `layer_report`.
-
-  Returns:
-    Python floats by name.
 
   Raises:
     TypeError: if `prefix` is no string; and as `layer_report`.
@@ -203,13 +196,10 @@ def _distinct(names: Sequence[str]) -> list[str]:
 
 
 def states_in(opt_state: Any, name: str) -> States:
-  """Finds every `ProjectionDecayState` in an optimizer state, by its path there.
+  """Finds every `ProjectionDecayState` in an optimizer state, by its path there; see `_plain`.
 
-  They are without the boxes of nnx.Optimizer, and have their layers in natural order.
-
-  Raises:
-    TypeError: if there is none, or no values in it. The message begins with `name`.
-    ValueError: if one has a further axis.
+  Raises a TypeError that begins with `name` if there is none, or no values in it; a ValueError
+  if one has a further axis.
   """
   found = {path: _plain(state) for path, state in _find_states(opt_state).items()}
   if not found:
@@ -241,7 +231,7 @@ def _find_states(opt_state: Any) -> States:
 
 
 def _plain(state: ProjectionDecayState) -> ProjectionDecayState:
-  """The state without boxes, its layers in natural order."""
+  """The state without the boxes of nnx.Optimizer, its layers in natural order."""
   keys = _natural(tuple(state.condition))
 
   def ordered(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -310,11 +300,7 @@ def _slots(state: ProjectionDecayState) -> Iterator[Slot]:
 
 
 class Values(NamedTuple):
-  """The values of all layers on the host: arrays with an entry per slot.
-
-  `updates` are those of the state that has the layer. A number in `rule_state` is NaN where a
-  layer's rule has none of this name. All else is as in `ProjectionDecayState`.
-  """
+  """The values of all layers on the host, an entry per slot; see `audit.Record`."""
 
   updates: np.ndarray
   condition: np.ndarray
@@ -327,33 +313,26 @@ class Values(NamedTuple):
 def begin(states: States) -> Callable[[], Values]:
   """Begins to read all layers; does not wait for the step that computes them.
 
-  If the arrays are spread over several processes, all of them must call it.
-
-  Returns:
-    A function that waits, and returns the values.
+  If the arrays are spread over several processes, all of them must call it. Returns a function
+  that waits, and returns the values.
   """
-  every = list(states.values())
-  columns = {field: _column([getattr(state, field) for state in every]) for field in PER_LAYER}
-  rule_state = {
-    name: _column([state.rule_state.get(name) or _no_numbers(state) for state in every])
-    for name in dict.fromkeys(name for state in every for name in state.rule_state)
+  every = states.values()
+  columns: dict[str, Any] = {
+    field: [x for state in every for x in getattr(state, field).values()] for field in PER_LAYER
   }
-  counts = [state.count for state in every]
-  packed = _start({'updates': counts, 'rule_state': rule_state, **columns})
+  columns['updates'] = [state.count for state in every]
+  columns['rule_state'] = {name: [] for state in every for name in state.rule_state}
+  for name, column in columns['rule_state'].items():
+    for state in every:
+      none = {key: np.full(shape, np.nan, np.float32) for key, shape in shapes(state).items()}
+      column += state.rule_state.get(name, none).values()
+  packed = _start(columns)
 
   def values() -> Values:
     found = Values(**jax.tree.map(np.asarray, packed))
     return found._replace(updates=np.repeat(found.updates, sizes(states)))
 
   return values
-
-
-def _column(states: Sequence[Mapping[str, Any]]) -> list[Any]:
-  return [array for values in states for array in values.values()]
-
-
-def _no_numbers(state: ProjectionDecayState) -> dict[str, Any]:
-  return {key: np.full(shape, np.nan, np.float32) for key, shape in shapes(state).items()}
 
 
 def _start(tree: Any) -> Any:
@@ -391,11 +370,9 @@ def _pack(tree: Any) -> Any:
 def anchor_norms(states: States, stack_axis: StackAxis = None, group: Group = None) -> np.ndarray:
   """‖θ_0‖ for each slot; NaN where an anchor was dropped, or the layer's leaves are not known.
 
-  `stack_axis` and `group` are the transformation's own. Without them a layer is known if
-  it is a leaf, and stacked along the only axis of its length.
-
-  Raises:
-    ValueError: naming every layer that `stack_axis` and `group` give and the state lacks.
+  `stack_axis` and `group` are the transformation's own; else a ValueError names every layer that
+  differs. Without them a layer is known if it is a leaf, and stacked along the only axis of its
+  length.
   """
   norms = [np.zeros(0)]
   for state in states.values():

@@ -134,10 +134,9 @@ class AuditLog:
       raise TypeError('AuditLog:\n  ' + '\n  '.join(problems))
     self._transform, self._hyperparameters = format.text(transform), plain
     self._source = None if source is None else format.text(source)
-    self._captured, self._moving = captured, moving_anchor
-    self._stack_axis, self._group, self._fsync = stack_axis, group, fsync
+    self._captured, self._moving, self._fsync = captured, moving_anchor, fsync
+    self._layers: dict[str, Any] = {'stack_axis': stack_axis, 'group': group}
     self._header: Header | None = None
-    self._layout: Any = None
     self._last_step: int | None = None
     self._writer = Writer(self.path, operator.index(patience), fsync)
     weakref.finalize(self, self._writer.close).atexit = False  # the writer sees to that itself
@@ -223,7 +222,7 @@ class AuditLog:
 
   def _new_header(self, states: reports.States) -> Header:
     words = [fingerprints.words_of(state.anchor) for state in states.values()]
-    norms = format.numbers(reports.anchor_norms(states, self._stack_axis, self._group))
+    norms = format.numbers(reports.anchor_norms(states, **self._layers))
     return Header(
       format=format.FORMAT,
       schema=format.SCHEMA,
@@ -252,8 +251,8 @@ def _plain_items(items: Any) -> tuple[dict[str, Any], list[str]]:
   for name, value in items.items():
     try:
       line = json.dumps({name: value}, default=_plain, allow_nan=False)
-      found[name] = msgspec.json.decode(line)[name]
-    except (TypeError, ValueError, KeyError, msgspec.DecodeError):  # KeyError: a name of no string
+      found[name] = msgspec.json.decode(line)[name]  # a KeyError if the name is no string
+    except (TypeError, ValueError, KeyError, AttributeError, msgspec.DecodeError):
       problems.append(
         f'hyperparameters {name!r}: expected a finite number, a string, None, or a list or dict of '
         f'them, by a name; found {checks.kind_of(value)} (describe a function in words)'
@@ -262,11 +261,7 @@ def _plain_items(items: Any) -> tuple[dict[str, Any], list[str]]:
 
 
 def _plain(value: Any) -> Any:
-  if isinstance(value, os.PathLike):
-    return os.fspath(value)
-  if hasattr(value, 'tolist'):
-    return value.tolist()
-  raise TypeError
+  return os.fspath(value) if isinstance(value, os.PathLike) else value.tolist()
 
 
 def _checked_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,12 +25,9 @@ BESIDE: dict[str, Any] = {
 
 def draw(runs: Sequence[Series]) -> dict[str, Figure]:
   """Every picture by its name; the relative distances only if a norm is known."""
-  found = {'held': held(runs)}
-  found['distance'] = distances(runs, [x.distance for x in runs], '‖θ − θ₀‖', log=True)
-  relative = [100 * series.relative for series in runs]
-  if any(np.isfinite(values).any() for values in relative):
-    label = '‖θ − θ₀‖ / ‖θ₀‖, %'
-    found['relative_distance'] = distances(runs, relative, label, log=False)
+  found = {'held': held(runs), 'distance': distances(runs, relative=False)}
+  if any(np.isfinite(series.relative).any() for series in runs):
+    found['relative_distance'] = distances(runs, relative=True)
   return found | {'metrics': metrics(runs)}
 
 
@@ -79,19 +76,19 @@ def _text(name: str) -> str:
   return shown.replace('$', r'\$')
 
 
-def distances(
-  runs: Sequence[Series], values: Sequence[np.ndarray], label: str, log: bool
-) -> Figure:
-  """Curves of each layer over time."""
-  values = [np.where(np.isfinite(x) & ((x > 0) | (not log)), x, np.nan) for x in values]
+def distances(runs: Sequence[Series], relative: bool) -> Figure:
+  """Curves of each layer over time; relative to the anchor, or on a logarithmic axis."""
   figure, grid = _figure(len(runs), 1, 10, 5.5 * len(runs), sharex=True, sharey=True)
-  for axes, series, value in zip(grid[:, 0], runs, values, strict=True):
-    _layer_curves(axes, series, value)
+  for axes, series in zip(grid[:, 0], runs, strict=True):
+    values = 100 * series.relative if relative else series.distance
+    shown = np.where(np.isfinite(values) & (relative | (values > 0)), values, np.nan)
+    _layer_curves(axes, series, shown)
+    label = '‖θ − θ₀‖ / ‖θ₀‖, %' if relative else '‖θ − θ₀‖'
     axes.set(xlabel='step', ylabel=label, title=f'{_text(series.name)}: distance of each layer')
     axes.grid(alpha=0.3)
-  largest = max(np.max(x, initial=0, where=np.isfinite(x)) for x in values)
-  if log and largest > 0:  # the axes are shared
-    smallest = min(np.min(x, initial=largest, where=np.isfinite(x)) for x in values)
+  largest = max(axes.dataLim.y1 for axes in grid[:, 0])
+  if not relative and 0 < largest < math.inf:  # the axes are shared
+    smallest = min(axes.dataLim.y0 for axes in grid[:, 0])
     axes.set(yscale='log', ylim=(max(smallest, largest * SMALLEST), 2 * largest))
   return figure
 

@@ -6,11 +6,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import jinja2
 import rich.box
-import rich.console
 import rich.table
+from rich.console import Console
 
 from spd_optax.audit import pictures, tables
 from spd_optax.audit.advice import advise
@@ -19,8 +19,15 @@ from spd_optax.audit.tables import Series, Table
 
 ROWS = 40  # layers that are shown one by one in the terminal
 FIRST = 20  # that are shown if there are more
-WIDTH = 120  # of what is no terminal
-TEMPLATE = Path(__file__).with_name('page.html')
+WIDTH, PAGE_WIDTH = 120, 200  # of what is no terminal
+PAGE = """<!doctype html>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>SPD audit</title>
+<style>img { max-width: 100% }</style>
+"""
+TEXT = '<pre>{code}</pre>\n'
 
 
 def show(
@@ -43,53 +50,54 @@ def show(
     for found in advise(run, patience)
   ]
   facts = [tables.facts(run) for run in runs]
-  _print([*facts, *_tables(series, every)], advice)
+  known = sys.stdout.isatty() or 'COLUMNS' in os.environ
+  _print(_console(None if known else WIDTH), [*facts, *_tables(series, every)], advice)
   out = out or runs[0].path.parent / ('_'.join(run.path.stem for run in runs) + '_report')
   out.mkdir(parents=True, exist_ok=True)
-  drawn = {}
-  for name, figure in pictures.draw(series).items():
-    figure.savefig(buffer := io.BytesIO(), format='png')
-    drawn[out / f'{name}.png'] = buffer.getvalue()
-  for path, data in drawn.items():
-    path.write_bytes(data)
+  drawn = {out / f'{name}.png': figure for name, figure in pictures.draw(series).items()}
+  for path, figure in drawn.items():
+    figure.savefig(path)
   print(f'Pictures: {", ".join(map(str, drawn))}')
   if html:
-    template = jinja2.Template(TEMPLATE.read_text('utf-8'), autoescape=True, trim_blocks=True)
-    page = template.render(
-      title='SPD audit: ' + tables.printable(' and '.join(run.path.name for run in runs)),
-      advice=advice,
-      facts=facts,
-      pictures={path.stem: base64.b64encode(data).decode() for path, data in drawn.items()},
-      tables=_tables(series, every=True),
-    )
-    html.write_text(page, encoding='utf-8')
+    html.write_text(_page(facts, advice, list(drawn), _tables(series, every=True)), 'utf-8')
     print(f'Page: {html}')
+
+
+def _page(
+  facts: Sequence[Table], advice: Sequence[str], images: Sequence[Path], shown: Sequence[Table]
+) -> str:
+  console = _console(PAGE_WIDTH, file=io.StringIO(), record=True)
+  _print(console, facts, advice)
+  parts = [PAGE, console.export_html(code_format=TEXT, inline_styles=True)]
+  for path in images:
+    data = base64.b64encode(path.read_bytes()).decode()
+    parts.append(f'<p><img alt="{path.stem}" src="data:image/png;base64,{data}"></p>\n')
+  _print(console, shown, [])
+  return ''.join([*parts, console.export_html(code_format=TEXT, inline_styles=True)])
 
 
 def _tables(runs: Sequence[Series], every: bool) -> list[Table]:
   """The metrics; then every layer, or of many layers blocks and the first of them."""
   most = None if every or len(runs[0].layers) <= ROWS else FIRST
   blocks = [tables.of_blocks(runs[0], ROWS)] if len(runs) == 1 else []
-  return [
-    table for table in (tables.metrics(runs), *blocks, tables.layers(runs, most)) if table.rows
-  ]
+  return [tables.metrics(runs), *blocks, tables.layers(runs, most)]
 
 
-def _print(shown: Sequence[Table], advice: Sequence[str]) -> None:
-  known = sys.stdout.isatty() or 'COLUMNS' in os.environ
-  console = rich.console.Console(
-    width=None if known else WIDTH, markup=False, emoji=False, highlight=False
-  )
+def _console(width: int | None, **options: Any) -> Console:
+  return Console(width=width, markup=False, emoji=False, highlight=False, **options)
+
+
+def _print(console: Console, shown: Sequence[Table], advice: Sequence[str]) -> None:
   for title, header, rows in shown:
     table = rich.table.Table(title=title, title_justify='left', box=rich.box.SIMPLE_HEAD)
     table.show_header = any(header)
     for i, column in enumerate(header):
       number = i > 0 and table.show_header
-      table.add_column(
-        column, justify='right' if number else 'left', no_wrap=number, overflow='fold'
-      )
+      justify: Any = 'right' if number else 'left'
+      table.add_column(column, justify=justify, no_wrap=number, overflow='fold')
     for row in rows:
       table.add_row(*row)
-    console.print(table)
+    if rows:
+      console.print(table)
   for message in advice:
     console.print(f'WARNING: {message}', style='bold yellow')

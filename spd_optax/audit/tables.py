@@ -168,52 +168,44 @@ def layers(runs: Sequence[Series], most: int | None = None) -> Table:
   """
   names = list(dict.fromkeys(name for series in runs for name in series.layers))
   title = 'Layers'
-  chosen = names
   if most is not None and len(names) > most:
-    shares = [dict(zip(series.layers, series.share, strict=True)) for series in runs]
-    ends = [*shares, {}][:2]
-    chosen = sorted(names, key=lambda x: -abs(ends[0].get(x, 0) - ends[1].get(x, 0)))[:most]
     how = 'held most' if len(runs) == 1 else 'that differ most'
     title = f'Layers {how} ({most} of {len(names)}; --all: all)'
-  cells = [_cells(series) for series in runs]
-  header = list(dict.fromkeys(key for column in cells for key in column))
-  rows = [[x, *(c.get(key, {}).get(x, '–') for key in header for c in cells)] for x in chosen]
+    shares = [dict(zip(series.layers, series.share, strict=True)) for series in runs]
+    first, second = [*shares, {}][:2]
+    names = sorted(names, key=lambda x: -abs(first.get(x, 0) - second.get(x, 0)))[:most]
+  cells: list[dict[str, dict[str, str]]] = [
+    {name: _cells(series, slice(i, i + 1)) for i, name in enumerate(series.layers)}
+    for series in runs
+  ]
+  keys = list(dict.fromkeys(key for by_name in cells for row in by_name.values() for key in row))
+  rows = [[x, *(c.get(x, {}).get(key, '–') for key in keys for c in cells)] for x in names]
   if len(runs) > 1:
     title += ', ' + ' and '.join(series.name for series in runs)
-    header = [cell for key in header for cell in (f'{key}: A', 'B')]
-  return _table(title, ['layer', *header], rows)
-
-
-def _cells(series: Series) -> dict[str, dict[str, str]]:
-  """The cells of a run by the header of their column, and by layer."""
-  last = series.last
-  columns = {
-    'held now': ['yes' if held else '' for held in last.condition],
-    'held, %': map(_percent, series.share),
-    'ratio': map(_number, last.ratio),
-    'distance': map(_number, last.distance),
-    '% of ‖θ₀‖': map(_percent, series.relative[-1]),
-    **{name: map(_number, values) for name, values in last.rule_state.items()},
-  }
-  return {key: dict(zip(series.layers, x, strict=True)) for key, x in columns.items()}
+    keys = [cell for key in keys for cell in (f'{key}: A', 'B')]
+  return _table(title, ['layer', *keys], rows)
 
 
 def of_blocks(series: Series, most: int) -> Table:
   """A row per block of layers; none if there are at most so many layers."""
   found = blocks(series.layers, most)
-  rows = [
-    [
-      name,
-      str(end - begin),
-      _percent(np.mean(series.last.condition[begin:end])),
-      _percent(np.mean(series.share[begin:end])),
-      _number(np.linalg.norm(series.last.distance[begin:end])),
-      _percent(reports.overall(series.last.distance[begin:end], series.norms[begin:end])),
-    ]
-    for name, begin, end in found
-  ]
-  header = ['block', 'layers', 'held now, %', 'held, %', 'distance', '% of ‖θ₀‖']
+  rows = [[name, *_cells(series, slice(begin, end)).values()] for name, begin, end in found]
+  header = ['block', *_cells(series, slice(1))]
   return _table('Blocks of layers', header, rows if len(rows) < len(series.layers) else [])
+
+
+def _cells(series: Series, part: slice) -> dict[str, str]:
+  """The cells of a layer or of several, by the header of their column."""
+  last = series.last
+  held, distance = last.condition[part], last.distance[part]
+  return {
+    'held now': f'{sum(held)} of {len(held)}' if len(held) > 1 else 'yes' if held.all() else '',
+    'held, %': _percent(np.mean(series.share[part])),
+    'ratio': _number(np.mean(last.ratio[part])),
+    'distance': _number(np.linalg.norm(distance)),
+    '% of ‖θ₀‖': _percent(reports.overall(distance, series.norms[part])),
+    **{name: _number(np.mean(values[part])) for name, values in last.rule_state.items()},
+  }
 
 
 def metrics(runs: Sequence[Series]) -> Table:
