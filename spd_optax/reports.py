@@ -98,17 +98,18 @@ def _records(
   """The records, and ‖θ_0‖ of each."""
   values = begin(states)()
   norms = anchor_norms(states, stack_axis, group)
-  far, shares = relative(values.distance, norms), constrained_share(values)
+  far = relative(values['distance'], norms)
+  shares = constrained_share(values['constrained'], values['updates'])
   records = [
     LayerRecord(
       *slot[:4],
-      condition=bool(values.condition[i]),
-      ratio=float(values.ratio[i]),
-      distance=float(values.distance[i]),
+      condition=bool(values['condition'][i]),
+      ratio=float(values['ratio'][i]),
+      distance=float(values['distance'][i]),
       relative_distance=float(far[i]) if norms[i] > 0 else None,
-      constrained=int(values.constrained[i]),
+      constrained=int(values['constrained'][i]),
       constrained_share=float(shares[i]),
-      rule_state={name: float(values.rule_state[name][i]) for name in slot.numbers},
+      rule_state={name: float(values['rule_state'][name][i]) for name in slot.numbers},
     )
     for i, slot in enumerate(slots(states))
   ]
@@ -299,22 +300,11 @@ def _slots(state: ProjectionDecayState) -> Iterator[Slot]:
 # The values of all layers, brought to the host.
 
 
-class Values(NamedTuple):
-  """The values of all layers on the host, an entry per slot; see `audit.Record`."""
-
-  updates: np.ndarray
-  condition: np.ndarray
-  ratio: np.ndarray
-  distance: np.ndarray
-  constrained: np.ndarray
-  rule_state: dict[str, np.ndarray]
-
-
-def begin(states: States) -> Callable[[], Values]:
+def begin(states: States) -> Callable[[], dict[str, Any]]:
   """Begins to read all layers; does not wait for the step that computes them.
 
   If the arrays are spread over several processes, all of them must call it. Returns a function
-  that waits, and returns the values.
+  that waits, and returns arrays with an entry per slot, named as in `audit.Record`.
   """
   every = states.values()
   columns: dict[str, Any] = {
@@ -328,9 +318,9 @@ def begin(states: States) -> Callable[[], Values]:
       column += state.rule_state.get(name, none).values()
   packed = _start(columns)
 
-  def values() -> Values:
-    found = Values(**jax.tree.map(np.asarray, packed))
-    return found._replace(updates=np.repeat(found.updates, sizes(states)))
+  def values() -> dict[str, Any]:
+    found: dict[str, Any] = jax.tree.map(np.asarray, packed)
+    return {**found, 'updates': np.repeat(found['updates'], sizes(states))}
 
   return values
 
@@ -443,21 +433,18 @@ def _square(array: jax.Array, stack_axis: int | None) -> jax.Array:
   return total
 
 
-def constrained_share(values: Any) -> np.ndarray:
-  """The share of the updates with a true condition, in values or a record; 0 before the first."""
-  found: np.ndarray = values.constrained / np.maximum(values.updates, 1)
-  return found
+def constrained_share(constrained: np.ndarray, updates: np.ndarray) -> np.ndarray:
+  """The share of the updates with a true condition; 0 before the first."""
+  return np.divide(constrained, np.maximum(updates, 1))
 
 
-def relative(distance: np.ndarray, norms: np.ndarray) -> np.ndarray:
+def relative(distance: Any, norms: Any) -> np.ndarray:
   """‖θ − θ_0‖ / ‖θ_0‖ for each layer; NaN if ‖θ_0‖ is 0 or not known."""
   known = norms > 0
   return np.where(known, distance, np.nan) / np.where(known, norms, 1)
 
 
-def overall(distance: np.ndarray, norms: np.ndarray) -> Any:
+def overall(distance: np.ndarray, norms: np.ndarray) -> np.ndarray:
   """‖θ − θ_0‖ / ‖θ_0‖ over the layers (the last axis) with a known ‖θ_0‖; NaN without any."""
   known = ~np.isnan(norms)
-  size = float(np.linalg.norm(norms[known]))
-  far = np.linalg.norm(distance[..., known], axis=-1)
-  return far / size if size > 0 else far * np.nan
+  return relative(np.linalg.norm(distance[..., known], axis=-1), np.linalg.norm(norms[known]))

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spd_optax import checks
+from spd_optax import checks, reports
 from spd_optax.audit.format import Header, Record, Run
 
 PATIENCE = 100  # updates
@@ -56,12 +56,7 @@ MESSAGES = {
 
 
 class Watcher:
-  """Looks at record after record, and gives each advice once.
-
-  Args:
-    header: of the log: the layers, and what is known of their anchor.
-    patience: updates after which to say that something never, or always, happens.
-  """
+  """Looks at record after record of a log, and gives each advice once."""
 
   def __init__(self, header: Header, patience: int = PATIENCE):
     self.layers, self.norms = header.layers, np.array(header.anchor.norms, float)
@@ -93,8 +88,8 @@ class Watcher:
     base = self.kept[0]
     if age(base) > age(record) - self.patience:
       return None
-    updates = record.updates - base.updates
-    return base, (record.constrained - base.constrained) / np.maximum(updates, 1)
+    held, updates = record.constrained - base.constrained, record.updates - base.updates
+    return base, reports.constrained_share(held, updates)
 
   def _named(self, which: np.ndarray) -> str:
     """'block/kernel, block/bias and 7 more'."""

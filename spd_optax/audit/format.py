@@ -59,6 +59,7 @@ SEAL = len(',"hash":""}\n') + 64  # bytes at the end of a line
 
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Number = float | Literal['NaN', 'Infinity', '-Infinity']
+COLUMNS = {'condition': bool, 'ratio': np.float32, 'distance': np.float32, 'constrained': np.int32}
 
 
 class AuditFileError(ValueError):
@@ -110,16 +111,16 @@ class Line(msgspec.Struct, omit_defaults=True):
 
 
 class Record(NamedTuple):
-  """What was logged at one step; arrays have an entry per layer."""
+  """What was logged at one step; arrays have an entry per layer, of the dtype in the state."""
 
   step: int
   time: float
-  updates: np.ndarray  # int32, of the state that has the layer
-  condition: np.ndarray  # bool
-  ratio: np.ndarray  # float32
-  distance: np.ndarray  # float32
-  constrained: np.ndarray  # int32
-  rule_state: dict[str, np.ndarray]  # float32 by name; NaN where a layer has no such number
+  updates: np.ndarray  # of the state that has the layer
+  condition: np.ndarray
+  ratio: np.ndarray
+  distance: np.ndarray
+  constrained: np.ndarray
+  rule_state: dict[str, np.ndarray]  # by name; NaN where a layer has no such number
   metrics: dict[str, float]
   resumed: bool
 
@@ -127,11 +128,7 @@ class Record(NamedTuple):
 class Run(NamedTuple):
   """A log as read from its file.
 
-  Attributes:
-    header: the first line.
-    records: in the order of the file.
-    hash: of the last whole line.
-    torn: bytes after the last whole line, of a record whose writer was killed.
+  `hash` is that of the last whole line. `torn` bytes follow it, of a line whose writer was killed.
   """
 
   path: Path
@@ -161,10 +158,7 @@ class Run(NamedTuple):
 
 
 def read(path: str | os.PathLike[str]) -> Run:
-  """Reads a log that `AuditLog` wrote, or is writing, and checks every line; see `AuditLog`.
-
-  Returns:
-    Every whole line. `Run.torn` says whether the last line is torn.
+  """Reads a log that `AuditLog` wrote, or is writing, and checks every whole line; see there.
 
   Raises:
     AuditFileError: if it is no audit log or of a newer schema. The message names every line that
@@ -183,11 +177,7 @@ def read(path: str | os.PathLike[str]) -> Run:
 
 
 def verify(path: str | os.PathLike[str], hash: str | None = None) -> Run:
-  """Does what `read` does, and checks that nothing was cut off after a known line.
-
-  Args:
-    path: a file that `AuditLog` wrote.
-    hash: an `AuditLog.hash` that was kept elsewhere.
+  """Does what `read` does, and checks that a line has the `AuditLog.hash` that was kept elsewhere.
 
   Raises:
     AuditFileError: as `read`, or if no line has this hash.
@@ -204,13 +194,8 @@ def verify(path: str | os.PathLike[str], hash: str | None = None) -> Run:
 class Lines:
   """The whole lines of a log but the first, one at a time, each checked against the one before.
 
-  Attributes:
-    header: the first line; None before it was read, or if there is no whole one.
-    count: lines that were read.
-    hash: of the last of them.
-    whole: bytes of the whole lines.
-    torn: bytes after the last whole line, of a line whose writer was killed.
-    problems: what is wrong with the first lines that are not as they were written.
+  `header` is None before it was read, and if there is no whole one. `count` lines were read, of
+  `whole` bytes; the last has this `hash`. `torn` bytes follow it.
   """
 
   def __init__(self, path: str | os.PathLike[str]):
@@ -289,19 +274,17 @@ def _header(path: Path, line: bytes) -> Header:
 
 def _record(line: bytes, header: Header) -> Record:
   fields = msgspec.json.decode(line, type=Line)
-  own: list[list[Any]] = [fields.condition, fields.ratio, fields.distance, fields.constrained]
-  lengths = {len(values) for values in (*own, *fields.rule_state.values())}
+  columns = {name: np.array(getattr(fields, name), dtype) for name, dtype in COLUMNS.items()}
+  rule_state = {name: np.array(x, np.float32) for name, x in fields.rule_state.items()}
+  lengths = {len(values) for values in (*columns.values(), *rule_state.values())}
   if lengths != {len(header.layers)} or len(fields.updates) != len(header.states):
     raise ValueError(f'values for {sorted(lengths)} layers, the header names {len(header.layers)}')
   return Record(
     step=fields.step,
     time=fields.time,
     updates=np.repeat(np.array(fields.updates, np.int32), header.states),
-    condition=np.array(fields.condition, bool),
-    ratio=np.array(fields.ratio, np.float32),
-    distance=np.array(fields.distance, np.float32),
-    constrained=np.array(fields.constrained, np.int32),
-    rule_state={name: np.array(x, np.float32) for name, x in fields.rule_state.items()},
+    **columns,
+    rule_state=rule_state,
     metrics={name: float(value) for name, value in fields.metrics.items()},
     resumed=fields.resumed is not None,
   )

@@ -132,10 +132,10 @@ class AuditLog:
     ]
     if problems:
       raise TypeError('AuditLog:\n  ' + '\n  '.join(problems))
-    self._transform, self._hyperparameters = format.text(transform), plain
-    self._source = None if source is None else format.text(source)
-    self._captured, self._moving, self._fsync = captured, moving_anchor, fsync
-    self._layers: dict[str, Any] = {'stack_axis': stack_axis, 'group': group}
+    self._run: dict[str, Any] = {'transform': format.text(transform), 'hyperparameters': plain}
+    source = None if source is None else format.text(source)
+    self._anchor: dict[str, Any] = {'source': source, 'captured': captured, 'moving': moving_anchor}
+    self._stack_axis, self._group, self._fsync = stack_axis, group, fsync
     self._header: Header | None = None
     self._last_step: int | None = None
     self._writer = Writer(self.path, operator.index(patience), fsync)
@@ -182,7 +182,7 @@ class AuditLog:
 
     def pending() -> Record:
       numbers = {name: float(np.asarray(value)) for name, value in metrics.items()}
-      return Record(step, now, **values()._asdict(), metrics=numbers, resumed=False)
+      return Record(step, now, **values(), metrics=numbers, resumed=False)
 
     # All communication is done: what fails below may do so on process 0 alone.
     if self._writes:
@@ -222,24 +222,19 @@ class AuditLog:
 
   def _new_header(self, states: reports.States) -> Header:
     words = [fingerprints.words_of(state.anchor) for state in states.values()]
-    norms = format.numbers(reports.anchor_norms(states, **self._layers))
+    norms = format.numbers(reports.anchor_norms(states, self._stack_axis, self._group))
+    known = [None if self._anchor['moving'] or not isinstance(x, float) else x for x in norms]
+    fingerprint = fingerprints.as_text(np.add.reduce(words))
     return Header(
       format=format.FORMAT,
       schema=format.SCHEMA,
       started=datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
       versions={'python': platform.python_version()}
       | {name: str(importlib.import_module(name).__version__) for name in VERSIONS_OF},
-      transform=self._transform,
-      hyperparameters=self._hyperparameters,
-      anchor=format.Anchor(
-        fingerprint=fingerprints.as_text(np.add.reduce(words)),
-        source=self._source,
-        captured=self._captured,
-        moving=self._moving,
-        norms=[None if self._moving or not isinstance(x, float) else x for x in norms],
-      ),
+      anchor=format.Anchor(fingerprint=fingerprint, norms=known, **self._anchor),
       layers=[slot.name for slot in reports.slots(states)],
       states=[count for count in reports.sizes(states) if count],
+      **self._run,
     )
 
 

@@ -29,7 +29,7 @@ class Series:
     self.constrained = np.array([record.constrained for record in records])
     self.distance = np.array([record.distance for record in records])
     self.relative = reports.relative(self.distance, self.norms)
-    self.share = reports.constrained_share(self.last)
+    self.share = reports.constrained_share(self.last.constrained, self.last.updates)
     self.metrics: dict[str, Curve] = {}
     for metric in dict.fromkeys(name for record in records for name in record.metrics):
       having = [record for record in records if metric in record.metrics]

@@ -42,12 +42,9 @@ class Writer:
       )
 
   def put(self, header: Header, record: Pending) -> None:
-    """Writes the record before, and takes this one; opens the file first.
+    """Opens the file, writes the record before, and takes this one.
 
-    Raises:
-      OSError: if the file cannot be opened or written. The record before then stays until it is
-        written, and this one is not taken.
-      ValueError: if it is the log of another run, or no whole audit log.
+    If that raises, the record before stays until it is written, and this one is not taken.
     """
     if self._file < 0:
       self._open(header)
@@ -139,10 +136,8 @@ class Writer:
     """Saves the name of a new file, too, from a power failure."""
     if self._fsync and os.name == 'posix':  # elsewhere a directory cannot be opened
       directory = os.open(self._path.parent, os.O_RDONLY)
-      try:
-        os.fsync(directory)
-      finally:
-        os.close(directory)
+      os.fsync(directory)
+      os.close(directory)
 
   def _append(self, fields: msgspec.Struct) -> None:
     """One write of a whole line; if it fails, the file ends as before."""
