@@ -60,8 +60,7 @@ def layer_report(
 ) -> list[LayerRecord]:
   """Reports what SPD did to each layer so far.
 
-  The call reads the state and changes nothing. Call it outside jit. With several processes,
-  call it in all of them.
+  Call it outside jit. With several processes, call it in all of them.
 
   Args:
     opt_state: the state of any optimizer with SPD in it, at any depth. Several states of SPD in
@@ -127,14 +126,12 @@ def scalars(
 
   - ``condition``, ``constrained_share``: the means of the layers'.
   - ``distance``: ‖θ − θ_0‖.
-  - ``relative_distance``: the distance of the layers with a known ‖θ_0‖, divided by that. It
-    is left out if no ‖θ_0‖ is known and above 0.
+  - ``relative_distance``: the distance of the layers with a known ‖θ_0‖, divided by that; not if
+    none is known and above 0.
 
-  For each layer:
-
-  - ``NAME/condition``, ``NAME/ratio``, ``NAME/distance``, ``NAME/constrained_share``.
-  - ``NAME/relative_distance``, unless it is None.
-  - ``NAME/NUMBER`` for each of the rule's own numbers.
+  For each layer there are ``NAME/condition``, ``NAME/ratio``, ``NAME/distance``,
+  ``NAME/constrained_share``, ``NAME/relative_distance`` unless it is None, and ``NAME/NUMBER`` for
+  each of the rule's own numbers.
 
   TensorBoard takes no brackets: 'layers/kernel[3]' is spelled 'layers/kernel/3'. If two layers, or
   two numbers of a layer, are then spelled alike, the later in `layer_report` gets '_2', '_3', ...
@@ -433,9 +430,9 @@ def _square(array: jax.Array, stack_axis: int | None) -> jax.Array:
   return total
 
 
-def constrained_share(constrained: np.ndarray, updates: np.ndarray) -> np.ndarray:
+def constrained_share(constrained: np.ndarray, updates: np.ndarray) -> Any:
   """The share of the updates with a true condition; 0 before the first."""
-  return np.divide(constrained, np.maximum(updates, 1))
+  return constrained / np.maximum(updates, 1)
 
 
 def relative(distance: Any, norms: Any) -> np.ndarray:

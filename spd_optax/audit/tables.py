@@ -85,22 +85,22 @@ def blocks(names: Sequence[str], most: int) -> list[Block]:
     return [Block(name, i, i + 1) for i, name in enumerate(names)]
   size = math.ceil(len(names) / most)
   parts = [name.replace('[', '/[').split('/') for name in names]
-  found = _split(parts, Block('', 0, len(names)), 0, size)
+  found = _split(parts, Block('', 0, len(names)), 1, size)
   if len(found) > 1:
     return found
   return [Block(names[i], i, min(i + size, len(names))) for i in range(0, len(names), size)]
 
 
 def _split(parts: Sequence[Sequence[str]], block: Block, depth: int, size: int) -> list[Block]:
-  """The runs within a block that agree in `depth` + 1 parts, if they have `size` on average."""
-  starts = ['/'.join(part[: depth + 1]) for part in parts[block.begin : block.end]]
-  lengths = [(name.replace('/[', '['), len(list(run))) for name, run in groupby(starts)]
-  if len(starts) < size * len(lengths) or depth >= max(map(len, parts)):
+  """The runs within a block that agree in `depth` parts, if they have `size` on average."""
+  layers = range(block.begin, block.end)
+  runs = [list(run) for _, run in groupby(layers, lambda i: parts[i][:depth])]
+  if len(layers) < size * len(runs) or depth > max(map(len, parts)):
     return [block]
-  found, begin = [], block.begin
-  for name, length in lengths:
-    found += _split(parts, Block(name, begin, begin + length), depth + 1, size)
-    begin += length
+  found = []
+  for first, *rest in runs:
+    name = '/'.join(parts[first][:depth]).replace('/[', '[')
+    found += _split(parts, Block(name, first, first + 1 + len(rest)), depth + 1, size)
   return found
 
 
