@@ -8,10 +8,8 @@ that way. Keep a later `AuditLog.hash` elsewhere, and pass it to `verify`.
 
 The first line is the header:
 
-- `format`: 'spd_optax audit'.
-- `schema`: 1. Readers refuse a newer schema.
-- `started`: ISO 8601 in UTC.
-- `versions`: of python, jax, jaxlib, optax, numpy and spd_optax.
+- `format`: 'spd_optax audit'; `schema`: 1. Readers refuse a newer schema.
+- `started`: ISO 8601 in UTC; `versions`: of Python and the libraries.
 - `transform`, `hyperparameters`: as the user named them.
 - `anchor`: an object. `fingerprint` is that of `spd.fingerprint`. `source` is as the user named
   it, or null. `captured` is true where the user says that the anchor is the params at the first
@@ -25,15 +23,13 @@ The first line is the header:
 
 Every other line is a record:
 
-- `step`: the user's; `time`: seconds since 1970.
+- `step`: the user's; `time`: seconds since 1970; `metrics`: the user's numbers by name.
 - `updates`: updates so far, a number for each of `states`. They differ if one part is updated
   more rarely, as under `optax.MultiSteps`.
-- `condition`: 0 or 1 for each layer. `ratio`, `distance`: 7 digits for each layer.
-  `constrained`: updates so far with a true condition, for each layer. All four are those of
-  `ProjectionDecayState`.
+- `condition` (0 or 1), `ratio`, `distance` (7 digits), `constrained`: those of
+  `ProjectionDecayState`, for each layer.
 - `rule_state`: the rule's own numbers by name, a list for each; 'NaN' for a layer whose rule has no
   such number.
-- `metrics`: the user's numbers by name.
 - `resumed`: only in the first record after the file was opened again: `versions` as above. Its
   step may lie before that of earlier records, which are then superseded.
 

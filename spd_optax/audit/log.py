@@ -37,8 +37,7 @@ class AuditLog:
           params, state, loss = train_step(params, state, batch)
           log.record(step, state, {'loss': loss})
 
-  `python -m spd_optax.audit report run.jsonl` shows the file. `spd_optax.audit.format` describes
-  it.
+  `python -m spd_optax.audit report run.jsonl` shows the file, `audit.format` describes it.
 
   A record is written when the next one comes, or at `flush` or `close`. So nothing waits for
   the step that the device still computes. Each record is one write of a whole line, with the hash
@@ -53,13 +52,12 @@ class AuditLog:
   is not where training started, that a layer grows away from it while constrained, or that values
   are not finite. A layer whose ratio is always 1, as of `l2_sp`, is meant to be held.
 
-  `close` closes the file. So does the end of a `with` block, or the last reference to the log, as
-  in a notebook whose cell makes a new one. A forked process does not write.
+  `close` closes the file. So does the end of a `with` block, or of the last reference to the log.
+  A forked process does not write.
 
   With several processes, make the log in all of them, after `jax.distributed.initialize`, and call
-  `record` and `close` in all. Only process 0 touches the path. An error of the file, as of a full
-  disk, is raised there alone, after all communication of the call. A process 0 that catches
-  it stays in step with the others.
+  `record` and `close` in all. Only process 0 touches the path. An error of the file is raised
+  there alone, after all communication of the call, so it may be caught.
 
   Args:
     path: the file; a new one, or one that an AuditLog has written.
@@ -70,13 +68,12 @@ class AuditLog:
     captured: True says that the anchor is the params at the first update (`anchor=None`). False
       says that it was passed. None says neither. A warning that training does not start at the
       anchor is then given only if `source` is None, too.
-    moving_anchor: whether the anchor is meant to change (`anchor_ema`, `reanchor`). Its
-      fingerprint is then not compared when the log is continued, and there are no relative
-      distances.
+    moving_anchor: whether the anchor is meant to change (`anchor_ema`, `reanchor`). A log is then
+      continued with another, and there are no relative distances.
     stack_axis, group: the transformation's own; only for relative distances, see `layer_report`.
     patience: updates after which to warn that no layer is ever held, or that all always are.
-    fsync: whether `record` writes at once, and waits until the disk has it. Even a power failure
-      then loses nothing. It waits for the step, too.
+    fsync: whether `record` waits for its step, and until the disk has it. Even a power failure
+      then loses nothing.
 
   Raises:
     TypeError: naming every argument of another type, and what JSON cannot hold.
@@ -262,9 +259,7 @@ def _plain(value: Any) -> Any:
 def _checked_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
   """A copy of the metrics; raises a TypeError that names all that are no numbers."""
   if not isinstance(metrics, Mapping):
-    raise TypeError(
-      f'AuditLog.record: metrics: expected numbers by name, found {checks.kind_of(metrics)}'
-    )
+    raise TypeError(f'AuditLog.record: metrics: expected a dict, found {checks.kind_of(metrics)}')
   numeric = bool | int | float | np.number | np.bool_ | np.ndarray | jax.Array
   problems = [
     f'{name!r}: {checks.kind_of(value)}'

@@ -31,18 +31,16 @@ def draw(runs: Sequence[Series]) -> dict[str, Figure]:
   return found | {'metrics': metrics(runs)}
 
 
-def _figure(
-  rows: int, columns: int, width: float, height: float, **options: Any
-) -> tuple[Figure, Any]:
+def _figure(rows: int, columns: int, size: Any, **options: Any) -> tuple[Figure, Any]:
   """A figure, and a grid of its panels."""
-  figure = Figure(figsize=(width, height), dpi=120, layout='constrained')
+  figure = Figure(figsize=size, dpi=120, layout='constrained')
   return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def held(runs: Sequence[Series]) -> Figure:
   """A heat map of layers × time: the share of the updates with a true condition."""
   height = 1.7 + 0.22 * max(len(series.layers) for series in runs)
-  figure, ((*panels,),) = _figure(1, len(runs), 8 + 2 * len(runs), min(height, 12))
+  figure, ((*panels,),) = _figure(1, len(runs), (8 + 2 * len(runs), min(height, 12)))
   for axes, series in zip(panels, runs, strict=True):
     steps, shares = tables.held_between(series, COLUMNS)
     edges = np.arange(len(series.layers) + 1)
@@ -78,7 +76,7 @@ def _text(name: str) -> str:
 
 def distances(runs: Sequence[Series], relative: bool) -> Figure:
   """Curves of each layer over time; relative to the anchor, or on a logarithmic axis."""
-  figure, grid = _figure(len(runs), 1, 10, 5.5 * len(runs), sharex=True, sharey=True)
+  figure, grid = _figure(len(runs), 1, (10, 5.5 * len(runs)), sharex=True, sharey=True)
   for axes, series in zip(grid[:, 0], runs, strict=True):
     values = 100 * series.relative if relative else series.distance
     shown = np.where(np.isfinite(values) & (relative | (values > 0)), values, np.nan)
@@ -120,7 +118,7 @@ def metrics(runs: Sequence[Series]) -> Figure:
   panels = [_panels(series) for series in runs]
   names = list(dict.fromkeys(name for panel in panels for name in panel))
   rows = math.ceil(len(names) / 3)
-  figure, grid = _figure(rows, 3, 12, 2.9 * rows)
+  figure, grid = _figure(rows, 3, (12, 2.9 * rows))
   for axes in grid.flat[len(names) :]:
     axes.remove()
   for name, axes in zip(names, grid.flat, strict=False):
