@@ -100,15 +100,14 @@ def _records(
   far = relative(values['distance'], norms)
   shares = constrained_share(values['constrained'], values['updates'])
   records = [
-    LayerRecord(
-      *slot[:4],
+    slot._replace(
       condition=bool(values['condition'][i]),
       ratio=float(values['ratio'][i]),
       distance=float(values['distance'][i]),
       relative_distance=float(far[i]) if norms[i] > 0 else None,
       constrained=int(values['constrained'][i]),
       constrained_share=float(shares[i]),
-      rule_state={name: float(values['rule_state'][name][i]) for name in slot.numbers},
+      rule_state={name: float(values['rule_state'][name][i]) for name in slot.rule_state},
     )
     for i, slot in enumerate(slots(states))
   ]
@@ -262,18 +261,8 @@ def sizes(states: States) -> list[int]:
   return [sum(map(math.prod, shapes(state).values())) for state in states.values()]
 
 
-class Slot(NamedTuple):
-  """One layer among all: the first fields of its `LayerRecord`, and names of its rule's numbers."""
-
-  name: str
-  path: str | None
-  slice: int | None
-  group: str | None
-  numbers: tuple[str, ...]
-
-
-def slots(states: States) -> list[Slot]:
-  """The layers in the order of all values.
+def slots(states: States) -> list[LayerRecord]:
+  """The layers in the order of all values, as records without values.
 
   If two states have a layer of one name, each name begins with the path of its state.
   """
@@ -283,7 +272,7 @@ def slots(states: States) -> list[Slot]:
   return [slot._replace(name=f'opt_state{path}/{slot.name}') for path, slot in found]
 
 
-def _slots(state: ProjectionDecayState) -> Iterator[Slot]:
+def _slots(state: ProjectionDecayState) -> Iterator[LayerRecord]:
   flat = trees.flatten(state.anchor, is_dropped)
   leaves = {layer_key(path): path for path in (*flat.paths, *map(trees.join, flat.holes))}
   for key, shape in shapes(state).items():
@@ -291,7 +280,8 @@ def _slots(state: ProjectionDecayState) -> Iterator[Slot]:
     path, group = (layer, None) if key in leaves else (None, layer)
     for at in range(shape[0]) if shape else (None,):
       name = (layer or '(root)') + ('' if at is None else f'[{at}]')
-      yield Slot(name, path, at, group, tuple(state.rule_state))
+      numbers = dict.fromkeys(state.rule_state, math.nan)
+      yield LayerRecord(name, path, at, group, False, 0.0, 0.0, None, 0, 0.0, numbers)
 
 
 # The values of all layers, brought to the host.

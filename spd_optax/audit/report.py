@@ -68,12 +68,12 @@ def _page(
 ) -> str:
   console = _console(PAGE_WIDTH, file=io.StringIO(), record=True)
   _print(console, facts, advice)
-  parts = [PAGE, console.export_html(code_format=TEXT, inline_styles=True)]
+  page = PAGE + console.export_html(code_format=TEXT, inline_styles=True)
   for path in images:
     data = base64.b64encode(path.read_bytes()).decode()
-    parts.append(f'<p><img alt="{path.stem}" src="data:image/png;base64,{data}"></p>\n')
+    page += f'<p><img alt="{path.stem}" src="data:image/png;base64,{data}"></p>\n'
   _print(console, shown, [])
-  return ''.join([*parts, console.export_html(code_format=TEXT, inline_styles=True)])
+  return page + console.export_html(code_format=TEXT, inline_styles=True)
 
 
 def _tables(runs: Sequence[Series], every: bool) -> list[Table]:

@@ -136,7 +136,7 @@ def facts(run: Run) -> Table:
     'records': f'{len(records)}, steps {records[0].step} to {records[-1].step}',
     'layers': str(len(run.layers)),
     'last hash': run.hash,
-    'resumed at step': ', '.join(str(record.step) for record in records if record.resumed),
+    'resumed at step': ', '.join(str(x.step) for x in records if x.resumed),
     'torn': torn(run) if run.torn else '',
   }
   return _table(run.path.name, ['', ''], [row for row in rows.items() if row[1]])
