@@ -183,9 +183,10 @@ def _distinct(names: Sequence[str]) -> list[str]:
   """The names; where one has come before, with the first of '_2', '_3', ... that is free."""
   given, found = set(names), dict[str, None]()
   for name in names:
-    numbered = (f'{name}_{i}' for i in itertools.count(2))
-    free = (x for x in numbered if x not in given and x not in found)
-    found[name if name not in found else next(free)] = None
+    if name in found:
+      numbered = (f'{name}_{i}' for i in itertools.count(2))
+      name = next(x for x in numbered if x not in given and x not in found)
+    found[name] = None
   return list(found)
 
 
@@ -314,7 +315,8 @@ def begin(states: States) -> Callable[[], dict[str, Any]]:
 
 def _start(tree: Any) -> Any:
   """Makes one flat array of each list of small arrays, on its way to the host."""
-  tree = jax.tree.map(_whole, tree)
+  if jax.process_count() > 1:
+    tree = jax.tree.map(_whole, tree)
   # The arrays of a list become one array, which has one sharding. A mesh may be of one device.
   if len({getattr(x, 'sharding', None) for x in jax.tree.leaves(tree)}) > 1:
     tree = jax.device_put(tree, SingleDeviceSharding(jax.local_devices()[0]))
