@@ -5,6 +5,7 @@ travel to the host in one small array per field, however many layers there are.
 """
 
 import functools
+import itertools
 import math
 import re
 import weakref
@@ -23,24 +24,20 @@ from spd_optax.fingerprints import is_dropped
 from spd_optax.layers import Arrangement, Group, StackAxis, layer_key, layer_name
 
 States = Mapping[str, ProjectionDecayState]  # by their path in the optimizer state
-Shapes = dict[str, tuple[int, ...]]  # of a layer's values, by its key in the state
 
 
 class LayerRecord(NamedTuple):
   """What SPD did to one layer.
+
+  `condition`, `ratio`, `distance` and `constrained` are those of `ProjectionDecayState`.
 
   Attributes:
     name: unique among the records. 'layers/kernel[3]' is slice 3 of a stacked leaf.
     path: the '/'-joined path of the leaf; None for a group.
     slice: the index in a stacked leaf or group; None where nothing is stacked.
     group: the key of the group; None for a leaf.
-    condition: whether the layer was to be held at the last update. SPD moved it only if `ratio`
-      was above 0, too.
-    ratio: as in `ProjectionDecayState`.
-    distance: ‖θ − θ_0‖ before the last update.
     relative_distance: distance / ‖θ_0‖. It is NaN if the distance is, and None if ‖θ_0‖ is 0, NaN
       or not known.
-    constrained: updates so far with a true condition.
     constrained_share: `constrained` per update; 0 before the first.
     rule_state: the rule's own numbers by name; empty for a rule without any.
   """
@@ -63,8 +60,7 @@ def layer_report(
 ) -> list[LayerRecord]:
   """Reports what SPD did to each layer so far.
 
-  The call reads the state and changes nothing. Call it outside jit. With several processes,
-  call it in all of them.
+  Call it outside jit. With several processes, call it in all of them.
 
   Args:
     opt_state: the state of any optimizer with SPD in it, at any depth. Several states of SPD in
@@ -101,17 +97,17 @@ def _records(
   """The records, and ‖θ_0‖ of each."""
   values = begin(states)()
   norms = anchor_norms(states, stack_axis, group)
-  far, shares = relative(values.distance, norms), constrained_share(values)
+  far = relative(values['distance'], norms)
+  shares = constrained_share(values['constrained'], values['updates'])
   records = [
-    LayerRecord(
-      *slot[:4],
-      condition=bool(values.condition[i]),
-      ratio=float(values.ratio[i]),
-      distance=float(values.distance[i]),
+    slot._replace(
+      condition=bool(values['condition'][i]),
+      ratio=float(values['ratio'][i]),
+      distance=float(values['distance'][i]),
       relative_distance=float(far[i]) if norms[i] > 0 else None,
-      constrained=int(values.constrained[i]),
+      constrained=int(values['constrained'][i]),
       constrained_share=float(shares[i]),
-      rule_state={name: float(values.rule_state[name][i]) for name in slot.numbers},
+      rule_state={name: float(values['rule_state'][name][i]) for name in slot.rule_state},
     )
     for i, slot in enumerate(slots(states))
   ]
@@ -127,17 +123,14 @@ def scalars(
   or ``writer.add_scalar(name, value, step)`` for each item (TensorBoard). Each key begins with
   `prefix`. The words are those of `LayerRecord`. Over all layers:
 
-  - ``condition``: the share of the layers with a true condition at the last update.
-  - ``constrained_share``: the mean of the layers' shares.
+  - ``condition``, ``constrained_share``: the means of the layers'.
   - ``distance``: ‖θ − θ_0‖.
-  - ``relative_distance``: the distance of the layers with a known ‖θ_0‖, divided by that. It
-    is left out if no ‖θ_0‖ is known and above 0.
+  - ``relative_distance``: the distance of the layers with a known ‖θ_0‖, divided by that; not if
+    none is known and above 0.
 
-  For each layer:
-
-  - ``NAME/condition``, ``NAME/ratio``, ``NAME/distance``, ``NAME/constrained_share``.
-  - ``NAME/relative_distance``, unless it is None.
-  - ``NAME/NUMBER`` for each of the rule's own numbers.
+  For each layer there are ``NAME/condition``, ``NAME/ratio``, ``NAME/distance``,
+  ``NAME/constrained_share``, ``NAME/relative_distance`` unless it is None, and ``NAME/NUMBER`` for
+  each of the rule's own numbers.
 
   TensorBoard takes no brackets: 'layers/kernel[3]' is spelled 'layers/kernel/3'. If two layers, or
   two numbers of a layer, are then spelled alike, the later in `layer_report` gets '_2', '_3', ...
@@ -147,9 +140,6 @@ def scalars(
     prefix: the first part of each key; '' for none.
     stack_axis: see `layer_report`.
     group: see `layer_report`.
-
-  Returns:
-    Python floats by name.
 
   Raises:
     TypeError: if `prefix` is no string; and as `layer_report`.
@@ -168,58 +158,48 @@ def scalars(
   records, norms = _records(states_in(opt_state, 'scalars'), stack_axis, group)
   distance = np.array([record.distance for record in records])
   found = {
-    'condition': _mean([record.condition for record in records]),
-    'constrained_share': _mean([record.constrained_share for record in records]),
-    'distance': float(np.linalg.norm(distance)),
+    word: float(np.mean([getattr(record, word) for record in records] or [0]))
+    for word in ('condition', 'constrained_share')
   }
+  found['distance'] = float(np.linalg.norm(distance))
   if np.any(norms > 0):
     found['relative_distance'] = float(overall(distance, norms))
   names = _distinct([re.sub(r"[][/'()]+[.]?", '/', x.name).strip('/') or 'root' for x in records])
   for name, record in zip(names, records, strict=True):
-    found |= {f'{name}/{word}': value for word, value in _words(record).items()}
+    found |= {f'{name}/{word}': float(x) for word, x in _words(record).items() if x is not None}
   start = f'{prefix}/' if prefix else ''
   return {start + key: value for key, value in found.items()}
 
 
-def _words(record: LayerRecord) -> dict[str, float]:
+def _words(record: LayerRecord) -> dict[str, float | None]:
   """The scalars of one layer; no word has a '/'."""
   own = ('condition', 'ratio', 'distance', 'constrained_share', 'relative_distance')
-  named = [(word, getattr(record, word)) for word in own]
-  named += [(re.sub(r'[^\w.-]', '_', word), value) for word, value in record.rule_state.items()]
-  words = _distinct([word for word, _ in named])
-  return {
-    word: float(value) for word, (_, value) in zip(words, named, strict=True) if value is not None
-  }
+  words = [*own, *(re.sub(r'[^\w.-]', '_', word) for word in record.rule_state)]
+  values = [*(getattr(record, word) for word in own), *record.rule_state.values()]
+  return dict(zip(_distinct(words), values, strict=True))
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
   """The names; where one has come before, with the first of '_2', '_3', ... that is free."""
-  taken, found = set(names), list(dict.fromkeys(names))
-  if len(found) == len(names):
-    return found
-  found = []
+  given, found = set(names), dict[str, None]()
   for name in names:
-    free = (f'{name}_{i}' for i in range(2, len(names) + len(taken) + 2))
-    found.append(name if name not in found else next(x for x in free if x not in taken))
-    taken.add(found[-1])
-  return found
-
-
-def _mean(values: Sequence[float]) -> float:
-  return float(np.mean(values)) if len(values) else 0.0
+    if name in found:
+      numbered = (f'{name}_{i}' for i in itertools.count(2))
+      name = next(x for x in numbered if x not in given and x not in found)
+    found[name] = None
+  return list(found)
 
 
 # The states in an optimizer state, and the layers in them.
 
 
 def states_in(opt_state: Any, name: str) -> States:
-  """Finds every `ProjectionDecayState` in an optimizer state, by its path there.
+  """Finds every `ProjectionDecayState` in an optimizer state, by its path there; see `_plain`.
 
-  Raises:
-    TypeError: if there is none, or no values in it. The message begins with `name`.
-    ValueError: if one has a further axis.
+  Raises a TypeError that begins with `name` if there is none, or no values in it; a ValueError
+  if one has a further axis.
   """
-  found = _find_states(opt_state)
+  found = {path: _plain(state) for path, state in _find_states(opt_state).items()}
   if not found:
     raise TypeError(
       f'{name}: expected the state of an optimizer with projection_decay, with_projection_decay '
@@ -227,15 +207,14 @@ def states_in(opt_state: Any, name: str) -> States:
       'optimizer.opt_state)'
     )
   for path, state in found.items():
-    count = _unboxed(state.count)
-    if isinstance(count, jax.core.Tracer):
+    if isinstance(state.count, jax.core.Tracer):
       raise TypeError(f'{name}: call it outside jit, with the state that a step returned')
-    if isinstance(count, jax.ShapeDtypeStruct):
+    if isinstance(state.count, jax.ShapeDtypeStruct):
       raise TypeError(f'{name}: found shapes without values in opt_state{path}')
-    if jnp.shape(count):
+    if shape := jnp.shape(state.count):
       raise ValueError(
-        f'{name}: opt_state{path}.count has the shape {jnp.shape(count)}: the state has a further '
-        'axis (vmap over seeds, or pmap); pass a part: jax.tree.map(lambda x: x[0], opt_state)'
+        f'{name}: opt_state{path}.count has the shape {shape}: the state has a further axis '
+        '(vmap over seeds, or pmap); pass a part: jax.tree.map(lambda x: x[0], opt_state)'
       )
   return found
 
@@ -249,28 +228,18 @@ def _find_states(opt_state: Any) -> States:
   return {jax.tree_util.keystr(path): node for path, node in flat if is_state(node)}
 
 
-def _unboxed(value: Any) -> Any:
-  """The array in a box of nnx.Optimizer, or the array itself."""
-  return jax.tree.leaves(value)[0]
+def _plain(state: ProjectionDecayState) -> ProjectionDecayState:
+  """The state without the boxes of nnx.Optimizer, its layers in natural order."""
+  keys = _natural(tuple(state.condition))
 
+  def ordered(values: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(zip(keys, jax.tree.leaves([values[key] for key in keys]), strict=True))
 
-def updates(states: States) -> int:
-  """Updates so far; of several states, of the one with the most."""
-  return max(int(_unboxed(state.count)) for state in states.values())
-
-
-def shapes(states: States) -> list[Shapes]:
-  """The shape of each layer's values, in natural order of the keys, for each state."""
-  found = []
-  for state in states.values():
-    keys = _natural(tuple(state.condition))
-    arrays = _arrays(state.condition, keys)
-    found.append({key: array.shape for key, array in zip(keys, arrays, strict=True)})
-  return found
-
-
-def _arrays(values: Mapping[str, Any], keys: Sequence[str]) -> list[Any]:
-  return jax.tree.leaves([values[key] for key in keys])
+  return state._replace(
+    count=jax.tree.leaves(state.count)[0],
+    rule_state={name: ordered(values) for name, values in state.rule_state.items()},
+    **{field: ordered(getattr(state, field)) for field in PER_LAYER},
+  )
 
 
 @functools.lru_cache(maxsize=64)
@@ -278,118 +247,74 @@ def _natural(names: tuple[str, ...]) -> list[str]:
   """'block_2' before 'block_10'."""
 
   def key(name: str) -> list[Any]:
-    parts = re.split('([0-9]+)', name)
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
+    return [int(x) if i % 2 else x for i, x in enumerate(re.split('([0-9]+)', name))]
 
   return sorted(names, key=key)
 
 
+def shapes(state: ProjectionDecayState) -> dict[str, tuple[int, ...]]:
+  """The shape of each layer's values, by its key."""
+  return {key: array.shape for key, array in state.condition.items()}
+
+
 def sizes(states: States) -> list[int]:
   """How many layers each state has, with a slice as one."""
-  return [sum(map(math.prod, layers.values())) for layers in shapes(states)]
+  return [sum(map(math.prod, shapes(state).values())) for state in states.values()]
 
 
-class Slot(NamedTuple):
-  """One layer among all: the first fields of its `LayerRecord`, and names of its rule's numbers."""
-
-  name: str
-  path: str | None
-  slice: int | None
-  group: str | None
-  numbers: tuple[str, ...]
-
-
-def slots(states: States) -> list[Slot]:
-  """The layers in the order of all values.
+def slots(states: States) -> list[LayerRecord]:
+  """The layers in the order of all values, as records without values.
 
   If two states have a layer of one name, each name begins with the path of its state.
   """
-  found = [
-    (f'opt_state{path}/', slot)
-    for (path, state), layers in zip(states.items(), shapes(states), strict=True)
-    for slot in _slots(state, layers)
-  ]
-  twice = len({slot.name for _, slot in found}) < len(found)
-  return [slot._replace(name=start + slot.name) if twice else slot for start, slot in found]
+  found = [(path, slot) for path, state in states.items() for slot in _slots(state)]
+  if len({slot.name for _, slot in found}) == len(found):
+    return [slot for _, slot in found]
+  return [slot._replace(name=f'opt_state{path}/{slot.name}') for path, slot in found]
 
 
-def _slots(state: ProjectionDecayState, layers: Shapes) -> Iterator[Slot]:
-  flat = _flat_anchor(state)
+def _slots(state: ProjectionDecayState) -> Iterator[LayerRecord]:
+  flat = trees.flatten(state.anchor, is_dropped)
   leaves = {layer_key(path): path for path in (*flat.paths, *map(trees.join, flat.holes))}
-  for key, shape in layers.items():
+  for key, shape in shapes(state).items():
     layer = leaves.get(key, layer_name(key))
     path, group = (layer, None) if key in leaves else (None, layer)
     for at in range(shape[0]) if shape else (None,):
       name = (layer or '(root)') + ('' if at is None else f'[{at}]')
-      yield Slot(name, path, at, group, tuple(state.rule_state))
-
-
-def _flat_anchor(state: ProjectionDecayState) -> trees.Flat:
-  """The anchor taken apart; a dropped leaf is one leaf."""
-  return trees.flatten(state.anchor, is_dropped)
+      numbers = dict.fromkeys(state.rule_state, math.nan)
+      yield LayerRecord(name, path, at, group, False, 0.0, 0.0, None, 0, 0.0, numbers)
 
 
 # The values of all layers, brought to the host.
 
 
-class Values(NamedTuple):
-  """The values of all layers on the host: arrays with an entry per slot.
-
-  Attributes:
-    updates: int, updates so far of the state that has the layer.
-    condition, ratio, distance, constrained: as in `ProjectionDecayState`.
-    rule_state: likewise, by the number's name; NaN where a layer's rule has no such number.
-  """
-
-  updates: np.ndarray
-  condition: np.ndarray
-  ratio: np.ndarray
-  distance: np.ndarray
-  constrained: np.ndarray
-  rule_state: dict[str, np.ndarray]
-
-
-def begin(states: States) -> Callable[[], Values]:
+def begin(states: States) -> Callable[[], dict[str, Any]]:
   """Begins to read all layers; does not wait for the step that computes them.
 
-  If the arrays are spread over several processes, all of them must call it.
-
-  Returns:
-    A function that waits, and returns the values.
+  If the arrays are spread over several processes, all of them must call it. Returns a function
+  that waits, and returns arrays with an entry per slot, named as in `audit.Record`.
   """
-  finish = start(tuple(_listed(state) for state in states.values()))
+  every = states.values()
+  columns: dict[str, Any] = {
+    field: [x for state in every for x in getattr(state, field).values()] for field in PER_LAYER
+  }
+  columns['updates'] = [state.count for state in every]
+  columns['rule_state'] = {name: [] for state in every for name in state.rule_state}
+  for name, column in columns['rule_state'].items():
+    for state in every:
+      none = {key: np.full(shape, np.nan, np.float32) for key, shape in shapes(state).items()}
+      column += state.rule_state.get(name, none).values()
+  packed = _start(columns)
 
-  def values() -> Values:
-    found: tuple[Any, ...] = finish()
-    counts = [len(state.condition) for state in found]
-    rule_state: dict[str, list[np.ndarray]] = {x: [] for state in found for x in state.rule_state}
-    for state, count in zip(found, counts, strict=True):
-      for name, parts in rule_state.items():
-        parts.append(state.rule_state.get(name, np.full(count, np.nan, np.float32)))
-    return Values(
-      updates=np.repeat(np.concatenate([state.count for state in found]), counts),
-      **{field: np.concatenate([getattr(state, field) for state in found]) for field in PER_LAYER},
-      rule_state={name: np.concatenate(parts) for name, parts in rule_state.items()},
-    )
+  def values() -> dict[str, Any]:
+    found: dict[str, Any] = jax.tree.map(np.asarray, packed)
+    return {**found, 'updates': np.repeat(found['updates'], sizes(states))}
 
   return values
 
 
-def _listed(state: ProjectionDecayState) -> Any:
-  """The state without its anchor, and with a list of arrays for each column."""
-  keys = _natural(tuple(state.condition))
-  columns = {field: _arrays(getattr(state, field), keys) for field in PER_LAYER}
-  numbers = {name: _arrays(values, keys) for name, values in state.rule_state.items()}
-  own: dict[str, Any] = {'count': [_unboxed(state.count)], 'rule_state': numbers, **columns}
-  return state._replace(anchor=None, **own)
-
-
-def start(tree: Any) -> Callable[[], Any]:
-  """Begins to bring a tree of lists of small arrays to the host; no list has another in it.
-
-  Returns:
-    A function that waits, and returns the tree, with one flat array for each list.
-  """
+def _start(tree: Any) -> Any:
+  """Makes one flat array of each list of small arrays, on its way to the host."""
   if jax.process_count() > 1:
     tree = jax.tree.map(_whole, tree)
   # The arrays of a list become one array, which has one sharding. A mesh may be of one device.
@@ -398,7 +323,7 @@ def start(tree: Any) -> Callable[[], Any]:
   packed = _pack(tree)
   for array in jax.tree.leaves(packed):
     array.copy_to_host_async()
-  return lambda: jax.tree.map(np.asarray, packed)
+  return packed
 
 
 def _whole(array: Any) -> Any:
@@ -424,40 +349,37 @@ def _pack(tree: Any) -> Any:
 def anchor_norms(states: States, stack_axis: StackAxis = None, group: Group = None) -> np.ndarray:
   """‖θ_0‖ for each slot; NaN where an anchor was dropped, or the layer's leaves are not known.
 
-  `stack_axis` and `group` are the transformation's own. Without them a layer is known if
-  it is a leaf, and stacked along the only axis of its length.
-
-  Raises:
-    ValueError: naming every layer that `stack_axis` and `group` give and the state lacks.
+  `stack_axis` and `group` are the transformation's own; else a ValueError names every layer that
+  differs. Without them a layer is known if it is a leaf, and stacked along the only axis of its
+  length.
   """
-  found = shapes(states)
-  members = [
-    _members(state, layers, stack_axis, group)
-    for state, layers in zip(states.values(), found, strict=True)
-  ]
-  squares = iter(_squares([pair for part in members for pairs in part.values() for pair in pairs]))
   norms = [np.zeros(0)]
-  for part, layers in zip(members, found, strict=True):
-    known = {key: [next(squares) for _ in pairs] for key, pairs in part.items()}
-    for key, shape in layers.items():
-      unknown = np.full(shape, 0 if key in known else np.nan)
-      norms.append(np.ravel(sum(known.get(key, []), start=unknown)))
+  for state in states.values():
+    members = _members(state, stack_axis, group)
+    squares = _squares([(leaf, axis) for _, leaf, axis in members or ()])
+    # A layer without members has an anchor of which nothing is stored: `0`.
+    found = {key: np.full(x, np.nan if members is None else 0) for key, x in shapes(state).items()}
+    for (key, _, axis), square in zip(members or (), squares, strict=True):
+      found[key] = found[key] + (np.nan if axis == UNKNOWN else square)
+    norms += map(np.ravel, found.values())
   return np.sqrt(np.concatenate(norms))
 
 
-Members = dict[str, list[tuple[Any, int | None]]]  # by layer: arrays of its anchor, stack axes
+UNKNOWN = -1  # axis
+Member = tuple[str, Any, int | None]  # key of the layer, array of its anchor, stack axis
 
 
 def _members(
-  state: ProjectionDecayState, layers: Shapes, stack_axis: StackAxis, group: Group
-) -> Members:
-  """The arrays of each layer whose arrays are all known; none for one that stores none."""
-  flat = _flat_anchor(state)
+  state: ProjectionDecayState, stack_axis: StackAxis, group: Group
+) -> list[Member] | None:
+  """The arrays of the anchor with their layers; None if it is not known which have which."""
+  flat, layers = trees.flatten(state.anchor, is_dropped), shapes(state)
   if any(map(is_dropped, flat.leaves)):
-    return {}
+    return None
+  axes: list[int | None]
   if stack_axis is None and group is None:
-    stored = [layer_key(path) for path in flat.paths]
-    axes = [_evident_axis(leaf, layers.get(k)) for k, leaf in zip(stored, flat.leaves, strict=True)]
+    keys = [layer_key(path) for path in flat.paths]
+    axes = [_evident_axis(leaf, layers.get(k)) for k, leaf in zip(keys, flat.leaves, strict=True)]
   else:
     made = Arrangement(stack_axis, group).find_layers(flat, range(len(flat.leaves)))
     trees.match_shapes(
@@ -465,17 +387,10 @@ def _members(
       dict(zip(map(layer_name, made.keys), made.shapes, strict=True)),
       'stack_axis and group must be those of the transformation; the shapes of the layers differ:',
     )
-    stored, axes = [made.keys[at] for at in made.layer_of], list(made.stack_axes)
-  if not set(stored) <= set(layers):
-    return {}  # some leaves are in groups, perhaps in one that has the name of another leaf
-  found: Members = {key: [] for key in layers}
-  for key, leaf, axis in zip(stored, flat.leaves, axes, strict=True):
-    found[key].append((leaf, axis))
-  unknown = {key for key, axis in zip(stored, axes, strict=True) if axis == UNKNOWN}
-  return {key: pairs for key, pairs in found.items() if key not in unknown}
-
-
-UNKNOWN = -1  # axis
+    keys, axes = [made.keys[at] for at in made.layer_of], list(made.stack_axes)
+  if not set(keys) <= set(layers):
+    return None  # some leaves are in groups, perhaps in one that has the name of another leaf
+  return list(zip(keys, flat.leaves, axes, strict=True))
 
 
 def _evident_axis(leaf: Any, shape: tuple[int, ...] | None) -> int | None:
@@ -489,18 +404,15 @@ _KNOWN: dict[tuple[int, int | None], np.ndarray] = {}  # by the id of an array t
 
 def _squares(members: Sequence[tuple[Any, int | None]]) -> list[np.ndarray]:
   """‖θ_0‖² of each array, or of each slice; kept as long as the array is."""
-  keys = [(id(array), axis) for array, axis in members]
-  new = {key: member for key, member in zip(keys, members, strict=True) if key not in _KNOWN}
-  sums = [_square(memory.on_device(array), axis) for array, axis in new.values()]
-  ends = np.cumsum([x.size for x in sums])[:-1]
-  shapes = [x.shape for x in sums]
-  parts = np.split(start((sums,))()[0], ends) if sums else []
-  found = {key: x.reshape(shape) for key, x, shape in zip(new, parts, shapes, strict=True)}
+  found = dict(_KNOWN)
+  new = {(id(x), axis): (x, axis) for x, axis in members if (id(x), axis) not in found}
+  sums = [_whole(_square(memory.on_device(array), axis)) for array, axis in new.values()]
+  found |= zip(new, jax.device_get(sums), strict=True)
   for key, (array, _) in new.items():
     if isinstance(array, jax.Array):  # one of NumPy may change
       _KNOWN[key] = found[key]
       weakref.finalize(array, _KNOWN.pop, key, None).atexit = False
-  return [found[key] if key in found else _KNOWN[key] for key in keys]
+  return [found[id(array), axis] for array, axis in members]
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -510,21 +422,18 @@ def _square(array: jax.Array, stack_axis: int | None) -> jax.Array:
   return total
 
 
-def constrained_share(values: Values) -> np.ndarray:
+def constrained_share(constrained: np.ndarray, updates: np.ndarray) -> Any:
   """The share of the updates with a true condition; 0 before the first."""
-  found: np.ndarray = values.constrained / np.maximum(values.updates, 1)
-  return found
+  return constrained / np.maximum(updates, 1)
 
 
-def relative(distance: np.ndarray, norms: np.ndarray) -> np.ndarray:
+def relative(distance: Any, norms: Any) -> np.ndarray:
   """‖θ − θ_0‖ / ‖θ_0‖ for each layer; NaN if ‖θ_0‖ is 0 or not known."""
   known = norms > 0
   return np.where(known, distance, np.nan) / np.where(known, norms, 1)
 
 
-def overall(distance: np.ndarray, norms: np.ndarray) -> Any:
+def overall(distance: np.ndarray, norms: np.ndarray) -> np.ndarray:
   """‖θ − θ_0‖ / ‖θ_0‖ over the layers (the last axis) with a known ‖θ_0‖; NaN without any."""
   known = ~np.isnan(norms)
-  size = float(np.linalg.norm(norms[known]))
-  far = np.linalg.norm(distance[..., known], axis=-1)
-  return far / size if size > 0 else far * np.nan
+  return relative(np.linalg.norm(distance[..., known], axis=-1), np.linalg.norm(norms[known]))

@@ -50,6 +50,25 @@ def test_it_warns_where_every_layer_is_always_held(path):
     assert part in found['always held'].message
 
 
+def test_it_is_silent_about_l2_sp_which_holds_every_layer_by_design(path):
+  # Would catch: a baseline that is called wrong for being what it is.
+  tx = optax.chain(spd.l2_sp(strength=0.01), optax.adam(1e-2))
+  assert not advice_of(path, tx, PARAMS, lambda i: 1.0)
+
+
+def test_it_still_warns_of_what_is_always_held_beside_l2_sp(path):
+  # Would catch: one part of the model that hides the other.
+  anchor = jax.tree.map(lambda p: p - 1, PARAMS)
+  tx = optax.partition(
+    {
+      'held': optax.chain(spd.projection_decay({**anchor, 'bias': None}), optax.sgd(1e-4)),
+      'pulled': optax.chain(spd.l2_sp(strength=0.01), optax.sgd(1e-4)),
+    },
+    {'kernel': 'held', 'bias': 'pulled'},
+  )
+  assert advice_of(path, tx, PARAMS, lambda i: 1.0).keys() == {'always held'}
+
+
 def test_it_warns_where_a_captured_anchor_is_not_the_start(path):
   # The state of an earlier run with params that were loaded anew.
   state = TX.init(PARAMS)._replace()

@@ -241,7 +241,7 @@ def test_each_part_of_a_partition_counts_its_own_updates(path):
   run = audit.verify(path)
   assert (run.layers, run.header.states) == (['kernel', 'bias'], [1, 1])
   assert [record.updates.tolist() for record in run.records] == [[i, i // 3] for i in range(3, 13)]
-  over_time = tables.of_run(run)
+  over_time = tables.Series(run)
   held = run.records[-1].constrained
   np.testing.assert_allclose(over_time.share, held / [12, 4])
   assert held[1] > 0
@@ -261,7 +261,7 @@ def test_a_layer_without_an_update_between_two_records_has_no_share_there(path):
   with spd.AuditLog(path, **FACTS) as log:
     for step, state in enumerate(states(7, tx)):
       log.record(step, state)
-  over_time = tables.of_run(audit.verify(path))
+  over_time = tables.Series(audit.verify(path))
   _, shares = tables.held_between(over_time, 6)
   assert np.isnan(shares[:, 1]).tolist() == [True, False, True, True, False, True]
   assert np.isfinite(pictures._panels(over_time)['layers held, %'][1]).all()

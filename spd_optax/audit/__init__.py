@@ -2,7 +2,7 @@
 
     python -m spd_optax.audit report RUN.jsonl
 
-`format` describes the file. Only that command imports matplotlib, rich and jinja2.
+`format` describes the file. Only that command imports matplotlib and rich.
 """
 
 from spd_optax.audit.advice import Advice, AuditWarning, advise

@@ -15,33 +15,29 @@ from pathlib import Path
 
 from spd_optax.audit import format, tables
 from spd_optax.audit.advice import PATIENCE
-from spd_optax.audit.format import AuditFileError, Run
 
 TORN = 3
+COMMANDS = {
+  'report': ('tables and pictures of a run', ('RUN.jsonl',)),
+  'compare': ('two runs side by side', ('A.jsonl', 'B.jsonl')),
+  'verify': ('whether every line is as it was written', ('RUN.jsonl',)),
+}
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-  """The command line."""
-  parser = argparse.ArgumentParser(
-    prog='python -m spd_optax.audit',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+  form = argparse.RawDescriptionHelpFormatter
+  parser = argparse.ArgumentParser('python -m spd_optax.audit', None, __doc__, formatter_class=form)
   commands = parser.add_subparsers(dest='command', required=True)
-  report = commands.add_parser('report', help='tables and pictures of a run')
-  compare = commands.add_parser('compare', help='two runs side by side')
-  verify = commands.add_parser('verify', help='whether every line is as it was written')
-  for command, names in ((report, ['RUN']), (compare, ['A', 'B']), (verify, ['RUN'])):
-    metavars = tuple(f'{name}.jsonl' for name in names)
-    command.add_argument('logs', type=Path, nargs=len(names), metavar=metavars)
-  verify.add_argument('--hash', help='a hash that the log had, to find an end that was cut off')
-  for command in (report, compare):
-    command.add_argument('--out', type=Path, help='directory for the pictures (beside the log)')
-    command.add_argument('--html', type=Path, metavar='PAGE.html', help='also write one page')
-    command.add_argument('--all', action='store_true', help='every layer, however many')
-    command.add_argument(
-      '--patience', type=_count, default=PATIENCE, help='see AuditLog (default: %(default)s)'
-    )
+  for name, (what, logs) in COMMANDS.items():
+    add = commands.add_parser(name, help=what).add_argument
+    add('logs', type=Path, nargs=len(logs), metavar=logs)
+    if name == 'verify':
+      add('--hash', help='a hash that the log had, to find an end that was cut off')
+    else:
+      add('--out', type=Path, help='directory for the pictures (beside the log)')
+      add('--html', type=Path, metavar='PAGE.html', help='also write one page')
+      add('--all', action='store_true', help='every layer, however many')
+      add('--patience', type=_count, default=PATIENCE, help='see AuditLog (default: %(default)s)')
   return parser.parse_args(arguments)
 
 
@@ -53,7 +49,7 @@ def _count(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs a command; returns the exit status."""
-  args = parse(arguments)
+  args = _parse(arguments)
   try:
     if args.command == 'verify':
       runs = [format.verify(args.logs[0], args.hash)]
@@ -61,27 +57,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
       print(f'last hash {runs[0].hash}')
     else:
       runs = [format.read(path) for path in args.logs]
-      _report(runs, args)
-  except (AuditFileError, OSError, ImportError) as error:
-    print(f'error: {_lines(str(error))}', file=sys.stderr)
+      from spd_optax.audit import report
+
+      report.show(runs, args.out, args.html, args.all, args.patience)
+  except ImportError as error:
+    _complain(f"error: the report needs {error.name}: pip install 'spd_optax[audit]'")
+    return 1
+  except (format.AuditFileError, OSError) as error:
+    _complain(f'error: {error}')
     return 1
   torn = [run for run in runs if run.torn]
   for run in torn:
-    print(_lines(f'warning: {run.path}: {tables.torn(run)}'), file=sys.stderr)
+    _complain(f'warning: {run.path}: {tables.torn(run)}')
   return TORN if torn else 0
 
 
-def _report(runs: Sequence[Run], args: argparse.Namespace) -> None:
-  try:
-    from spd_optax.audit import report
-  except ImportError as error:
-    raise ImportError(f"the report needs {error.name}: pip install 'spd_optax[audit]'") from error
-  report.show(runs, args.out, args.html, args.all, args.patience)
-
-
-def _lines(text: str) -> str:
-  """A message of several lines, each without characters that could steer a terminal."""
-  return '\n'.join(map(tables.printable, text.split('\n')))
+def _complain(text: str) -> None:
+  """Prints lines, each without characters that could steer a terminal."""
+  print('\n'.join(map(tables.printable, text.split('\n'))), file=sys.stderr)
 
 
 if __name__ == '__main__':

@@ -8,10 +8,8 @@ that way. Keep a later `AuditLog.hash` elsewhere, and pass it to `verify`.
 
 The first line is the header:
 
-- `format`: 'spd_optax audit'.
-- `schema`: 1. Readers refuse a newer schema.
-- `started`: ISO 8601 in UTC.
-- `versions`: of python, jax, jaxlib, optax, numpy and spd_optax.
+- `format`: 'spd_optax audit'; `schema`: 1. Readers refuse a newer schema.
+- `started`: ISO 8601 in UTC; `versions`: of Python and the libraries.
 - `transform`, `hyperparameters`: as the user named them.
 - `anchor`: an object. `fingerprint` is that of `spd.fingerprint`. `source` is as the user named
   it, or null. `captured` is true where the user says that the anchor is the params at the first
@@ -25,28 +23,26 @@ The first line is the header:
 
 Every other line is a record:
 
-- `step`: the user's; `time`: seconds since 1970.
+- `step`: the user's; `time`: seconds since 1970; `metrics`: the user's numbers by name.
 - `updates`: updates so far, a number for each of `states`. They differ if one part is updated
   more rarely, as under `optax.MultiSteps`.
-- `condition`: 0 or 1 for each layer. `ratio`, `distance`: 7 digits for each layer.
-  `constrained`: updates so far with a true condition, for each layer. All four are those of
-  `ProjectionDecayState`.
+- `condition` (0 or 1), `ratio`, `distance` (7 digits), `constrained`: those of
+  `ProjectionDecayState`, for each layer.
 - `rule_state`: the rule's own numbers by name, a list for each; 'NaN' for a layer whose rule has no
   such number.
-- `metrics`: the user's numbers by name.
 - `resumed`: only in the first record after the file was opened again: `versions` as above. Its
   step may lie before that of earlier records, which are then superseded.
 
 Numbers that are not finite are the strings 'NaN', 'Infinity' and '-Infinity'.
 """
 
-import functools
 import hashlib
+import json
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import msgspec
 import numpy as np
@@ -59,6 +55,7 @@ SEAL = len(',"hash":""}\n') + 64  # bytes at the end of a line
 
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Number = float | Literal['NaN', 'Infinity', '-Infinity']
+COLUMNS = {'condition': bool, 'ratio': np.float32, 'distance': np.float32, 'constrained': np.int32}
 
 
 class AuditFileError(ValueError):
@@ -89,14 +86,9 @@ class Header(msgspec.Struct, frozen=True):
   states: list[Count]
 
   def __post_init__(self) -> None:
-    layers = len(self.layers)
     for name, count in (('anchor.norms', len(self.anchor.norms)), ('states', sum(self.states))):
-      if count != layers:
-        raise ValueError(f'{name}: of {count} layers, layers: {layers}')
-
-  def norms(self) -> np.ndarray:
-    """‖θ_0‖ for each layer, NaN where not known."""
-    return np.array(self.anchor.norms, float)
+      if count != len(self.layers):
+        raise ValueError(f'{name}: of {count} layers, layers: {len(self.layers)}')
 
 
 class Line(msgspec.Struct, omit_defaults=True):
@@ -115,16 +107,16 @@ class Line(msgspec.Struct, omit_defaults=True):
 
 
 class Record(NamedTuple):
-  """What was logged at one step; arrays have an entry per layer."""
+  """What was logged at one step; arrays have an entry per layer, of the dtype in the state."""
 
   step: int
   time: float
-  updates: np.ndarray  # int32, of the state that has the layer
-  condition: np.ndarray  # bool
-  ratio: np.ndarray  # float32
-  distance: np.ndarray  # float32
-  constrained: np.ndarray  # int32
-  rule_state: dict[str, np.ndarray]  # float32 by name; NaN where a layer has no such number
+  updates: np.ndarray  # of the state that has the layer
+  condition: np.ndarray
+  ratio: np.ndarray
+  distance: np.ndarray
+  constrained: np.ndarray
+  rule_state: dict[str, np.ndarray]  # by name; NaN where a layer has no such number
   metrics: dict[str, float]
   resumed: bool
 
@@ -132,11 +124,7 @@ class Record(NamedTuple):
 class Run(NamedTuple):
   """A log as read from its file.
 
-  Attributes:
-    header: the first line.
-    records: in the order of the file.
-    hash: of the last whole line.
-    torn: bytes after the last whole line, of a record whose writer was killed.
+  `hash` is that of the last whole line. `torn` bytes follow it, of a line whose writer was killed.
   """
 
   path: Path
@@ -153,7 +141,7 @@ class Run(NamedTuple):
   @property
   def norms(self) -> np.ndarray:
     """‖θ_0‖ for each layer, NaN where not known."""
-    return self.header.norms()
+    return np.array(self.header.anchor.norms, float)
 
   def current(self) -> list[Record]:
     """The records but those that a resumed run went through again."""
@@ -166,21 +154,12 @@ class Run(NamedTuple):
 
 
 def read(path: str | os.PathLike[str]) -> Run:
-  """Reads a log, and checks every line.
-
-  Args:
-    path: a file that `AuditLog` wrote, or is writing.
-
-  Returns:
-    Every whole line. `Run.torn` says whether the last line is torn.
+  """Reads a log that `AuditLog` wrote, or is writing, and checks every whole line; see there.
 
   Raises:
     AuditFileError: if it is no audit log or of a newer schema. The message names every line that
       was edited, or before which one is missing.
     OSError: if it is not there, or cannot be read.
-
-  Example:
-    See `AuditLog`.
   """
   lines = Lines(path)
   records: list[Record] = []
@@ -194,21 +173,10 @@ def read(path: str | os.PathLike[str]) -> Run:
 
 
 def verify(path: str | os.PathLike[str], hash: str | None = None) -> Run:
-  """Reads a log, checks every line, and that nothing was cut off after a known one.
-
-  Args:
-    path: a file that `AuditLog` wrote.
-    hash: an `AuditLog.hash` that was kept elsewhere.
-
-  Returns:
-    As `read`.
+  """Does what `read` does, and checks that a line has the `AuditLog.hash` that was kept elsewhere.
 
   Raises:
     AuditFileError: as `read`, or if no line has this hash.
-    OSError: if it is not there, or cannot be read.
-
-  Example:
-    See `AuditLog`.
   """
   run = read(path)
   with run.path.open('rb') as lines:
@@ -220,15 +188,10 @@ def verify(path: str | os.PathLike[str], hash: str | None = None) -> Run:
 
 
 class Lines:
-  """The whole lines of a log but the first, each checked against the one before; one at a time.
+  """The whole lines of a log but the first, one at a time, each checked against the one before.
 
-  Attributes:
-    header: the first line; None before it was read, or if there is no whole one.
-    count: lines that were read.
-    hash: of the last of them.
-    whole: bytes of the whole lines.
-    torn: bytes after the last whole line, of a line whose writer was killed.
-    problems: what is wrong with the first lines that are not as they were written.
+  `header` is None before it was read, and if there is no whole one. `count` lines were read, of
+  `whole` bytes; the last has this `hash`. `torn` bytes follow it.
   """
 
   def __init__(self, path: str | os.PathLike[str]):
@@ -244,8 +207,7 @@ class Lines:
     with self.path.open('rb') as file:
       if not START.startswith(start := file.read(len(START))):
         raise AuditFileError(
-          f'{self.path}: no audit log; expected a first line {START.decode()}…, found '
-          f'{start.decode("utf-8", "replace")!r}'
+          f'{self.path}: no audit log; expected a first line {START.decode()}…, found {start!r}'
         )
       file.seek(0)
       for line in file:
@@ -259,15 +221,20 @@ class Lines:
         else:
           yield line
 
+  def through(self) -> Self:
+    """Reads all lines; no record is parsed."""
+    for _ in self:
+      pass
+    return self
+
   def _check_seal(self, line: bytes) -> None:
     body, end = line[:-SEAL] + b'}', line[-SEAL:]
-    before, self.hash = self.hash, ''
-    if not (end.startswith(b',"hash":"') and end.endswith(b'"}\n')):
-      return self.report('has no hash: it was edited, or AuditLog did not write it')
-    self.hash = end[len(',"hash":"') :][:64].decode('latin-1')
-    if hashlib.sha256(body).hexdigest() != self.hash:
-      return self.report('its hash does not fit: it was edited')
-    if not body.endswith(f'"previous":"{before}"}}'.encode()):
+    before, self.hash = self.hash, end[-67:-3].decode('latin-1')
+    if end != f',"hash":"{self.hash}"}}\n'.encode('latin-1'):
+      self.report('has no hash: it was edited, or AuditLog did not write it')
+    elif hashlib.sha256(body).hexdigest() != self.hash:
+      self.report('its hash does not fit: it was edited')
+    elif not body.endswith(f'"previous":"{before}"}}'.encode()):
       self.report('does not continue the line before: lines are missing, added or in another order')
 
   def report(self, problem: str) -> None:
@@ -286,11 +253,7 @@ class Lines:
 
 
 def _header(path: Path, line: bytes) -> Header:
-  """The header in a line that begins as one.
-
-  Raises:
-    AuditFileError: if it is of a newer schema, or not as described above.
-  """
+  """The header in a line that begins as one."""
   try:
     schema = msgspec.json.decode(line).get('schema')
     if isinstance(schema, int) and schema > SCHEMA:
@@ -306,28 +269,38 @@ def _header(path: Path, line: bytes) -> Header:
 
 
 def _record(line: bytes, header: Header) -> Record:
-  fields = _decoder().decode(line)
-  own: list[list[Any]] = [fields.condition, fields.ratio, fields.distance, fields.constrained]
-  lengths = {len(values) for values in (*own, *fields.rule_state.values())}
+  fields = msgspec.json.decode(line, type=Line)
+  columns = {name: np.array(getattr(fields, name), dtype) for name, dtype in COLUMNS.items()}
+  rule_state = {name: np.array(x, np.float32) for name, x in fields.rule_state.items()}
+  lengths = {len(values) for values in (*columns.values(), *rule_state.values())}
   if lengths != {len(header.layers)} or len(fields.updates) != len(header.states):
     raise ValueError(f'values for {sorted(lengths)} layers, the header names {len(header.layers)}')
   return Record(
     step=fields.step,
     time=fields.time,
     updates=np.repeat(np.array(fields.updates, np.int32), header.states),
-    condition=np.array(fields.condition, bool),
-    ratio=np.array(fields.ratio, np.float32),
-    distance=np.array(fields.distance, np.float32),
-    constrained=np.array(fields.constrained, np.int32),
-    rule_state={name: np.array(x, np.float32) for name, x in fields.rule_state.items()},
+    **columns,
+    rule_state=rule_state,
     metrics={name: float(value) for name, value in fields.metrics.items()},
     resumed=fields.resumed is not None,
   )
 
 
-@functools.cache
-def _decoder() -> msgspec.json.Decoder[Line]:
-  return msgspec.json.Decoder(Line)
+def as_line(record: Record, header: Header) -> Line:
+  """A record as JSON has it."""
+  first = np.cumsum(header.states, dtype=int) - header.states  # of the layers of each state
+  return Line(
+    step=record.step,
+    time=record.time,
+    updates=record.updates[first].tolist(),
+    condition=record.condition.astype(int).tolist(),
+    ratio=numbers(record.ratio),
+    distance=numbers(record.distance),
+    constrained=record.constrained.tolist(),
+    rule_state={name: numbers(values) for name, values in record.rule_state.items()},
+    metrics={name: number(value) for name, value in record.metrics.items()},
+    resumed=header.versions if record.resumed else None,
+  )
 
 
 def seal(fields: msgspec.Struct, previous: str) -> tuple[bytes, str]:
@@ -342,11 +315,9 @@ def numbers(values: np.ndarray) -> list[Number]:
   return [number(float(f'{x:.7g}')) for x in values.tolist()]
 
 
-def number(value: float) -> Number:
-  """A number for JSON: a string if it is not finite."""
-  if math.isfinite(value):
-    return value
-  return 'NaN' if math.isnan(value) else 'Infinity' if value > 0 else '-Infinity'
+def number(value: float) -> Any:
+  """A number for JSON: a string, 'NaN' or '-Infinity', if it is not finite."""
+  return value if math.isfinite(value) else json.dumps(value)
 
 
 def text(value: str) -> str:

@@ -1,13 +1,13 @@
 """Writing an audit log: one sealed line per logged step, never half a line."""
 
 import datetime
+import errno
 import importlib
 import json
 import operator
 import os
 import platform
 import time
-import types
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +24,7 @@ from spd_optax.audit.format import Header, Record
 from spd_optax.audit.writer import Writer
 from spd_optax.layers import Group, StackAxis
 
-VERSIONS_OF = ('jax', 'jaxlib', 'optax', 'numpy', 'spd_optax')
+VERSIONS_OF = ('jax', 'jaxlib', 'optax', 'numpy', 'spd_optax')  # and of Python
 
 
 class AuditLog:
@@ -37,14 +37,12 @@ class AuditLog:
           params, state, loss = train_step(params, state, batch)
           log.record(step, state, {'loss': loss})
 
-  `python -m spd_optax.audit report run.jsonl` shows the file. `spd_optax.audit.format` describes
-  it.
+  `python -m spd_optax.audit report run.jsonl` shows the file, `audit.format` describes it.
 
   A record is written when the next one comes, or at `flush` or `close`. So nothing waits for
-  the step that the device still computes. Each record is one write of a whole line. A killed
-  process loses at most the last one. A full disk raises an error, and the file keeps all earlier
-  records. Each line carries the hash of the line before it, so `verify` finds an edited or missing
-  line.
+  the step that the device still computes. Each record is one write of a whole line, with the hash
+  of the line before it. A killed process loses at most the last one. A full disk raises an error,
+  and the file keeps all earlier records. `verify` finds an edited or missing line.
 
   The path of an earlier log continues it, if header and anchor agree. Call `flush` before each
   checkpoint; then no record is missing if a run goes on from it. Call `close` after the run went
@@ -52,34 +50,30 @@ class AuditLog:
 
   Warnings say, once each, that SPD never holds a layer, that it always does, that the anchor
   is not where training started, that a layer grows away from it while constrained, or that values
-  are not finite.
+  are not finite. A layer whose ratio is always 1, as of `l2_sp`, is meant to be held.
 
-  `close` closes the file. So does the end of a `with` block, or the last reference to the log, as
-  in a notebook whose cell makes a new one. A forked process does not write.
+  `close` closes the file. So does the end of a `with` block, or of the last reference to the log.
+  A forked process does not write.
 
   With several processes, make the log in all of them, after `jax.distributed.initialize`, and call
-  `record` and `close` in all. Only process 0 touches the path. An error of the file, as of a full
-  disk, is raised there alone, after all communication of the call. A process 0 that catches
-  it stays in step with the others.
+  `record` and `close` in all. Only process 0 touches the path. An error of the file is raised
+  there alone, after all communication of the call, so it may be caught.
 
   Args:
     path: the file; a new one, or one that an AuditLog has written.
     transform: what SPD was built with, as 'adam_spd'; free text.
     hyperparameters: its arguments and the optimizer's, as JSON can hold them: numbers,
       strings, None, lists and dicts of them.
-    source: where the anchor comes from, as 'google/vit-base-patch16': free text or a path. None
-      does not name it.
+    source: where the anchor comes from, as 'google/vit-base-patch16': free text or a path.
     captured: True says that the anchor is the params at the first update (`anchor=None`). False
       says that it was passed. None says neither. A warning that training does not start at the
       anchor is then given only if `source` is None, too.
-    moving_anchor: whether the anchor is meant to change (`anchor_ema`, `reanchor`). Its
-      fingerprint is then not compared when the log is continued, and there are no relative
-      distances.
-    stack_axis: the transformation's own; only for relative distances, see `layer_report`.
-    group: likewise.
+    moving_anchor: whether the anchor is meant to change (`anchor_ema`, `reanchor`). A log is then
+      continued with another, and there are no relative distances.
+    stack_axis, group: the transformation's own; only for relative distances, see `layer_report`.
     patience: updates after which to warn that no layer is ever held, or that all always are.
-    fsync: whether `record` writes at once, and waits until the disk has it. Even a power failure
-      then loses nothing. It waits for the step, too.
+    fsync: whether `record` waits for its step, and until the disk has it. Even a power failure
+      then loses nothing.
 
   Raises:
     TypeError: naming every argument of another type, and what JSON cannot hold.
@@ -135,18 +129,19 @@ class AuditLog:
     ]
     if problems:
       raise TypeError('AuditLog:\n  ' + '\n  '.join(problems))
-    self._transform, self._hyperparameters = format.text(transform), plain
-    self._source = None if source is None else format.text(source)
-    self._captured, self._moving = captured, moving_anchor
+    self._run: dict[str, Any] = {'transform': format.text(transform), 'hyperparameters': plain}
+    source = None if source is None else format.text(source)
+    self._anchor: dict[str, Any] = {'source': source, 'captured': captured, 'moving': moving_anchor}
     self._stack_axis, self._group, self._fsync = stack_axis, group, fsync
     self._header: Header | None = None
-    self._layout: Any = None
     self._last_step: int | None = None
     self._writer = Writer(self.path, operator.index(patience), fsync)
     weakref.finalize(self, self._writer.close).atexit = False  # the writer sees to that itself
     self._writes = jax.process_index() == 0
-    if self._writes:
-      self._writer.check_path()
+    if self._writes and self.path.exists():  # fails early, before a run has trained
+      next(iter(format.Lines(self.path)), None)
+    elif self._writes and not self.path.parent.is_dir():
+      raise FileNotFoundError(errno.ENOENT, 'AuditLog: no such directory', str(self.path.parent))
 
   @property
   def hash(self) -> str:
@@ -158,8 +153,7 @@ class AuditLog:
 
     Args:
       step: larger than the step before. After `close`, or in a new log of the same path, it may
-        go back to where a checkpoint was. The records that it goes through again are then
-        superseded.
+        go back to where a checkpoint was, and supersedes the records that it goes through again.
       opt_state: the optimizer state after the step, with SPD in it at any depth.
       metrics: the user's own numbers by name: loss, accuracy on the new data and on the old, ...
 
@@ -170,9 +164,6 @@ class AuditLog:
       OSError: if the disk is full, or another process writes the file. The file then ends with
         the last whole record.
       RuntimeError: in a process that was forked from the one that opened the file.
-
-    Example:
-      See `AuditLog`.
     """
     self._writer.check_owner()
     states = reports.states_in(opt_state, 'AuditLog.record(step, opt_state)')
@@ -188,7 +179,7 @@ class AuditLog:
 
     def pending() -> Record:
       numbers = {name: float(np.asarray(value)) for name, value in metrics.items()}
-      return Record(step, now, **values()._asdict(), metrics=numbers, resumed=False)
+      return Record(step, now, **values(), metrics=numbers, resumed=False)
 
     # All communication is done: what fails below may do so on process 0 alone.
     if self._writes:
@@ -198,38 +189,25 @@ class AuditLog:
       self._writer.write()
 
   def flush(self) -> None:
-    """Writes the last record now.
-
-    Raises:
-      OSError: see `record`.
-    """
+    """Writes the last record now; raises what `record` does."""
     self._writer.write()
 
   def close(self) -> None:
-    """Writes the last record and closes the file; the next record would open it again.
-
-    Raises:
-      OSError: see `record`.
-    """
+    """Writes the last record and closes the file; the next record would open it again."""
     self._header = self._last_step = None
     self._writer.close()
 
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: types.TracebackType | None,
-  ) -> None:
+  def __exit__(self, *error: object) -> None:
     self.close()
 
   def _header_of(self, states: reports.States) -> Header:
     """The header before a record; checks that it still holds."""
-    layout = reports.shapes(states), [list(state.rule_state) for state in states.values()]
+    layout = [(reports.shapes(state), list(state.rule_state)) for state in states.values()]
     if self._header is None:
-      if reports.updates(states) == 0:
+      if not any(int(state.count) for state in states.values()):
         raise ValueError(
           'AuditLog.record: record after the first update; before it the anchor may not be the '
           'one that is captured, and there is nothing to log'
@@ -242,29 +220,19 @@ class AuditLog:
   def _new_header(self, states: reports.States) -> Header:
     words = [fingerprints.words_of(state.anchor) for state in states.values()]
     norms = format.numbers(reports.anchor_norms(states, self._stack_axis, self._group))
+    known = [None if self._anchor['moving'] or not isinstance(x, float) else x for x in norms]
+    fingerprint = fingerprints.as_text(np.add.reduce(words))
     return Header(
       format=format.FORMAT,
       schema=format.SCHEMA,
       started=datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-      versions=_versions(),
-      transform=self._transform,
-      hyperparameters=self._hyperparameters,
-      anchor=format.Anchor(
-        fingerprint=fingerprints.as_text(np.add.reduce(words)),
-        source=self._source,
-        captured=self._captured,
-        moving=self._moving,
-        norms=[None if self._moving or not isinstance(x, float) else x for x in norms],
-      ),
+      versions={'python': platform.python_version()}
+      | {name: str(importlib.import_module(name).__version__) for name in VERSIONS_OF},
+      anchor=format.Anchor(fingerprint=fingerprint, norms=known, **self._anchor),
       layers=[slot.name for slot in reports.slots(states)],
       states=[count for count in reports.sizes(states) if count],
+      **self._run,
     )
-
-
-def _versions() -> dict[str, str]:
-  """Of Python and the libraries that decide what a run does."""
-  found = {name: str(importlib.import_module(name).__version__) for name in VERSIONS_OF}
-  return {'python': platform.python_version(), **found}
 
 
 def _plain_items(items: Any) -> tuple[dict[str, Any], list[str]]:
@@ -275,8 +243,8 @@ def _plain_items(items: Any) -> tuple[dict[str, Any], list[str]]:
   for name, value in items.items():
     try:
       line = json.dumps({name: value}, default=_plain, allow_nan=False)
-      found[name] = msgspec.json.decode(line)[name]
-    except (TypeError, ValueError, KeyError, msgspec.DecodeError):  # KeyError: a name of no string
+      found[name] = msgspec.json.decode(line)[name]  # a KeyError if the name is no string
+    except (TypeError, ValueError, KeyError, AttributeError, msgspec.DecodeError):
       problems.append(
         f'hyperparameters {name!r}: expected a finite number, a string, None, or a list or dict of '
         f'them, by a name; found {checks.kind_of(value)} (describe a function in words)'
@@ -285,23 +253,13 @@ def _plain_items(items: Any) -> tuple[dict[str, Any], list[str]]:
 
 
 def _plain(value: Any) -> Any:
-  if isinstance(value, os.PathLike):
-    return os.fspath(value)
-  if hasattr(value, 'tolist'):
-    return value.tolist()
-  raise TypeError
+  return os.fspath(value) if isinstance(value, os.PathLike) else value.tolist()
 
 
 def _checked_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
-  """The metrics by names for JSON, on their way to the host.
-
-  Raises:
-    TypeError: naming all that are no numbers.
-  """
+  """A copy of the metrics; raises a TypeError that names all that are no numbers."""
   if not isinstance(metrics, Mapping):
-    raise TypeError(
-      f'AuditLog.record: metrics: expected numbers by name, found {checks.kind_of(metrics)}'
-    )
+    raise TypeError(f'AuditLog.record: metrics: expected a dict, found {checks.kind_of(metrics)}')
   numeric = bool | int | float | np.number | np.bool_ | np.ndarray | jax.Array
   problems = [
     f'{name!r}: {checks.kind_of(value)}'
@@ -311,11 +269,7 @@ def _checked_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
   if problems:
     raise TypeError('AuditLog.record: metrics must be numbers by name:\n  ' + '\n  '.join(problems))
   # Arrays of NumPy may change, and those of JAX be donated, before the record is written.
-  found = {
+  return {
     format.text(name): jax.numpy.copy(x) if isinstance(x, jax.Array) else float(x)
     for name, x in metrics.items()
   }
-  for value in found.values():
-    if isinstance(value, jax.Array):
-      value.copy_to_host_async()
-  return found

@@ -6,12 +6,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import jinja2
 import rich.box
-import rich.console
 import rich.table
-from matplotlib.figure import Figure
+from rich.console import Console
 
 from spd_optax.audit import pictures, tables
 from spd_optax.audit.advice import advise
@@ -20,21 +19,21 @@ from spd_optax.audit.tables import Series, Table
 
 ROWS = 40  # layers that are shown one by one in the terminal
 FIRST = 20  # that are shown if there are more
-WIDTH = 120  # of what is no terminal
-TEMPLATE = Path(__file__).with_name('page.html')
+WIDTH, PAGE_WIDTH = 120, 200  # of what is no terminal
+PAGE = """<!doctype html>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>SPD audit</title>
+<style>img { max-width: 100% }</style>
+"""
+TEXT = '<pre>{code}</pre>\n'
 
 
 def show(
   runs: Sequence[Run], out: Path | None, html: Path | None, every: bool, patience: int
 ) -> None:
-  """Prints the tables and writes the pictures.
-
-  Args:
-    runs: one or two.
-    out: directory for the pictures; None for one beside the log.
-    html: path of a page to write as well.
-    every: whether the tables in the terminal have every layer.
-    patience: see `AuditLog`.
+  """Prints the tables of one or two runs, and writes the pictures; see `__main__`.
 
   Raises:
     AuditFileError: if a run has no records.
@@ -43,34 +42,38 @@ def show(
   if empty:
     raise AuditFileError(f'no records yet, or no layers: {", ".join(empty)}')
   starts = ['A: ', 'B: '] if len(runs) > 1 else ['']
-  series = [
-    tables.of_run(run, start + run.path.stem) for start, run in zip(starts, runs, strict=True)
-  ]
+  named = list(zip(starts, runs, strict=True))
+  series = [Series(run, start + run.path.stem) for start, run in named]
   advice = [
     f'{start}step {found.step}: {tables.printable(found.message)}'
-    for start, run in zip(starts, runs, strict=True)
+    for start, run in named
     for found in advise(run, patience)
   ]
   facts = [tables.facts(run) for run in runs]
-  _print([*facts, *_tables(series, every)], advice)
-  stem = '_'.join(run.path.stem for run in runs)
-  out = out or runs[0].path.parent / f'{stem}_report'
+  known = sys.stdout.isatty() or 'COLUMNS' in os.environ
+  _print(_console(None if known else WIDTH), [*facts, *_tables(series, every)], advice)
+  out = out or runs[0].path.parent / ('_'.join(run.path.stem for run in runs) + '_report')
   out.mkdir(parents=True, exist_ok=True)
-  drawn = {name: _png(figure) for name, figure in pictures.draw(series).items()}
-  for name, data in drawn.items():
-    (out / f'{name}.png').write_bytes(data)
-  print(f'Pictures: {", ".join(str(out / f"{name}.png") for name in drawn)}')
+  drawn = {out / f'{name}.png': figure for name, figure in pictures.draw(series).items()}
+  for path, figure in drawn.items():
+    figure.savefig(path)
+  print(f'Pictures: {", ".join(map(str, drawn))}')
   if html:
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True)
-    page = environment.from_string(TEMPLATE.read_text('utf-8')).render(
-      title='SPD audit: ' + tables.printable(' and '.join(run.path.name for run in runs)),
-      advice=advice,
-      facts=facts,
-      pictures={name: base64.b64encode(data).decode() for name, data in drawn.items()},
-      tables=_tables(series, True),
-    )
-    html.write_text(page, encoding='utf-8')
+    html.write_text(_page(facts, advice, list(drawn), _tables(series, every=True)), 'utf-8')
     print(f'Page: {html}')
+
+
+def _page(
+  facts: Sequence[Table], advice: Sequence[str], images: Sequence[Path], shown: Sequence[Table]
+) -> str:
+  console = _console(PAGE_WIDTH, file=io.StringIO(), record=True)
+  _print(console, facts, advice)
+  page = PAGE + console.export_html(code_format=TEXT, inline_styles=True)
+  for path in images:
+    data = base64.b64encode(path.read_bytes()).decode()
+    page += f'<p><img alt="{path.stem}" src="data:image/png;base64,{data}"></p>\n'
+  _print(console, shown, [])
+  return page + console.export_html(code_format=TEXT, inline_styles=True)
 
 
 def _tables(runs: Sequence[Series], every: bool) -> list[Table]:
@@ -80,33 +83,21 @@ def _tables(runs: Sequence[Series], every: bool) -> list[Table]:
   return [tables.metrics(runs), *blocks, tables.layers(runs, most)]
 
 
-def _png(figure: Figure) -> bytes:
-  buffer = io.BytesIO()
-  figure.savefig(buffer, format='png')
-  return buffer.getvalue()
+def _console(width: int | None, **options: Any) -> Console:
+  return Console(width=width, markup=False, emoji=False, highlight=False, **options)
 
 
-def _print(shown: Sequence[Table], advice: Sequence[str]) -> None:
-  known = sys.stdout.isatty() or 'COLUMNS' in os.environ
-  console = rich.console.Console(
-    width=None if known else WIDTH, markup=False, emoji=False, highlight=False
-  )
-  for table in shown:
-    if table.rows:
-      plain = not any(table.header)
-      made = rich.table.Table(
-        title=table.title,
-        title_justify='left',
-        show_header=not plain,
-        box=rich.box.SIMPLE_HEAD,
-      )
-      for i, column in enumerate(table.header):
-        text = plain or i == 0
-        made.add_column(
-          column, justify='left' if text else 'right', no_wrap=not text, overflow='fold'
-        )
-      for row in table.rows:
-        made.add_row(*row)
-      console.print(made)
+def _print(console: Console, shown: Sequence[Table], advice: Sequence[str]) -> None:
+  for title, header, rows in shown:
+    table = rich.table.Table(title=title, title_justify='left', box=rich.box.SIMPLE_HEAD)
+    table.show_header = any(header)
+    for i, column in enumerate(header):
+      number = i > 0 and table.show_header
+      justify: Any = 'right' if number else 'left'
+      table.add_column(column, justify=justify, no_wrap=number, overflow='fold')
+    for row in rows:
+      table.add_row(*row)
+    if rows:
+      console.print(table)
   for message in advice:
     console.print(f'WARNING: {message}', style='bold yellow')

@@ -2,72 +2,39 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from spd_optax import reports
-from spd_optax.audit.format import Anchor, Record, Run
+from spd_optax.audit.format import Anchor, Run
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 
 
-class Series(NamedTuple):
-  """The records of a run over T ≥ 1 logged steps and L layers.
+class Series:
+  """The records of a run, T ≥ 1 of L layers, without those that it went through again.
 
-  Attributes:
-    name: of the run, for titles.
-    layers: L names.
-    norms: float[L], ‖θ_0‖; NaN where not known.
-    step: int[T].
-    updates, constrained, distance: [T, L], as in `Record`.
-    last: the last record.
-    metrics: each of the user's by name, at the steps that have it.
+  `updates`, `constrained`, `distance` and `relative` are arrays [T, L], `share` and `norms` [L].
   """
 
-  name: str
-  layers: list[str]
-  norms: np.ndarray
-  step: np.ndarray
-  updates: np.ndarray
-  constrained: np.ndarray
-  distance: np.ndarray
-  last: Record
-  metrics: dict[str, Curve]
-
-  @property
-  def share(self) -> np.ndarray:
-    """float[L]: the share of a layer's updates so far with a true condition."""
-    found: np.ndarray = self.last.constrained / np.maximum(self.last.updates, 1)
-    return found
-
-  @property
-  def relative(self) -> np.ndarray:
-    """float[T, L]: the distance per ‖θ_0‖; NaN where that is 0 or not known."""
-    return reports.relative(self.distance, self.norms)
-
-
-def of_run(run: Run, name: str | None = None) -> Series:
-  """The records of a run, without those that it went through again."""
-  records = run.current()
-  metrics = {}
-  for metric in dict.fromkeys(name for record in records for name in record.metrics):
-    having = [record for record in records if metric in record.metrics]
-    steps = np.array([record.step for record in having])
-    metrics[metric] = steps, np.array([record.metrics[metric] for record in having])
-  return Series(
-    name=run.path.stem if name is None else name,
-    layers=run.layers,
-    norms=run.norms,
-    step=np.array([record.step for record in records]),
-    updates=np.array([record.updates for record in records]),
-    constrained=np.array([record.constrained for record in records]),
-    distance=np.array([record.distance for record in records]),
-    last=records[-1],
-    metrics=metrics,
-  )
+  def __init__(self, run: Run, name: str = ''):
+    records = run.current()
+    self.name = name or run.path.stem
+    self.layers, self.norms, self.last = run.layers, run.norms, records[-1]
+    self.step = np.array([record.step for record in records])
+    self.updates = np.array([record.updates for record in records])
+    self.constrained = np.array([record.constrained for record in records])
+    self.distance = np.array([record.distance for record in records])
+    self.relative = reports.relative(self.distance, self.norms)
+    self.share = reports.constrained_share(self.last.constrained, self.last.updates)
+    self.metrics: dict[str, Curve] = {}
+    for metric in dict.fromkeys(name for record in records for name in record.metrics):
+      having = [record for record in records if metric in record.metrics]
+      steps = np.array([record.step for record in having])
+      self.metrics[metric] = steps, np.array([record.metrics[metric] for record in having])
 
 
 def overall(series: Series) -> tuple[str, Curve]:
@@ -118,63 +85,68 @@ def blocks(names: Sequence[str], most: int) -> list[Block]:
     return [Block(name, i, i + 1) for i, name in enumerate(names)]
   size = math.ceil(len(names) / most)
   parts = [name.replace('[', '/[').split('/') for name in names]
-  found = _split(parts, Block('', 0, len(names)), 0, size)
+  found = _split(parts, Block('', 0, len(names)), 1, size)
   if len(found) > 1:
     return found
   return [Block(names[i], i, min(i + size, len(names))) for i in range(0, len(names), size)]
 
 
 def _split(parts: Sequence[Sequence[str]], block: Block, depth: int, size: int) -> list[Block]:
-  """The runs within a block that agree in `depth` + 1 parts, if they have `size` on average."""
-  starts = ['/'.join(part[: depth + 1]) for part in parts[block.begin : block.end]]
-  lengths = [(name.replace('/[', '['), len(list(run))) for name, run in groupby(starts)]
-  if len(starts) < size * len(lengths) or depth >= max(map(len, parts)):
+  """The runs within a block that agree in `depth` parts, if they have `size` on average."""
+  layers = range(block.begin, block.end)
+  runs = [list(run) for _, run in groupby(layers, lambda i: parts[i][:depth])]
+  if len(layers) < size * len(runs) or depth > max(map(len, parts)):
     return [block]
-  found, begin = [], block.begin
-  for name, length in lengths:
-    found += _split(parts, Block(name, begin, begin + length), depth + 1, size)
-    begin += length
+  found = []
+  for first, *rest in runs:
+    name = '/'.join(parts[first][:depth]).replace('/[', '[')
+    found += _split(parts, Block(name, first, first + 1 + len(rest)), depth + 1, size)
   return found
 
 
 class Table(NamedTuple):
-  """A title, a header, and rows of as many cells, without characters that steer a terminal."""
+  """A title, a header, and rows of as many cells."""
 
   title: str
   header: list[str]
   rows: list[list[str]]
 
 
+def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+  """A table without characters that could steer a terminal."""
+  return Table(printable(title), [*map(printable, header)], [[*map(printable, x)] for x in rows])
+
+
+def printable(text: str) -> str:
+  """The text without characters that could steer a terminal."""
+  return ''.join(c if c.isprintable() else '\N{REPLACEMENT CHARACTER}' for c in text)
+
+
 def facts(run: Run) -> Table:
   """What the header says, and how much was logged."""
   header, records = run.header, run.records
-  source = header.anchor.source
-  resumed = ', '.join(str(record.step) for record in records if record.resumed)
   rows = {
     'transform': header.transform,
     'hyperparameters': json.dumps(header.hyperparameters, ensure_ascii=False)[1:-1] or '–',
     'anchor': _anchor(header.anchor, run.norms),
-    'its source': 'not named' if source is None else source,
+    'its source': header.anchor.source or 'not named',
     'fingerprint': header.anchor.fingerprint,
     'started': header.started,
     'versions': ', '.join(f'{name} {version}' for name, version in header.versions.items()),
     'records': f'{len(records)}, steps {records[0].step} to {records[-1].step}',
     'layers': str(len(run.layers)),
     'last hash': run.hash,
-    'resumed at step': resumed,
+    'resumed at step': ', '.join(str(x.step) for x in records if x.resumed),
     'torn': torn(run) if run.torn else '',
   }
-  optional = ('resumed at step', 'torn')
-  shown = [[name, printable(x)] for name, x in rows.items() if x or name not in optional]
-  return Table(printable(run.path.name), ['', ''], shown)
+  return _table(run.path.name, ['', ''], [row for row in rows.items() if row[1]])
 
 
 def _anchor(anchor: Anchor, norms: np.ndarray) -> str:
   """Where the anchor is, by what the user said and the norms show."""
-  said = {True: 'captured: the params at the first update', False: 'passed', None: ''}
   zero = np.count_nonzero(norms == 0)
   parts = [
-    said[anchor.captured],
+    {True: 'captured: the params at the first update', False: 'passed', None: ''}[anchor.captured],
     '' if not zero else 'zero' if zero == len(norms) else f'zero in {zero} of {len(norms)} layers',
     'moving' if anchor.moving else '',
   ]
@@ -195,59 +167,45 @@ def layers(runs: Sequence[Series], most: int | None = None) -> Table:
   The first are those that were held most, or that differ most.
   """
   names = list(dict.fromkeys(name for series in runs for name in series.layers))
-  shares = [dict(zip(series.layers, series.share.tolist(), strict=True)) for series in runs]
-  first, last = ([share.get(name, 0.0) for name in names] for share in (shares[0], shares[-1]))
-  order = np.array(first) if len(runs) == 1 else np.abs(np.subtract(first, last))
-  chosen = list(range(len(names)))
   title = 'Layers'
   if most is not None and len(names) > most:
-    chosen = np.argsort(-order, kind='stable')[:most].tolist()
     how = 'held most' if len(runs) == 1 else 'that differ most'
     title = f'Layers {how} ({most} of {len(names)}; --all: all)'
-  cells = [_cells(series) for series in runs]
-  header = list(dict.fromkeys(key for column in cells for key in column))
-  rows = [
-    [printable(names[i]), *(x.get(key, {}).get(names[i], '–') for key in header for x in cells)]
-    for i in chosen
+    shares = [dict(zip(series.layers, series.share, strict=True)) for series in runs]
+    first, second = [*shares, {}][:2]
+    names = sorted(names, key=lambda x: -abs(first.get(x, 0) - second.get(x, 0)))[:most]
+  cells: list[dict[str, dict[str, str]]] = [
+    {name: _cells(series, slice(i, i + 1)) for i, name in enumerate(series.layers)}
+    for series in runs
   ]
+  keys = list(dict.fromkeys(key for by_name in cells for row in by_name.values() for key in row))
+  rows = [[x, *(c.get(x, {}).get(key, '–') for key in keys for c in cells)] for x in names]
   if len(runs) > 1:
-    title += ', ' + ' and '.join(printable(series.name) for series in runs)
-    header = [cell for key in header for cell in (f'{key}: A', 'B')]
-  return Table(title, ['layer', *header], rows)
-
-
-def _cells(series: Series) -> dict[str, dict[str, str]]:
-  """The cells of a run by the header of their column, and by layer."""
-  last = series.last
-  columns = {
-    'held now': ['yes' if held else '' for held in last.condition],
-    'held, %': map(_percent, series.share),
-    'ratio': map(_number, last.ratio),
-    'distance': map(_number, last.distance),
-    '% of ‖θ₀‖': map(_percent, series.relative[-1]),
-    **{printable(name): map(_number, values) for name, values in last.rule_state.items()},
-  }
-  return {key: dict(zip(series.layers, x, strict=True)) for key, x in columns.items()}
+    title += ', ' + ' and '.join(series.name for series in runs)
+    keys = [cell for key in keys for cell in (f'{key}: A', 'B')]
+  return _table(title, ['layer', *keys], rows)
 
 
 def of_blocks(series: Series, most: int) -> Table:
   """A row per block of layers; none if there are at most so many layers."""
-  rows = []
-  for name, begin, end in blocks(series.layers, most):
-    part = slice(begin, end)
-    distance = series.distance[-1, part]
-    rows.append(
-      [
-        printable(name),
-        str(end - begin),
-        f'{100 * np.mean(series.last.condition[part]):.1f}',
-        f'{100 * np.mean(series.share[part]):.1f}',
-        _number(float(np.linalg.norm(distance))),
-        _percent(float(reports.overall(distance, series.norms[part]))),
-      ]
-    )
-  header = ['block', 'layers', 'held now, %', 'held, %', 'distance', '% of ‖θ₀‖']
-  return Table('Blocks of layers', header, rows if len(rows) < len(series.layers) else [])
+  found = blocks(series.layers, most)
+  rows = [[name, *_cells(series, slice(begin, end)).values()] for name, begin, end in found]
+  header = ['block', *_cells(series, slice(1))]
+  return _table('Blocks of layers', header, rows if len(rows) < len(series.layers) else [])
+
+
+def _cells(series: Series, part: slice) -> dict[str, str]:
+  """The cells of a layer or of several, by the header of their column."""
+  last = series.last
+  held, distance = last.condition[part], last.distance[part]
+  return {
+    'held now': f'{sum(held)} of {len(held)}' if len(held) > 1 else 'yes' if held.all() else '',
+    'held, %': _percent(np.mean(series.share[part])),
+    'ratio': _number(np.mean(last.ratio[part])),
+    'distance': _number(np.linalg.norm(distance)),
+    '% of ‖θ₀‖': _percent(reports.overall(distance, series.norms[part])),
+    **{name: _number(np.mean(values[part])) for name, values in last.rule_state.items()},
+  }
 
 
 def metrics(runs: Sequence[Series]) -> Table:
@@ -257,21 +215,15 @@ def metrics(runs: Sequence[Series]) -> Table:
     for series in runs:
       if name in series.metrics:
         values = series.metrics[name][1]
-        finite = values[np.isfinite(values)]
-        ends = (finite.min(), finite.max()) if len(finite) else (np.nan, np.nan)
-        cells = [_number(x) for x in (values[0], values[-1], *ends)]
-        rows.append([printable(name), printable(series.name), *cells])
-  return Table('Metrics', ['metric', 'run', 'first', 'last', 'smallest', 'largest'], rows)
+        finite = values[np.isfinite(values)] if np.isfinite(values).any() else [np.nan]
+        shown = (values[0], values[-1], min(finite), max(finite))
+        rows.append([name, series.name, *map(_number, shown)])
+  return _table('Metrics', ['metric', 'run', 'first', 'last', 'smallest', 'largest'], rows)
 
 
-def _number(value: float) -> str:
+def _number(value: Any) -> str:
   return '–' if np.isnan(value) else f'{value:.4g}'
 
 
-def _percent(value: float) -> str:
+def _percent(value: Any) -> str:
   return '–' if np.isnan(value) else f'{100 * value:.1f}'
-
-
-def printable(text: str) -> str:
-  """The text without characters that could steer a terminal."""
-  return ''.join(c if c.isprintable() else '\N{REPLACEMENT CHARACTER}' for c in text)
