@@ -37,11 +37,11 @@ except ImportError:  # one process then runs all tests
 # What depends on the number of devices: on one and on eight. A test of what does not runs once, on
 # whichever worker is free.
 ON_BOTH = {
-  'apply_test', 'contract_test', 'eager_test', 'forms_test', 'golden_test', 'one_device_mesh_test',
+  'apply_test', 'eager_test', 'forms_test', 'golden_test', 'one_device_mesh_test',
   'scan_layout_test', 'stacks_test', 'sums_test', 'typed_shardings_test',
 }  # fmt: skip
-# What XLA treats in another way where a CPU is alone.
-ON_ONE = {'widths_test'}
+# What users do first, on a laptop; XLA treats it in another way where a CPU is alone.
+ON_ONE = {'contract_test', 'widths_test'}
 # What splits arrays in ways that need all eight.
 ON_EIGHT = {'devices_test', 'exchange_test', 'fingerprints_test', 'loading_test', 'reports_test'}
 # Few tests, but long ones: they start first.

@@ -26,7 +26,7 @@ def kinds(state):
   return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(optax.tree.get(state, 'anchor'))}
 
 
-@pytest.mark.parametrize('jit_init', [True, False])
+@pytest.mark.parametrize('jit_init', [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('anchor', ['captured', 'tree', 'free'])
 @every_form
 def test_it_stays_there_and_changes_no_bit(make, anchor, jit_init):

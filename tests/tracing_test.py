@@ -76,6 +76,7 @@ def test_the_work_to_trace_is_linear_in_the_leaves(make):
   assert many - some < 2.05 * (some - few)
 
 
+@pytest.mark.slow  # times vary
 @pytest.mark.parametrize('make', [FORMS['projection_decay'], FORMS['adam_spd, margin']])
 def test_the_time_to_trace_does_not_explode(make):
   """Catches the same where the work is within a function."""
@@ -84,6 +85,7 @@ def test_the_time_to_trace_does_not_explode(make):
   assert many < 8 * few  # 16 where the work is quadratic; times are not exact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('make', [FORMS['with_projection_decay'], FORMS['adam_spd, margin']])
 def test_a_step_is_traced_in_thrice_the_time_of_adam(make):
   """Catches work done for each leaf that Adam does not do: functions traced anew, checks."""
@@ -92,6 +94,7 @@ def test_a_step_is_traced_in_thrice_the_time_of_adam(make):
   assert ours < 3 * adam
 
 
+@pytest.mark.slow
 def test_a_link_is_traced_in_thrice_the_time_of_adam():
   """Catches the same in the chain, of which the link is the smaller part."""
   params = model(400)

@@ -55,7 +55,7 @@ def types(tree):
 
 
 @pytest.mark.parametrize('options', LAYERS.values(), ids=LAYERS)
-@pytest.mark.parametrize('jit_init', [True, False])
+@pytest.mark.parametrize('jit_init', [True, pytest.param(False, marks=pytest.mark.slow)])
 @every_form
 def test_explicit_mesh(make, jit_init, options, device_count):
   """Catches zeros of another type than the sums, a group split in two ways, and a reshape."""

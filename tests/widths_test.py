@@ -24,8 +24,11 @@ layered = pytest.mark.parametrize(
 )
 runs = pytest.mark.parametrize(
   ('anchor', 'jit'),
-  [('tree', True), ('captured', True), ('tree', False)],
-  ids=['tree', 'captured', 'tree, eager'],
+  [
+    pytest.param('tree', True, id='tree'),
+    pytest.param('captured', True, id='captured', marks=pytest.mark.slow),
+    pytest.param('tree', False, id='tree, eager', marks=pytest.mark.slow),
+  ],
 )
 
 
@@ -117,7 +120,10 @@ def test_a_single_leaf_of_two_widths(dtypes):
   assert_meets_the_reference(CASES['projection_decay'], [dtypes], 'tree', True)
 
 
-@pytest.mark.parametrize('anchor_dtype', FLOATS)
+@pytest.mark.parametrize(
+  'anchor_dtype',
+  ['float64', *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in FLOATS[:-1])],
+)
 @distinct
 def test_anchors_of_another_width(case, anchor_dtype):
   """Catches an anchor wider than its param, or narrower, that ends in XLA, or is not stored so."""
@@ -142,7 +148,7 @@ def test_a_group_of_many_widths(case):
   assert_meets_the_reference(case, FEW, 'tree', True, None, options, groups=groups)
 
 
-@pytest.mark.parametrize('stack_axis', [0, 1])
+@pytest.mark.parametrize('stack_axis', [0, pytest.param(1, marks=pytest.mark.slow)])
 @layered
 def test_stacked_layers_of_two_widths(case, stack_axis):
   """Catches two widths in one reduction over the slices of a stack."""
