@@ -76,7 +76,7 @@ class Anchoring:
     else:
       values = trees.prefix_values(self.anchor, params, 'anchor')
     return [
-      None if never_held(leaf) else 0 if is_zero(value) else value
+      None if never_held(leaf) else 0 if checks.is_zero(value) else value
       for leaf, value in zip(params.leaves, values, strict=True)
     ]
 
@@ -181,7 +181,7 @@ class Anchoring:
     pairs = zip(view.at, view.params, view.anchors, strict=True)
     ends = {view.flat.paths[i]: (p, a) for i, p, a in pairs}
     moved = [leafwise.followed(*ends[path], self.ema) for path in flat.paths]
-    return jax.tree.unflatten(flat.treedef, _cast(moved, flat.leaves))
+    return jax.tree.unflatten(flat.treedef, _cast(flat.leaves, moved))
 
   def _captured(
     self, stored: Any, params: trees.Flat, values: Sequence[Any], count: jax.Array
@@ -208,7 +208,7 @@ class Anchoring:
     if isinstance(count, jax.core.Tracer):
       # A conditional leaves the anchor's buffers alone on every later step,
       # where a select would read and write a copy of the model each time.
-      taken = jax.lax.cond(count == 0, _cast_of_second, _first, old, new)
+      taken = jax.lax.cond(count == 0, _cast, _first, old, new)
     else:
       taken = [copy(p, p, a.dtype) for a, p in zip(old, new, strict=True)] if count == 0 else old
     leaves = dict(enumerate(flat.leaves)) | dict(zip(at, taken, strict=True))
@@ -218,12 +218,15 @@ class Anchoring:
 # Functions of the module, because JAX would take those made in each call for new ones.
 
 
-def _first(old: list[Any], new: list[Any]) -> list[Any]:
-  return old
+def _first(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
+  return list(old)
 
 
-def _cast_of_second(old: list[Any], new: list[Any]) -> list[Any]:
-  return _cast(new, old)
+def _cast(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
+  """The new arrays in the dtypes, and in the memory, of the old."""
+  cast = [jnp.asarray(x, like.dtype) for like, x in zip(old, new, strict=True)]
+  pairs = zip(old, cast, strict=True)
+  return [memory.on_host(x) if memory.is_on_host(like) else x for like, x in pairs]
 
 
 def _check_no_module(anchor: Any) -> None:
@@ -251,11 +254,6 @@ def flat_params(params: Any) -> trees.Flat:
   return flat
 
 
-def _cast(params: Sequence[Any], like: Sequence[jax.Array]) -> list[jax.Array]:
-  cast = [jnp.asarray(p, a.dtype) for p, a in zip(params, like, strict=True)]
-  return [memory.on_host(p) if memory.is_on_host(a) else p for p, a in zip(cast, like, strict=True)]
-
-
 def _is_captured(value: Any) -> bool:
   """Whether a leaf of the anchor stands for the param at the first update."""
   return isinstance(value, jax.ShapeDtypeStruct)
@@ -266,14 +264,9 @@ def never_held(leaf: Any) -> bool:
   return not jnp.issubdtype(checks.dtype_of(leaf), jnp.inexact) or np.size(leaf) == 0
 
 
-def is_zero(value: Any) -> bool:
-  """Whether a value given as an anchor is the zero anchor, a number and no array."""
-  return isinstance(value, int | float) and not isinstance(value, bool) and value == 0
-
-
 def is_stored(value: Any) -> bool:
   """Whether a value given as an anchor is neither zero nor free."""
-  return value is not None and not is_zero(value)
+  return value is not None and not checks.is_zero(value)
 
 
 def _mismatch(leaf: Any, value: Any, anchor_dtype: Any) -> str | None:

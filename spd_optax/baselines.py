@@ -103,7 +103,7 @@ def interpolate(anchor: optax.Params, params: optax.Params, alpha: chex.Numeric)
       return leaf
     if isinstance(start, jax.ShapeDtypeStruct):
       raise TypeError('interpolate(anchor, params, alpha): the anchor has no values, only shapes')
-    start = 0.0 if anchors.is_zero(start) else at_least_float32(start)
+    start = 0.0 if checks.is_zero(start) else at_least_float32(start)
     end = at_least_float32(leaf)
     mixed = (1 - alpha) * start + alpha * end
     # 0 · ∞ is NaN.

@@ -57,6 +57,11 @@ def is_array(value: Any) -> bool:
   return True
 
 
+def is_zero(value: Any) -> bool:
+  """Whether a value is known to be 0 at trace time: a number, no array and no schedule."""
+  return isinstance(value, int | float) and not isinstance(value, bool) and value == 0
+
+
 def is_function(value: Any) -> bool:
   """Whether it can be called and is no pytree, as a model with `__call__` may be."""
   return callable(value) and jax.tree_util.all_leaves([value])

@@ -8,7 +8,7 @@ import chex
 import jax
 import optax
 
-from spd_optax import rules
+from spd_optax import checks, rules
 from spd_optax.anchors import Anchoring
 from spd_optax.engine import Engine, ProjectionDecayState, replaced
 from spd_optax.layers import Arrangement, AxisName, Group, StackAxis
@@ -135,7 +135,7 @@ class _Link:
   ) -> tuple[optax.Updates, ProjectionDecayState]:
     del extra_args
     step, state = self.engine.decide(state, *self.engine.view(updates, state, params))
-    if not rules.is_zero(self.engine.strength):
+    if not checks.is_zero(self.engine.strength):
       updates = replaced(updates, step, step.view.gradients, _turned_back)
     return updates, state
 

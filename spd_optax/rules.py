@@ -115,11 +115,6 @@ def _condition(norms: Mapping[str, jax.Array], margin: chex.Numeric) -> jax.Arra
   )
 
 
-def is_zero(number: chex.Numeric) -> bool:
-  """Whether a number is known to be 0 at trace time; schedules and traced values are not."""
-  return isinstance(number, int | float) and number == 0
-
-
 class Projection(Rule):
   """The paper's rule: a turned layer does not move farther away (eq. 3, 4 and 9).
 
@@ -134,7 +129,7 @@ class Projection(Rule):
 
   @property
   def needs(self) -> Sequence[str]:  # type: ignore[override]  # depends on the margin
-    return ('after',) if is_zero(self.margin) else ('after', 'gradient_norm')
+    return ('after',) if checks.is_zero(self.margin) else ('after', 'gradient_norm')
 
   def decide(
     self, norms: Mapping[str, jax.Array], numbers: Numbers, strength: chex.Numeric

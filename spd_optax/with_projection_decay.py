@@ -188,7 +188,7 @@ class _Around:
     **extra_args: Any,
   ) -> tuple[optax.Updates, WithProjectionDecayState]:
     step, updates, _, state = self._decide(updates, state, params, extra_args)
-    if not rules.is_zero(self.engine.strength):
+    if not checks.is_zero(self.engine.strength):
       leaves = jax.tree.leaves(updates)
       own = [like_param(leaves[i], p) for i, p in zip(step.view.at, step.view.params, strict=True)]
       updates = replaced(updates, step, own, _shortened)
@@ -203,7 +203,7 @@ class _Around:
   ) -> tuple[optax.Params, WithProjectionDecayState]:
     step, updates, moved, state = self._decide(gradients, state, params, extra_args)
     after = optax.apply_updates(params, updates)
-    if not rules.is_zero(self.engine.strength):
+    if not checks.is_zero(self.engine.strength):
       after = replaced(after, step, moved, _projected)
     return after, state
 
