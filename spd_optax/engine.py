@@ -257,10 +257,10 @@ def _outcome(
   del decide
   norms = {name: x if name == 'inner' else formulas.norm(x) for name, x in sums.items()}
   inner = norms['inner']
-  usable = (strength >= 0) & jnp.isfinite(strength) & jnp.isfinite(inner)
+  usable = (strength >= 0) & jnp.isfinite(strength)
   decision = rule.decide(norms, numbers, jnp.where(usable, strength, 0.0))
   condition, ratio, scale, new = _per_layer(rule, decision, inner)
-  condition = condition & usable
+  condition = condition & usable & jnp.isfinite(inner)
   return Outcome(
     condition=condition,
     ratio=ratio.astype(jnp.float32),

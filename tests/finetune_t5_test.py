@@ -68,7 +68,7 @@ def test_t5_example_writes_its_results(run):
   for name, row in results.items():
     assert {'exact, code', 'loss, code', 'loss, prose', 'moved'} <= set(row), name
     assert all(len(values) == (1 if name == 'pre-trained' else 2) for values in row.values()), name
-    assert ('held' in row) == name.startswith('SPD'), name
+    assert ('held' in row) == name.startswith(('projection_decay', 'adam_spd')), name
 
 
 def filled_in(inputs, targets, sentinels, end):

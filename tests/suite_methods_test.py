@@ -165,7 +165,7 @@ def test_spd_is_the_librarys() -> None:
   theta, gradients = some()
   for strength, margin in ((1.0, 0.05), (0.3, 0.0)):
     pairs = (
-      (methods.exact(methods.adam), spd.adam_spd(RATE, strength=strength, margin=margin)),
+      (methods.around(methods.adam), spd.adam_spd(RATE, strength=strength, margin=margin)),
       (
         methods.chained,
         optax.chain(spd.projection_decay(None, strength, margin=margin), optax.adam(RATE)),
