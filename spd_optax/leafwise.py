@@ -53,8 +53,13 @@ def sums(
   needed: tuple[str, ...],
 ) -> Sums:
   """⟨g, d⟩ as 'inner', and the squared norms that are needed, of one leaf."""
-  gradient, d = at_least_float32(gradient), deviation(param, anchor)
-  terms = {'inner': _products(gradient, d), 'distance': _products(d, d)}
+  (of_distance,) = fusion_barrier(param, platforms=('cpu',))
+  of_inner = fusion_barrier(gradient, param, platforms=('cpu',))
+  gradient, d = at_least_float32(gradient), deviation(of_distance, anchor)
+  terms = {
+    'inner': _products(at_least_float32(of_inner[0]), deviation(of_inner[1], anchor)),
+    'distance': _products(d, d),
+  }
   if 'gradient_norm' in needed:
     terms['gradient_norm'] = _products(gradient, gradient)
   if after is not None and 'after' in needed:
@@ -79,20 +84,17 @@ def taken_back(
   return jnp.where(active, shifted, leaf)
 
 
-def fusion_barrier(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """The arrays, computed once, on TPU.
+def fusion_barrier(*arrays: jax.Array, platforms: tuple[str, ...]) -> tuple[jax.Array, ...]:
+  """The arrays, for a use of their own on these platforms.
 
-  XLA:TPU computes an optimizer's step twice, once for the sums and once for the result, unless
-  a barrier keeps it on the chip. XLA:GPU and XLA:CPU do best without barriers.
+  What XLA:CPU computes for two loops (d, say) it writes to a new buffer, whose pages cost more
+  than computing it twice; behind a barrier nothing is shared. XLA:TPU, on the other hand,
+  computes an optimizer's step twice unless a barrier keeps it on the chip. XLA:GPU does best
+  without barriers.
   """
-  if any(map(shardings.is_shard, arrays)):
-    # All results of one barrier vary over the mapped axes of any operand.
-    return tuple(_on_tpu(array)[0] for array in arrays)
-  return _on_tpu(*arrays)
-
-
-def _on_tpu(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-  kept: tuple[jax.Array, ...] = jax.lax.platform_dependent(
-    arrays, tpu=jax.lax.optimization_barrier, default=tuple
-  )
-  return kept
+  branches = dict.fromkeys(platforms, jax.lax.optimization_barrier)
+  # All results of one barrier vary over the mapped axes of any operand of it.
+  apart = any(map(shardings.is_shard, arrays))
+  groups = [(array,) for array in arrays] if apart else [arrays]
+  kept = [jax.lax.platform_dependent(x, **branches, default=tuple) for x in groups]
+  return tuple(array for group in kept for array in group)

@@ -12,7 +12,7 @@ from spd_optax import checks, rules
 from spd_optax.anchors import Anchoring
 from spd_optax.engine import Engine, ProjectionDecayState, replaced
 from spd_optax.layers import Arrangement, AxisName, Group, StackAxis
-from spd_optax.leafwise import deviation, taken_back
+from spd_optax.leafwise import deviation, fusion_barrier, taken_back
 from spd_optax.rules import GradientTurn, Rule
 
 
@@ -143,4 +143,5 @@ class _Link:
 @functools.partial(jax.jit, static_argnames='axis')
 def _turned_back(gradient, param, anchor, active, scale, *, axis):  # type: ignore[no-untyped-def]
   """g + scale · d."""
+  gradient, active, scale = fusion_barrier(gradient, active, scale, platforms=('cpu',))
   return taken_back(gradient, deviation(param, anchor), active, scale, axis)

@@ -208,25 +208,27 @@ class _Around:
     return after, state
 
 
+BARRIERS = ('cpu', 'tpu')
 _jit = functools.partial(jax.jit, static_argnames='axis')
 
 
 @jax.jit
 def _sum(param: jax.Array, update: jax.Array) -> jax.Array:
   """θ̃ = θ + u, in float32 or wider."""
+  param, update = fusion_barrier(param, update, platforms=('cpu',))
   return at_least_float32(param) + at_least_float32(update)
 
 
 @_jit
 def _shortened(update, param, anchor, active, scale, *, axis):  # type: ignore[no-untyped-def]
   """u − scale · (θ̃ − θ_0)."""
-  update, active, scale = fusion_barrier(update, active, scale)
+  update, active, scale = fusion_barrier(update, active, scale, platforms=BARRIERS)
   return taken_back(update, deviation(_sum(param, update), anchor), active, -scale, axis)
 
 
 @_jit
 def _projected(after, param, anchor, active, scale, *, axis):  # type: ignore[no-untyped-def]
   """θ̃ − scale · (θ̃ − θ_0), in the dtype of the param."""
-  after, active, scale = fusion_barrier(after, active, scale)
+  after, active, scale = fusion_barrier(after, active, scale, platforms=BARRIERS)
   shifted = taken_back(after, deviation(after, anchor), active, -scale, axis)
   return shifted.astype(param.dtype)
