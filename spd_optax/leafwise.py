@@ -53,11 +53,12 @@ def sums(
   needed: tuple[str, ...],
 ) -> Sums:
   """⟨g, d⟩ as 'inner', and the squared norms that are needed, of one leaf."""
-  (of_distance,) = fusion_barrier(param, platforms=('cpu',))
-  of_inner = fusion_barrier(gradient, param, platforms=('cpu',))
-  gradient, d = at_least_float32(gradient), deviation(of_distance, anchor)
+  # Each sum on a CPU computes d for itself.
+  (alone,) = fusion_barrier(param, platforms=('cpu',))
+  g, p = fusion_barrier(gradient, param, platforms=('cpu',))
+  d, gradient = deviation(alone, anchor), at_least_float32(gradient)
   terms = {
-    'inner': _products(at_least_float32(of_inner[0]), deviation(of_inner[1], anchor)),
+    'inner': _products(at_least_float32(g), deviation(p, anchor)),
     'distance': _products(d, d),
   }
   if 'gradient_norm' in needed:

@@ -327,7 +327,7 @@ def _start(tree: Any) -> Any:
 
 
 def _whole(array: Any) -> Any:
-  """The array in a form of which this process has all."""
+  """The array in a form that lies in this process as a whole."""
   if not isinstance(array, jax.Array) or array.is_fully_addressable:
     return array
   if array.is_fully_replicated:
@@ -357,7 +357,7 @@ def anchor_norms(states: States, stack_axis: StackAxis = None, group: Group = No
   for state in states.values():
     members = _members(state, stack_axis, group)
     squares = _squares([(leaf, axis) for _, leaf, axis in members or ()])
-    # A layer without members has an anchor of which nothing is stored: `0`.
+    # A layer without members has the zero anchor, which is not stored.
     found = {key: np.full(x, np.nan if members is None else 0) for key, x in shapes(state).items()}
     for (key, _, axis), square in zip(members or (), squares, strict=True):
       found[key] = found[key] + (np.nan if axis == UNKNOWN else square)
