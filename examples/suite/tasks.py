@@ -37,6 +37,9 @@ class Task(NamedTuple):
     pretrain_steps, pretrain_rate: AdamW's, with batches of 64.
     steps, batch, shots: of fine-tuning, for each stage.
     rank: of the low-rank adapters that alone are trained; 0 trains all weights.
+    pretrained: () -> params that others trained, with a head of zeros; None: `old` is learned.
+    features: (params, inputs) -> what the head sees, float32[n, d].
+    rates: learning rates of Adam to try, where they are not the suite's.
   """
 
   title: str
@@ -53,6 +56,9 @@ class Task(NamedTuple):
   batch: int = 16
   shots: int = 200
   rank: int = 0
+  pretrained: Callable[[], Params] | None = None
+  features: Callable[[Params, Data], jax.Array] | None = None
+  rates: tuple[float, ...] = ()
 
 
 def size(data: Data) -> int:
