@@ -37,9 +37,9 @@ class Task(NamedTuple):
     pretrain_steps, pretrain_rate: AdamW's, with batches of 64.
     steps, batch, shots: of fine-tuning, for each stage.
     rank: of the low-rank adapters that alone are trained; 0 trains all weights.
-    pretrained: () -> weights that were trained elsewhere, with a head of zeros.
+    pretrained: () -> params that others trained, with a head of zeros; None: `old` is learned.
     features: (params, inputs) -> what the head sees, float32[n, d].
-    rates: learning rates of Adam, where they are not the suite's.
+    rates: learning rates of Adam to try, where they are not the suite's.
   """
 
   title: str

