@@ -7,47 +7,57 @@ import inspect
 import json
 import pkgutil
 import platform
+import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from flax import serialization
 
-import comparison
-import digits
-import finetune_t5
-import prose
 import spd_optax
-import training
-from suite import adapters, classifiers, jobs, models, tasks, text
 
-SHARED = (
-  *(adapters, classifiers, comparison, digits, finetune_t5),
-  *(jobs, models, prose, tasks, text, training),
-)
+EXAMPLES = Path(__file__).parents[1]
 VERSIONS = ('flax', 'jax', 'optax', 'scikit-learn', 'transformers')
 
 
 def digest(*functions: Callable[..., Any], **settings: Any) -> str:
   """A hash of settings, of these functions' code, and of all that every job depends on.
 
-  With a function counts what it calls in its own module, or has in its closure. Comments and
-  docstrings do not count. The texts to learn come with Python, so that its version does.
+  With a function counts what it calls in its own module, or has in its closure, and the modules
+  that are imported there. Comments and docstrings do not count. The texts to learn come with
+  Python, so that its version does.
   """
-  sources = [*shared(), *(bare(each) for function in functions for each in calls(function))]
+  modules = dict.fromkeys(m for each in functions for m in imported(inspect.getmodule(each)))
+  sources = [
+    *library(),
+    *(bare(module) for module in modules if module.__name__ != 'suite.methods'),
+    *(bare(each) for function in functions for each in calls(function)),
+  ]
   text = json.dumps([sources, settings], sort_keys=True, default=str)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @functools.cache
-def shared() -> tuple[str, ...]:
-  """The modules and versions that every job depends on."""
+def library() -> tuple[str, ...]:
+  """The library's code, and the versions of others."""
   names = [module.name for module in pkgutil.iter_modules(spd_optax.__path__)]
-  library = [importlib.import_module(f'spd_optax.{name}') for name in names if name != 'audit']
-  versions = [platform.python_version(), *map(metadata.version, VERSIONS)]
-  return (*(bare(module) for module in (*SHARED, *library)), *versions)
+  modules = [importlib.import_module(f'spd_optax.{name}') for name in names if name != 'audit']
+  return (*map(bare, modules), platform.python_version(), *map(metadata.version, VERSIONS))
+
+
+def imported(module: ModuleType | None) -> list[ModuleType]:
+  """The module, the examples' modules that it imports, and those that these import."""
+  found = [module] if module else []
+  for each in found:
+    for value in vars(each).values():
+      name = value.__name__ if inspect.ismodule(value) else getattr(value, '__module__', None)
+      other = sys.modules.get(name) if isinstance(name, str) else None
+      if other and other not in found and EXAMPLES in Path(other.__file__ or '').parents:
+        found.append(other)
+  return found
 
 
 def bare(code: Any) -> str:

@@ -9,15 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from sklearn.linear_model import LogisticRegression
 
 import comparison
 import spd_optax as spd
 import training
-from suite import adapters
-from suite.methods import ALPHAS, EARLY, WISE_FT, Method, Setting
+from suite import adapters, peers
+from suite.choice import PEER
+from suite.methods import EARLY, KL, RANK, WISE_FT, Method, Setting
 from suite.tasks import Data, Params, Task, size, take
 
-SEGMENTS = 10  # times at which early stopping looks at the validation data
+PROBES = (0.01, 0.1, 1.0)  # inverse strengths of a probe's regularization
+SEGMENTS = 10  # early stopping looks at the validation data after each, and the rate decays
 
 Record = dict[str, Any]
 
@@ -40,6 +43,36 @@ def pretrain(task: Task, seeds: int, steps: int) -> Params:
   return training.train(task.loss, optimizer, starts, task.old, order, state=state)[0]
 
 
+def load(task: Task, seeds: int) -> Params:
+  """Loaded weights for each seed, whose head is a linear probe of that seed's examples."""
+  base = task.pretrained()
+  pool = task.stages[0].pool
+  inputs, labels = (x[0] for x in seen(task, jax.tree.map(lambda x: x[None], base), pool))
+  scale = np.std(inputs)
+  heads = []
+  for seed in range(seeds):
+    trained, rest = rows_of(task, len(labels), seed)
+    probes = [
+      LogisticRegression(C=c, max_iter=1000).fit(inputs[trained] / scale, labels[trained])
+      for c in PROBES
+    ]
+    best = max(probes, key=lambda probe: probe.score(inputs[rest] / scale, labels[rest]))
+    kernel, bias = best.coef_.T / scale, best.intercept_
+    if len(bias) == 1:  # of two classes it has one
+      kernel, bias = kernel * [[-0.5, 0.5]], bias * [-0.5, 0.5]
+    head = jax.tree.map(np.array, base[task.blocks[-1]])
+    head['kernel'][:, best.classes_], head['bias'][best.classes_] = kernel, bias
+    heads.append(head)
+  every = jax.tree.map(lambda x: np.broadcast_to(x, (seeds, *x.shape)), base)
+  return every | {task.blocks[-1]: jax.tree.map(lambda *x: np.stack(x), *heads)}
+
+
+def rows_of(task: Task, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+  """The rows of a pool that a seed trains on, and the rest."""
+  trained = np.random.default_rng(seed).permutation(rows)[: task.shots]
+  return trained, np.setdiff1d(np.arange(rows), trained)
+
+
 class Split(NamedTuple):
   """A stage's examples for each seed: batches to train on, and rows of the rest."""
 
@@ -51,12 +84,64 @@ def split(task: Task, pool: Data, seeds: int, steps: int) -> Split:
   """Every seed has its own training examples; what it does not train on is for validation."""
   rows, batch = size(pool), min(task.batch, task.shots)
   order = training.batch_order(seeds, steps, batch, rows, task.shots)
-  trained = [np.random.default_rng(seed).permutation(rows)[: task.shots] for seed in range(seeds)]
-  return Split(order, np.stack([np.setdiff1d(np.arange(rows), at) for at in trained]))
+  return Split(order, np.stack([rows_of(task, rows, seed)[1] for seed in range(seeds)]))
+
+
+class Program(NamedTuple):
+  """What a method trains: compiled once for all its runs, which differ in numbers alone.
+
+  Attributes:
+    loss: of the params that it trains.
+    optimizer: for these.
+    wrap: (weights of each run, its cases) -> these.
+    unwrap: the weights that the model computes with.
+  """
+
+  loss: training.Loss
+  optimizer: optax.GradientTransformation
+  wrap: Callable[[Params, Sequence[Case]], Params] = lambda params, cases: params
+  unwrap: Callable[[Params], Params] = lambda params: params
+
+
+def program(task: Task, method: Method, case: Case) -> Program:
+  """The program for all cases like this one."""
+  optimizer = injected(task, method, case)
+  rank = int(case.setting.get(RANK, task.rank))
+  if rank:
+
+    def wrap(params: Params, cases: Sequence[Case]) -> Params:
+      keys = jax.vmap(jax.random.key)(np.array([case.seed for case in cases]))
+      return jax.vmap(functools.partial(adapters.wrap, rank=rank))(params, key=keys)
+
+    return Program(
+      lambda params, batch: task.loss(adapters.merge(params), batch),
+      adapters.alone(optimizer),
+      wrap,
+      jax.vmap(adapters.merge),
+    )
+  if KL in case.setting:
+
+    def with_base(params: Params, cases: Sequence[Case]) -> Params:
+      strengths = jnp.array([float(case.setting[KL]) for case in cases])
+      return {'model': params, 'base': jax.tree.map(jnp.copy, params), 'kl': strengths}
+
+    return Program(
+      peers.with_base(task.loss, task.logits),
+      peers.model_alone(optimizer),
+      with_base,
+      lambda params: params['model'],
+    )
+  return Program(task.loss, optimizer)
 
 
 def fine_tune(
-  task: Task, method: Method, cases: Sequence[Case], foundation: Params, seeds: int, steps: int
+  task: Task,
+  method: Method,
+  made: Program,
+  cases: Sequence[Case],
+  foundation: Params,
+  seeds: int,
+  steps: int,
 ) -> Iterator[tuple[str, Params, Any]]:
   """All cases, which differ in numbers alone.
 
@@ -64,51 +149,47 @@ def fine_tune(
     The method's name where it has another, the trained weights, and the optimizer's state.
   """
   at = np.array([case.seed for case in cases])
-  rank = int(cases[0].setting.get('rank', task.rank))
-  base = jax.tree.map(lambda x: jnp.asarray(x)[at], foundation)
-  params, loss, optimizer = base, task.loss, injected(task, method, cases[0])
-  if rank:
-    keys = jax.vmap(jax.random.key)(at)
-    params = jax.vmap(functools.partial(adapters.wrap, rank=rank))(base, key=keys)
-    loss = lambda params, batch: task.loss(adapters.merge(params), batch)  # noqa: E731
-    optimizer = adapters.alone(optimizer)
+  params = made.wrap(jax.tree.map(lambda x: jnp.asarray(x)[at], foundation), cases)
   best = Best(task, at) if EARLY in method.ends else None
   for i, stage in enumerate(task.stages):
     parts = split(task, stage.pool, seeds, steps)
-    state = with_numbers(jax.vmap(optimizer.init)(params), cases)
-    for segment in np.array_split(parts.order[at], SEGMENTS, axis=1):
+    state = jax.vmap(made.optimizer.init)(params)
+    for k, segment in enumerate(np.array_split(parts.order[at], SEGMENTS, axis=1)):
+      decay = (1 + np.cos(np.pi * (k + 0.5) / SEGMENTS)) / 2 if task.cosine else 1.0
+      state = with_numbers(state, cases, decay)
       params, state = training.train(
-        loss, optimizer, params, stage.pool, segment, state=state, chunk=segment.shape[1] or 1
+        made.loss,
+        made.optimizer,
+        params,
+        stage.pool,
+        segment,
+        state=state,
+        chunk=segment.shape[1] or 1,
       )
       if best and i == len(task.stages) - 1:
-        best.see(merged(params, rank), stage.pool, parts.validation[at])
-  yield '', merged(params, rank), state
+        best.see(made.unwrap(params), stage.pool, parts.validation[at])
+  yield '', made.unwrap(params), state
   if WISE_FT in method.ends:
-    yield WISE_FT, merged(params, rank), None
+    yield WISE_FT, made.unwrap(params), None
   if best:
     yield EARLY, best.params, None
 
 
-def merged(params: Params, rank: int) -> Params:
-  """The weights that the model computes with."""
-  return jax.vmap(adapters.merge)(params) if rank else params
-
-
 def injected(task: Task, method: Method, case: Case) -> optax.GradientTransformation:
   """The method's optimizer, whose numbers are in its state."""
-  numbers = {name: float(x) for name, x in case.setting.items() if name != 'rank'}
+  numbers = {name: float(x) for name, x in case.setting.items() if name not in (RANK, KL)}
   make = optax.inject_hyperparams(method.optimizer, static_args='blocks')
   return make(learning_rate=case.rate, blocks=task.blocks, **numbers)
 
 
-def with_numbers(state: Any, cases: Sequence[Case]) -> Any:
-  """The state, each case with its own learning rate and setting."""
-  names = [name for name in cases[0].setting if name != 'rank']
+def with_numbers(state: Any, cases: Sequence[Case], decay: float) -> Any:
+  """The state, each case with its own learning rate, times the decay, and setting."""
+  names = [name for name in cases[0].setting if name not in (RANK, KL)]
   numbers = {name: jnp.array([float(case.setting[name]) for case in cases]) for name in names}
   return optax.tree.set(
     state,
     lambda path, value: 'hyperparams' in jax.tree_util.keystr(path),
-    learning_rate=jnp.array([case.rate for case in cases]),
+    learning_rate=jnp.array([case.rate * decay for case in cases]),
     **numbers,
   )
 
@@ -136,14 +217,46 @@ class Best:
 def _scores(score: Callable[..., jax.Array], params: Params, data: Data, rows: Any) -> jax.Array:
   def one(each: tuple[Params, Any]) -> jax.Array:
     params, rows = each
-    return score(params, data if rows is None else jax.tree.map(lambda x: x[rows], data))
+    return score(params, data if rows is None else take(data, rows))
 
   return jax.lax.map(one, (params, rows), batch_size=4)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _scores_seen(score: Callable[..., jax.Array], params: Params, data: Data) -> jax.Array:
+  return jax.vmap(score)(params, data)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _seen(features: Callable[..., jax.Array], params: Params, inputs: jax.Array) -> jax.Array:
+  return jax.vmap(features, in_axes=(0, None))(params, inputs)
+
+
+CHUNK = 128  # inputs at a time where a loaded model is measured: one program for all sets
+
+
+def seen(task: Task, params: Params, data: Data) -> Data:
+  """The data with features in place of inputs, and a leading axis of runs."""
+  runs = size(params)
+
+  def of(x: np.ndarray) -> np.ndarray:
+    if np.ndim(x) < 2:
+      return np.broadcast_to(x, (runs, *x.shape))
+    whole = np.concatenate([x, np.repeat(x[-1:], -len(x) % CHUNK, axis=0)])
+    parts = whole.reshape(-1, CHUNK, *x.shape[1:])
+    return np.concatenate([_seen(task.features, params, part) for part in parts], 1)[:, : len(x)]
+
+  return jax.tree.map(of, data)
+
+
 def scores_on(task: Task, params: Params, data: Data, rows: np.ndarray | None = None) -> np.ndarray:
   """The score of each run on the data, or on its own rows of them."""
-  return np.asarray(_scores(task.score, params, jax.tree.map(jnp.asarray, data), rows))
+  if task.features is None:
+    return np.asarray(_scores(task.score, params, jax.tree.map(jnp.asarray, data), rows))
+  data = seen(task, params, data)
+  if rows is not None:
+    data = jax.tree.map(lambda x: x[np.arange(len(rows))[:, None], rows], data)
+  return np.asarray(_scores_seen(task.score, {task.blocks[-1]: params[task.blocks[-1]]}, data))
 
 
 def measure(task: Task, params: Params, at: np.ndarray, seeds: int) -> dict[str, Any]:
@@ -189,27 +302,57 @@ def run(
   foundation: Params,
   seeds: int,
   steps: int,
+  at_once: int | None = None,
 ) -> list[Record]:
-  """Fine-tunes and measures: the records of the method, and of those that go on from it."""
+  """Fine-tunes and measures: the records of the method, and of those that go on from it.
+
+  Args:
+    task: what is learned.
+    name: the method's, for the records.
+    method: its optimizer and settings.
+    rates: learning rates of Adam.
+    foundation: the models to start from, one for each seed.
+    seeds: their number.
+    steps: of each stage.
+    at_once: configurations that are trained at a time; None trains all, which needs most memory.
+  """
   found: list[Record] = []
-  for _, settings in itertools.groupby(method.settings, lambda setting: setting.get('rank')):
-    cases = [
-      Case(setting, rate, seed) for setting in settings for rate in rates for seed in range(seeds)
-    ]
-    at = np.array([case.seed for case in cases])
-    scaled = [case._replace(rate=case.rate * method.rate) for case in cases]
-    for end, params, state in fine_tune(task, method, scaled, foundation, seeds, steps):
-      if end != WISE_FT:
-        held = comparison.held(state, steps) if state is not None else {}
-        moved = {'moved': moved_by(params, foundation, at)}
-        found += records(end or name, cases, measure(task, params, at, seeds), moved | held)
-        continue
-      for setting in ALPHAS:
-        mix = functools.partial(spd.interpolate, alpha=setting['alpha'])
-        between = jax.vmap(mix)(take(foundation, at), params)
-        relabeled = [case._replace(setting=setting) for case in cases]
-        moved = {'moved': moved_by(between, foundation, at)}
-        found += records(end, relabeled, measure(task, between, at, seeds), moved)
+  for _, settings in itertools.groupby(method.settings, lambda setting: setting.get(RANK)):
+    each = list(itertools.product(settings, rates))
+    made = program(task, method, Case(each[0][0], each[0][1], 0))
+    for start in range(0, len(each), at_once or len(each)):
+      part = each[start : start + (at_once or len(each))]
+      cases = [Case(setting, rate, seed) for setting, rate in part for seed in range(seeds)]
+      found += _measured(task, name, method, made, cases, foundation, seeds, steps)
+  return found
+
+
+def _measured(
+  task: Task,
+  name: str,
+  method: Method,
+  made: Program,
+  cases: Sequence[Case],
+  foundation: Params,
+  seeds: int,
+  steps: int,
+) -> list[Record]:
+  at = np.array([case.seed for case in cases])
+  scaled = [case._replace(rate=case.rate * method.rate) for case in cases]
+  found: list[Record] = []
+  for end, params, state in fine_tune(task, method, made, scaled, foundation, seeds, steps):
+    if end != WISE_FT:
+      held = comparison.held(state, steps) if state is not None else {}
+      moved = {'moved': moved_by(params, foundation, at)}
+      found += records(end or name, cases, measure(task, params, at, seeds), moved | held)
+      continue
+    for setting in method.alphas:
+      mix = functools.partial(spd.interpolate, alpha=setting['alpha'])
+      between = jax.vmap(mix)(take(foundation, at), params)
+      relabeled = [case._replace(setting={**case.setting, **setting}) for case in cases]
+      title = end if name == PEER else f'{name} + {end}'
+      moved = {'moved': moved_by(between, foundation, at)}
+      found += records(title, relabeled, measure(task, between, at, seeds), moved)
   return found
 
 

@@ -20,15 +20,17 @@ class Method(NamedTuple):
   Attributes:
     optimizer: (learning_rate, blocks, **setting) -> optimizer; `blocks` as in `Task`.
     settings: hyperparameters to sweep. A `rank` is that of low-rank adapters, which alone
-      are trained.
+      are trained; `kl` weighs the divergence from the base model's answers, added to the loss.
     rate: its learning rates are so many times Adam's.
     ends: methods that go on from its trained weights: `WISE_FT` and `EARLY`.
+    alphas: of WiSE-FT.
   """
 
   optimizer: Callable[..., optax.GradientTransformation]
   settings: tuple[Setting, ...] = ({},)
   rate: float = 1.0
   ends: tuple[str, ...] = ()
+  alphas: tuple[Setting, ...] = ({'alpha': 0.5}, {'alpha': 0.25}, {'alpha': 0.75}, {'alpha': 0.9})
 
 
 def adam(learning_rate: Scalar, blocks: Any = None) -> optax.GradientTransformation:
@@ -157,6 +159,13 @@ def chained(
   )
 
 
+def significant(
+  learning_rate: Scalar, blocks: Any, z: Scalar, decay: Scalar = 0.95
+) -> optax.GradientTransformation:
+  """`adam_spd` that holds what does not significantly walk outward."""
+  return spd.adam_spd(learning_rate, rule=spd.SignificantProjection(z, decay))
+
+
 def sweep(**values: tuple[float, ...]) -> tuple[Setting, ...]:
   """One hyperparameter at several values."""
   ((name, each),) = values.items()
@@ -168,9 +177,9 @@ def dial(*settings: tuple[float, float]) -> tuple[Setting, ...]:
   return tuple({'strength': strength, 'margin': margin} for strength, margin in settings)
 
 
-WISE_FT = 'WiSE-FT'  # the weights between the pre-trained ones and Adam's
-ALPHAS = sweep(alpha=(0.5, 0.25, 0.75, 0.9))
+WISE_FT = 'WiSE-FT'  # the weights between the pre-trained ones and a method's
 EARLY = 'Early stopping'  # Adam's weights when they did best on the validation data
+RANK, KL = 'rank', 'kl'  # settings of what is trained, not of its optimizer
 HEAD = 1.0  # all blocks but the last are frozen
 FOREVER = 1e9
 

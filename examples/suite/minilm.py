@@ -26,7 +26,6 @@ FORMULA = 'Af'  # stands in the Brown corpus for what is no text
 PADDING = 0
 LENGTH = 32  # tokens that a text is cut to
 EPSILON = 1e-12
-CHUNK = 16  # texts at a time where a model is measured
 BLOCKS = ('embeddings', *(f'layer_{i}' for i in range(LAYERS)), 'head')
 POOL, TEST, OTHERS = 700, 500, 250  # sizes of sets
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
@@ -331,6 +330,15 @@ def unit(x: jax.Array) -> jax.Array:
   return x / jnp.linalg.norm(x, axis=1, keepdims=True)
 
 
+def score(params: Params, data: Data) -> jax.Array:
+  """Accuracy, or how often a query's answer is the one most similar to it, in %."""
+  if isinstance(data, Pairs):
+    cosines = unit(data.queries) @ unit(data.answers).T
+    return 100 * jnp.mean(jnp.argmax(cosines, 1) == jnp.arange(len(cosines)))
+  logits = data[0] @ params['head']['kernel'] + params['head']['bias']
+  return 100 * jnp.mean(jnp.argmax(logits, 1) == data[1])
+
+
 def fine_tuning(name: str, title: str) -> Task:
   """A task on the pre-trained weights."""
   data = load(name)
@@ -339,18 +347,10 @@ def fine_tuning(name: str, title: str) -> Task:
   module = MiniLM(classes, len(arrays('minilm')['embeddings/word/embedding']))
 
   def features(params: Params, tokens: jax.Array) -> jax.Array:
-    def one(each: jax.Array) -> jax.Array:
-      return module.apply({'params': params}, each[None], head=False)[0]
+    return module.apply({'params': params}, tokens, head=False)
 
-    return jax.lax.map(one, tokens, batch_size=CHUNK)
-
-  def score(params: Params, data: Data) -> jax.Array:
-    """Accuracy, or how often a query's answer is the one most similar to it, in %."""
-    x, head = features(params, data[0]), params['head']
-    if isinstance(data, Pairs):
-      queries, answers = map(unit, (x, features(params, data.answers)))
-      return 100 * jnp.mean(jnp.argmax(queries @ answers.T, 1) == jnp.arange(len(x)))
-    return 100 * jnp.mean(jnp.argmax(x @ head['kernel'] + head['bias'], 1) == data[1])
+  def logits(params: Params, batch: Data) -> jax.Array:
+    return module.apply({'params': params}, batch[0])
 
   return Task(
     title=title,
@@ -365,6 +365,8 @@ def fine_tuning(name: str, title: str) -> Task:
     shots=300,
     pretrained=functools.partial(weights, classes),
     features=features,
+    logits=logits,
+    cosine=True,
     rates=RATES,
   )
 

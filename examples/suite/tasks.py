@@ -38,7 +38,10 @@ class Task(NamedTuple):
     steps, batch, shots: of fine-tuning, for each stage.
     rank: of the low-rank adapters that alone are trained; 0 trains all weights.
     pretrained: () -> params that others trained, with a head of zeros; None: `old` is learned.
-    features: (params, inputs) -> what the head sees, float32[n, d].
+    features: (params, inputs) -> what the head sees, float32[n, d]. Where there are features,
+      `score` takes data that have them in place of all inputs.
+    logits: (params, batch) -> float32[n, classes].
+    cosine: whether the learning rate decays, in ten steps.
     rates: learning rates of Adam to try, where they are not the suite's.
   """
 
@@ -58,6 +61,8 @@ class Task(NamedTuple):
   rank: int = 0
   pretrained: Callable[[], Params] | None = None
   features: Callable[[Params, Data], jax.Array] | None = None
+  logits: Callable[[Params, Data], jax.Array] | None = None
+  cosine: bool = False
   rates: tuple[float, ...] = ()
 
 

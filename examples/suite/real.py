@@ -1,0 +1,40 @@
+"""What is compared on real pre-trained models: one training run for each setting and rate.
+
+The head is a linear probe of the training examples at first, so that Adam here is LP-FT. WiSE-FT
+goes on from every method, since it costs nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from suite import methods, peers
+from suite.methods import KL, WISE_FT, Method, Setting, Scalar, dial, sweep
+
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+ALPHAS = sweep(alpha=(0.8, 0.6, 0.4))
+
+
+def towards_base(learning_rate: Scalar, blocks: Any = None) -> optax.GradientTransformation:
+  """Adam, on a loss with the divergence from the base model's answers."""
+  return optax.adam(learning_rate)
+
+
+def method(make: Callable[..., Any], settings: tuple[Setting, ...] = ({},)) -> Method:
+  """A method that WiSE-FT goes on from."""
+  return Method(make, settings, ends=(WISE_FT,), alphas=ALPHAS)
+
+
+METHODS: dict[str, Method] = {
+  'Adam': method(methods.adam),
+  'L2-SP': method(methods.l2_sp, sweep(strength=(0.01, 0.001, 0.1))),
+  'L2-SP, decoupled': method(methods.decoupled_l2_sp, sweep(strength=(1.0, 10.0))),
+  'Cautious decay to the start': method(peers.cautious_to_start, sweep(decay=(1.0, 10.0))),
+  'FTP': method(peers.ftp, sweep(k=(1.0,))),
+  'DiGraP': method(peers.digrap, sweep(rate=(0.01, 0.05))),
+  'KL to the base': method(towards_base, sweep(**{KL: (0.1, 1.0)})),
+  'adam_spd': method(methods.around(methods.adam), dial((1, 0))),
+  'projection_decay': method(methods.chained, dial((1, 0.05), (1, 0))),
+  'SignificantProjection': method(methods.significant, sweep(z=(1.0, 0.0, 2.0))),
+}
