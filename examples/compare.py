@@ -93,7 +93,7 @@ def run_task(name: str, args: argparse.Namespace) -> Result:
     records += cache.records(
       args.out / 'cache' / name / f'{title}.json',
       cache.digest(maker(name), jobs.run, method.optimizer, method=method[1:], **common),
-      lambda: jobs.run(  # noqa: B023
+      lambda: jobs.run(
         *(task, title, method, rates, start_from, args.seeds, task.steps, args.at_once)  # noqa: B023
       ),
     )

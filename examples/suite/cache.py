@@ -17,6 +17,7 @@ from typing import Any
 
 from flax import serialization
 
+import prose
 import spd_optax
 
 EXAMPLES = Path(__file__).parents[1]

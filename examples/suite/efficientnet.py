@@ -244,5 +244,5 @@ def handwriting() -> Task:
     features=features,
     logits=logits,
     cosine=True,
-    rates=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
+    rates=(3e-5, 1e-4, 2e-4, 3e-4, 6e-4),
   )

@@ -2,7 +2,8 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from suite.choice import PEER
 from suite.methods import EARLY, KL, RANK, WISE_FT, Method, Setting
 from suite.tasks import Data, Params, Task, size, take
 
-PROBES = (0.01, 0.1, 1.0)  # inverse strengths of a probe's regularization
+PROBES = (0.003, 0.03, 0.3)  # inverse strengths of a probe's regularization
 SEGMENTS = 10  # early stopping looks at the validation data after each, and the rate decays
 
 Record = dict[str, Any]
@@ -53,7 +54,7 @@ def load(task: Task, seeds: int) -> Params:
   for seed in range(seeds):
     trained, rest = rows_of(task, len(labels), seed)
     probes = [
-      LogisticRegression(C=c, max_iter=1000).fit(inputs[trained] / scale, labels[trained])
+      LogisticRegression(C=c, max_iter=500).fit(inputs[trained] / scale, labels[trained])
       for c in PROBES
     ]
     best = max(probes, key=lambda probe: probe.score(inputs[rest] / scale, labels[rest]))
@@ -271,9 +272,13 @@ def measure(task: Task, params: Params, at: np.ndarray, seeds: int) -> dict[str,
 
 
 def records(
-  name: str, cases: Sequence[Case], found: dict[str, Any], more: dict[str, np.ndarray]
+  name: str,
+  cases: Sequence[Case],
+  found: dict[str, Any],
+  more: dict[str, np.ndarray],
+  layers: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> list[Record]:
-  """A record for each setting and rate, with one value per seed."""
+  """A record for each setting and rate, with one value per seed; `layers` has shares held."""
   made: dict[Any, Record] = {}
   for i, case in enumerate(cases):
     key = (tuple(case.setting.items()), case.rate)
@@ -291,6 +296,9 @@ def records(
       record[column].append(round(float(values[i]), 2))
     for set_name, value in sets.items():
       record['sets'].setdefault(set_name, []).append(round(value, 2))
+    for layer, shares in layers.items():
+      shares_of = record.setdefault('layers', {}).setdefault(layer, [])
+      shares_of.append(round(float(shares[i]), 1))
   return list(made.values())
 
 
@@ -344,7 +352,8 @@ def _measured(
     if end != WISE_FT:
       held = comparison.held(state, steps) if state is not None else {}
       moved = {'moved': moved_by(params, foundation, at)}
-      found += records(end or name, cases, measure(task, params, at, seeds), moved | held)
+      layers = layers_held(state, steps) if task.pretrained else {}
+      found += records(end or name, cases, measure(task, params, at, seeds), moved | held, layers)
       continue
     for setting in method.alphas:
       mix = functools.partial(spd.interpolate, alpha=setting['alpha'])
@@ -354,6 +363,12 @@ def _measured(
       moved = {'moved': moved_by(between, foundation, at)}
       found += records(title, relabeled, measure(task, between, at, seeds), moved)
   return found
+
+
+def layers_held(state: Any, steps: int) -> dict[str, np.ndarray]:
+  """Share of the steps in % in which each layer was held, for each run."""
+  constrained = optax.tree.get(state, 'constrained', {})
+  return {key.replace('~', '/'): 100 * np.asarray(x) / steps for key, x in constrained.items()}
 
 
 def moved_by(params: Params, foundation: Params, at: np.ndarray) -> np.ndarray:
