@@ -1,6 +1,7 @@
 """Tasks of real language on real weights: all-MiniLM-L6-v2 learns what verbs do in a sentence.
 
-The weights, and the texts with their labels, come in packages of public registries.
+The weights (Apache 2.0), and the texts with their labels, come in packages of public registries:
+the Brown corpus, whose holder permits to redistribute it, and WordNet 3.1, under its own licence.
 """
 
 import functools
