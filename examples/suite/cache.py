@@ -56,7 +56,8 @@ def imported(module: ModuleType | None) -> list[ModuleType]:
     for value in vars(each).values():
       name = value.__name__ if inspect.ismodule(value) else getattr(value, '__module__', None)
       other = sys.modules.get(name) if isinstance(name, str) else None
-      if other and other not in found and EXAMPLES in Path(other.__file__ or '').parents:
+      file = getattr(other, '__file__', None)
+      if file and other not in found and EXAMPLES in Path(file).parents:
         found.append(other)
   return found
 

@@ -12,7 +12,6 @@ import optax
 from suite import methods, peers
 from suite.methods import KL, WISE_FT, Method, Scalar, Setting, dial, sweep
 
-RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 ALPHAS = sweep(alpha=(0.8, 0.6, 0.4))
 
 

@@ -1,0 +1,112 @@
+"""SignificantProjection: against a loop in NumPy, and what its one number means."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import spd_optax as spd
+
+Z, DECAY, STRENGTH, RATE = 1.5, 0.75, 0.5, 0.25
+
+
+class Loop:
+  """One layer in float64, by SGD with momentum 1/2; the mean and its error by their definitions."""
+
+  def __init__(self, start):
+    self.start, self.x, self.momentum = start, start.copy(), np.zeros_like(start)
+    self.slopes, self.held = [], []
+
+  def step(self, gradient):
+    d = self.x - self.start
+    distance = np.linalg.norm(d)
+    held = False
+    if distance > 0:
+      if np.isfinite(gradient).all():
+        self.slopes.append(gradient @ d / distance)
+      # The newest counts 1, the one before it DECAY, …
+      weights = DECAY ** np.arange(len(self.slopes))[::-1]
+      weights /= weights.sum()
+      mean, square = weights @ self.slopes, weights @ np.square(self.slopes)
+      held = mean > -Z * np.sqrt(square * (weights**2).sum()) and np.isfinite(gradient).all()
+    self.momentum = self.momentum / 2 + gradient
+    moved = self.x - RATE * self.momentum - self.start
+    after = np.linalg.norm(moved)
+    ratio = max(after - distance, 0) / after if after else 0.0
+    self.x = self.start + moved * (1 - STRENGTH * ratio * held)
+    self.held.append(held)
+
+
+@pytest.mark.parametrize('jit', [True, False], ids=['jit', 'eager'])
+def test_agrees_with_a_loop(jit):
+  """Catches a wrong mean, error or bias correction, and evidence from a layer on its anchor."""
+  rng = np.random.default_rng(0)
+  start = {'kernel': rng.normal(size=(3, 4)), 'bias': rng.normal(size=4), 'still': np.ones(2)}
+  loops = {name: Loop(x.ravel()) for name, x in start.items()}
+  params = jax.tree.map(jnp.float32, start)
+  optimizer = spd.with_projection_decay(
+    optax.sgd(RATE, momentum=0.5), strength=STRENGTH, rule=spd.SignificantProjection(Z, DECAY)
+  )
+  state = optimizer.init(params)
+  update = jax.jit(optimizer.update) if jit else optimizer.update
+  for i in range(40):
+    drift = -1.0 if i % 20 < 10 else 0.5  # outward first, then back, as far as it is one direction
+    gradients = {name: drift + rng.normal(size=x.shape) for name, x in start.items()}
+    gradients['still'] *= i >= 5
+    for name, gradient in gradients.items():
+      loops[name].step(gradient.ravel())
+    updates, state = update(jax.tree.map(jnp.float32, gradients), state, params)
+    params = optax.apply_updates(params, updates)
+    for name, loop in loops.items():
+      np.testing.assert_allclose(np.ravel(params[name]), loop.x, rtol=1e-4, atol=1e-4)
+      assert bool(state.projection_decay.condition[name]) == loop.held[-1], (i, name)
+  shares = {name: np.mean(loop.held) for name, loop in loops.items()}
+  assert all(0.1 < share < 0.9 for share in shares.values()), shares
+
+
+def held_share(size, drift, z, batch=1):
+  """Share of steps held, of a layer whose gradients are noise around a drift outward."""
+  optimizer = spd.with_projection_decay(
+    optax.sgd(1.0), 0, rule=spd.SignificantProjection(z), strength=0
+  )
+  direction = jnp.full(size, size**-0.5)
+  params = 100 * direction  # so far from its anchor that its direction stays
+
+  def step(state, key):
+    noise = jax.random.normal(key, (size,)) * batch**-0.5
+    _, state = optimizer.update(noise - drift * direction, state, params)
+    return state, state.projection_decay.condition['']
+
+  keys = jax.random.split(jax.random.key(0), 4000)
+  _, held = jax.jit(lambda state: jax.lax.scan(step, state, keys))(optimizer.init(params))
+  return float(held[100:].mean())
+
+
+@pytest.mark.parametrize('drift', [0.0, 0.16, 0.5])
+def test_z_means_the_same_at_every_size(drift):
+  """Catches a threshold that is a cosine, whose noise falls as the layer grows."""
+  shares = [held_share(size, drift, 1.0) for size in (10, 1000, 30_000)]
+  # A mean of 39 effective steps: 4000 steps have about 100 of them, so ± 0.05.
+  assert max(shares) - min(shares) < 0.12, shares
+  expected = {0.0: 0.84, 0.16: 0.5, 0.5: 0.02}[drift]
+  assert np.mean(shares) == pytest.approx(expected, abs=0.08)
+
+
+def test_only_the_ratio_of_drift_to_noise_counts():
+  """Catches a threshold that has units: the same layer, its loss times 1000, and other batches."""
+  assert held_share(100, 0.2, 1.0) == held_share(100, 0.2, 1.0, batch=1)
+  assert held_share(100, 0.05, 1.0, batch=16) == pytest.approx(held_share(100, 0.2, 1.0), abs=1e-3)
+
+
+def test_a_gradient_of_nan_is_forgotten():
+  """Catches a NaN that stays in the running mean."""
+  optimizer = spd.adam_spd(0.1, 0, rule=spd.SignificantProjection())
+  params = jnp.ones(3)
+  state = optimizer.init(params)
+  conditions = []
+  for value in (1.0, jnp.nan, 1.0):
+    _, state = optimizer.update(jnp.full(3, value), state, params)
+    conditions.append(bool(state.projection_decay.condition['']))
+  assert conditions == [True, False, True]
+  assert all(bool(jnp.isfinite(x[''])) for x in state.projection_decay.rule_state.values())
