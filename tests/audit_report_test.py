@@ -12,7 +12,7 @@ from audited import made_up, names, run
 
 import spd_optax as spd
 from spd_optax import audit
-from spd_optax.audit import format, pictures, tables
+from spd_optax.audit import format, report, tables
 
 
 @pytest.fixture(scope='module')
@@ -77,13 +77,13 @@ def test_the_heat_map_shows_the_share_of_the_updates_between_its_columns(logs):
   edges, shares = tables.held_between(every, 2)
   between = np.mean([r.condition for r in log.records if edges[0] < r.step <= edges[1]], axis=0)
   np.testing.assert_allclose(shares[0], between)
-  (axes, _) = pictures.held([every]).axes
+  (axes, _) = report.held([every]).axes
   assert axes.collections[0].get_array().shape == (12, 29)
 
 
 @pytest.mark.parametrize('count', [12, 400])
 def test_names_in_the_heat_map_do_not_overlap(logs, count):
-  figure = pictures.held([tables.Series(audit.read(logs[f'a{count}']))])
+  figure = report.held([tables.Series(audit.read(logs[f'a{count}']))])
   figure.canvas.draw()
   labels = [label for label in figure.axes[0].get_yticklabels() if label.get_text()]
   assert len(labels) >= 12
@@ -96,9 +96,9 @@ def test_every_layer_with_a_color_is_in_the_legend(tmp_path):
   # Would catch: names that begin with '_', which matplotlib leaves out by itself.
   layers = ['_k', 'b', '__c', '$d$', *(f'_far/{i}' for i in range(10))]
   over_time = tables.Series(audit.read(made_up(tmp_path / 'run.jsonl', layers, 3)))
-  figure = pictures.draw([over_time])['distance']
+  figure = report.draw([over_time])['distance']
   shown = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-  farthest = sorted(zip(-over_time.distance[-1], over_time.layers, strict=True))[: pictures.CURVES]
+  farthest = sorted(zip(-over_time.distance[-1], over_time.layers, strict=True))[: report.CURVES]
   assert shown[:2] == ['the other 2 layers', 'median of all layers']
   assert shown[2:] == [name.replace('$', r'\$') for _, name in farthest]
 
@@ -120,7 +120,7 @@ def test_blocks_are_those_of_the_paths():
   layers += ['stack/kernel[0]', 'stack/kernel[1]']
   found = tables.blocks(layers, 24)
   assert [block.name for block in found[:2]] == ['a/0', 'a/1']
-  assert found[-1] == ('stack', 60, 62)
+  assert found[-1] == ('stack/kernel', 60, 62)
   assert [block.end for block in found[:-1]] == [block.begin for block in found[1:]]
   flat = tables.blocks([f'layer_{i}' for i in range(400)], 48)
   assert len(flat) <= 48
@@ -154,7 +154,7 @@ def test_compare_puts_two_runs_side_by_side(logs, count, tmp_path, capsys):
   printed = capsys.readouterr().out
   assert f'A: a{count}' in printed
   assert f'B: b{count}' in printed
-  assert len(pictures.held([tables.Series(audit.read(path)) for path in (a, b)]).axes) == 3
+  assert len(report.held([tables.Series(audit.read(path)) for path in (a, b)]).axes) == 3
   first, second = (tables.Series(audit.read(path)).share for path in (a, b))
   (row,) = re.findall(f'^ *{names(count)[-1]} .*', page.read_text(), re.M)
   at = audit.read(a).layers.index(names(count)[-1])

@@ -32,17 +32,8 @@ class Series:
     self.share = reports.constrained_share(self.last.constrained, self.last.updates)
     self.metrics: dict[str, Curve] = {}
     for metric in dict.fromkeys(name for record in records for name in record.metrics):
-      having = [record for record in records if metric in record.metrics]
-      steps = np.array([record.step for record in having])
-      self.metrics[metric] = steps, np.array([record.metrics[metric] for record in having])
-
-
-def overall(series: Series) -> tuple[str, Curve]:
-  """The distance over all layers, relative to the anchor where that is known, and its name."""
-  far = reports.overall(series.distance, series.norms)
-  if np.isfinite(far).any():
-    return 'distance from the anchor, % of its norm', (series.step, 100 * far)
-  return 'distance from the anchor', (series.step, np.linalg.norm(series.distance, axis=-1))
+      found = [(x.step, x.metrics[metric]) for x in records if metric in x.metrics]
+      self.metrics[metric] = np.array([x for x, _ in found]), np.array([x for _, x in found])
 
 
 def held_between(series: Series, most: int) -> Curve:
@@ -54,8 +45,7 @@ def held_between(series: Series, most: int) -> Curve:
   """
   at = thinned(len(series.step), most + 1)
   if len(at) == 1:
-    step = int(series.step[0])
-    return np.array([step - 1, step]), series.share[None]
+    return series.step[0] - np.array([1, 0]), series.share[None]
   updates = np.diff(series.updates[at], axis=0)
   held = np.diff(series.constrained[at], axis=0)
   good = updates > 0
@@ -76,32 +66,18 @@ class Block(NamedTuple):
 
 
 def blocks(names: Sequence[str], most: int) -> list[Block]:
-  """Each layer; of more than `most`, runs of layers whose paths begin alike.
+  """Each layer; of more than `most`, runs of layers whose paths begin alike, as far as they may.
 
-  A run is split along the next part of the path as long as the parts are not small. Names
-  without common beginnings make runs of equal length, each named after its first layer.
+  Names without common beginnings make runs of equal length, each named after its first layer.
   """
-  if len(names) <= most:
-    return [Block(name, i, i + 1) for i, name in enumerate(names)]
-  size = math.ceil(len(names) / most)
   parts = [name.replace('[', '/[').split('/') for name in names]
-  found = _split(parts, Block('', 0, len(names)), 1, size)
-  if len(found) > 1:
-    return found
+  for depth in range(max(map(len, parts)), 0, -1):
+    starts = ['/'.join(path[:depth]).replace('/[', '[') for path in parts]
+    runs = [list(run) for _, run in groupby(range(len(names)), starts.__getitem__)]
+    if 1 < len(runs) <= most:
+      return [Block(starts[run[0]], run[0], run[-1] + 1) for run in runs]
+  size = math.ceil(len(names) / most)
   return [Block(names[i], i, min(i + size, len(names))) for i in range(0, len(names), size)]
-
-
-def _split(parts: Sequence[Sequence[str]], block: Block, depth: int, size: int) -> list[Block]:
-  """The runs within a block that agree in `depth` parts, if they have `size` on average."""
-  layers = range(block.begin, block.end)
-  runs = [list(run) for _, run in groupby(layers, lambda i: parts[i][:depth])]
-  if len(layers) < size * len(runs) or depth > max(map(len, parts)):
-    return [block]
-  found = []
-  for first, *rest in runs:
-    name = '/'.join(parts[first][:depth]).replace('/[', '[')
-    found += _split(parts, Block(name, first, first + 1 + len(rest)), depth + 1, size)
-  return found
 
 
 class Table(NamedTuple):
@@ -188,10 +164,9 @@ def layers(runs: Sequence[Series], most: int | None = None) -> Table:
 
 def of_blocks(series: Series, most: int) -> Table:
   """A row per block of layers; none if there are at most so many layers."""
-  found = blocks(series.layers, most)
+  found = blocks(series.layers, most) if len(series.layers) > most else []
   rows = [[name, *_cells(series, slice(begin, end)).values()] for name, begin, end in found]
-  header = ['block', *_cells(series, slice(1))]
-  return _table('Blocks of layers', header, rows if len(rows) < len(series.layers) else [])
+  return _table('Blocks of layers', ['block', *_cells(series, slice(1))], rows)
 
 
 def _cells(series: Series, part: slice) -> dict[str, str]:
@@ -200,10 +175,10 @@ def _cells(series: Series, part: slice) -> dict[str, str]:
   held, distance = last.condition[part], last.distance[part]
   return {
     'held now': f'{sum(held)} of {len(held)}' if len(held) > 1 else 'yes' if held.all() else '',
-    'held, %': _percent(np.mean(series.share[part])),
+    'held, %': _number(100 * np.mean(series.share[part]), '.1f'),
     'ratio': _number(np.mean(last.ratio[part])),
     'distance': _number(np.linalg.norm(distance)),
-    '% of ‖θ₀‖': _percent(reports.overall(distance, series.norms[part])),
+    '% of ‖θ₀‖': _number(100 * reports.overall(distance, series.norms[part]), '.1f'),
     **{name: _number(np.mean(values[part])) for name, values in last.rule_state.items()},
   }
 
@@ -221,9 +196,5 @@ def metrics(runs: Sequence[Series]) -> Table:
   return _table('Metrics', ['metric', 'run', 'first', 'last', 'smallest', 'largest'], rows)
 
 
-def _number(value: Any) -> str:
-  return '–' if np.isnan(value) else f'{value:.4g}'
-
-
-def _percent(value: Any) -> str:
-  return '–' if np.isnan(value) else f'{100 * value:.1f}'
+def _number(value: Any, form: str = '.4g') -> str:
+  return '–' if np.isnan(value) else format(value, form)
