@@ -180,7 +180,7 @@ class AuditLog:
         f'AuditLog.record: step {step} after step {self._last_step}; call close() after the run '
         'went back to a checkpoint'
       )
-    layout = [(reports.shapes(state), list(state.rule_state)) for state in states.values()]
+    layout = [(reports.shapes(state), list(state.rule_state)) for state in states]
     if self._header is None:
       self._header, self._layout = self._new_header(states), layout
     elif layout != self._layout:
@@ -248,12 +248,12 @@ class AuditLog:
       raise RuntimeError(f'{self.path}: this process was forked from the one that writes the log')
 
   def _new_header(self, states: reports.States) -> Header:
-    if not any(int(state.count) for state in states.values()):
+    if not any(int(state.count) for state in states):
       raise ValueError(
         'AuditLog.record: record after the first update; before it the anchor may not be the '
         'one that is captured, and there is nothing to log'
       )
-    words = [fingerprints.words_of(state.anchor) for state in states.values()]
+    words = [fingerprints.words_of(state.anchor) for state in states]
     norms = format.numbers(reports.anchor_norms(states, self._stack_axis, self._group))
     known = [None if self._anchor['moving'] or not isinstance(x, float) else x for x in norms]
     fingerprint = fingerprints.as_text(np.add.reduce(words))
