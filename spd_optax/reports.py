@@ -320,16 +320,15 @@ def anchor_norms(states: States, stack_axis: StackAxis = None, group: Group = No
   for state in states:
     flat, layers = trees.flatten(state.anchor, is_dropped), shapes(state)
     dropped = any(map(is_dropped, flat.leaves))
-    members = {} if dropped else _members(flat, layers, stack_axis, group)
-    # Some leaves may be in groups, perhaps in one that has the name of another leaf.
-    known = not dropped and {key for key, _ in members.values()} <= set(layers)
+    keys, axes = ([], []) if dropped else _members(flat, layers, stack_axis, group)
+    known = not dropped and set(keys) <= set(layers)  # else leaves are in groups
     # A layer without members has the zero anchor, which is not stored.
     squares = {key: np.full(shape, 0 if known else np.nan) for key, shape in layers.items()}
     if known:
-      axes = [axis for _, axis in members.values()]
       sums = [_square(memory.on_device(x), at) for x, at in zip(flat.leaves, axes, strict=True)]
-      for (key, axis), square in zip(members.values(), map(_whole, sums), strict=True):
-        squares[key] = squares[key] + (np.nan if axis == UNKNOWN else np.asarray(square))
+      found = jax.device_get(list(map(_whole, sums)))
+      for key, axis, square in zip(keys, axes, found, strict=True):
+        squares[key] = squares[key] + (np.nan if axis == UNKNOWN else square)
     norms += map(np.ravel, squares.values())
   return np.sqrt(np.concatenate(norms))
 
@@ -339,20 +338,18 @@ UNKNOWN = -1  # axis
 
 def _members(
   flat: trees.Flat, layers: Mapping[str, Any], stack_axis: StackAxis, group: Group
-) -> dict[str, tuple[str, int | None]]:
-  """The layer and the stack axis of each leaf of the anchor, by its path."""
+) -> tuple[list[str], list[int | None]]:
+  """The layer of each leaf of the anchor, and its axis that stacks layers."""
   if stack_axis is None and group is None:
-    keys = list(map(layer_key, flat.paths))
-    axes = [_evident_axis(x, layers.get(key)) for key, x in zip(keys, flat.leaves, strict=True)]
-  else:
-    made = Arrangement(stack_axis, group).find_layers(flat, range(len(flat.leaves)))
-    trees.match_shapes(
-      {layer_name(key): layers[key] for key in made.keys if key in layers},
-      dict(zip(map(layer_name, made.keys), made.shapes, strict=True)),
-      'stack_axis and group must be those of the transformation; the shapes of the layers differ:',
-    )
-    keys, axes = [made.keys[at] for at in made.layer_of], list(made.stack_axes)
-  return dict(zip(flat.paths, zip(keys, axes, strict=True), strict=True))
+    keys = [layer_key(path) for path in flat.paths]
+    return keys, [_evident_axis(x, layers.get(k)) for k, x in zip(keys, flat.leaves, strict=True)]
+  made = Arrangement(stack_axis, group).find_layers(flat, range(len(flat.leaves)))
+  trees.match_shapes(
+    {layer_name(key): layers[key] for key in made.keys if key in layers},
+    dict(zip(map(layer_name, made.keys), made.shapes, strict=True)),
+    'stack_axis and group must be those of the transformation; the shapes of the layers differ:',
+  )
+  return [made.keys[at] for at in made.layer_of], list(made.stack_axes)
 
 
 def _evident_axis(leaf: Any, shape: tuple[int, ...] | None) -> int | None:

@@ -119,13 +119,13 @@ def test_blocks_are_those_of_the_paths():
   layers = [f'{part}/{i}/{leaf}' for part in 'ab' for i in range(10) for leaf in 'xyz']
   layers += ['stack/kernel[0]', 'stack/kernel[1]']
   found = tables.blocks(layers, 24)
-  assert [block.name for block in found[:2]] == ['a/0', 'a/1']
+  assert [name for name, _, _ in found[:2]] == ['a/0', 'a/1']
   assert found[-1] == ('stack/kernel', 60, 62)
-  assert [block.end for block in found[:-1]] == [block.begin for block in found[1:]]
+  assert [end for _, _, end in found[:-1]] == [begin for _, begin, _ in found[1:]]
   flat = tables.blocks([f'layer_{i}' for i in range(400)], 48)
   assert len(flat) <= 48
-  assert flat[0].name == 'layer_0'
-  assert flat[-1].end == 400
+  assert flat[0][0] == 'layer_0'
+  assert flat[-1][2] == 400
 
 
 def test_a_layer_whose_distance_is_nan_or_zero_does_not_stop_the_report(tmp_path):

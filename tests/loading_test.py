@@ -156,10 +156,9 @@ def test_params_inside_a_larger_tree(save, tmp_path, recwarn):
   path = save(tmp_path / 'checkpoint', {'state': {'params': tree, 'mu': other}})
   anchor = spd.load_anchor(path, zeros(tree), key='state/params', strict=True)
   chex.assert_trees_all_equal(anchor, jax.tree.map(jnp.asarray, expected(tree)))
-  some = (
-    r"none of the params .*; some are under key=('state/mu' or 'state/params'|'state/params' or)"
-  )
-  with pytest.raises(ValueError, match=some):
+  with pytest.raises(
+    ValueError, match=r'none of the params (?s:.*)checkpoint: state/mu/blocks/0/b'
+  ):
     spd.load_anchor(path, zeros(tree))
 
 
@@ -296,14 +295,6 @@ def test_a_param_that_is_called_value(save, tmp_path):
   tree = {'attention': {name: np.full(2, i, np.float32) for i, name in enumerate(('key', 'value'))}}
   anchor = spd.load_anchor(save(tmp_path / 'checkpoint', tree), zeros(tree), strict=True)
   chex.assert_trees_all_equal(anchor, jax.tree.map(jnp.asarray, tree))
-
-
-def test_every_place_of_the_params_is_named(tmp_path):
-  """Catches the advice to take Adam's second moments as the anchor."""
-  weights = {'kernel': jnp.ones((2, 3))}
-  path = orbax_v1(tmp_path / 'a', {'model': weights, 'state': optax.adam(1.0).init(weights)})
-  with pytest.raises(ValueError, match="key='model' or 'state/0/mu' or 'state/0/nu'"):
-    spd.load_anchor(path, weights)
 
 
 def test_directories_with_more_than_one_model(tmp_path):

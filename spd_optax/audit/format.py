@@ -11,15 +11,13 @@ The first line is the header:
 - `format`: 'spd_optax audit'; `schema`: 1. Readers refuse a newer schema.
 - `started`: ISO 8601 in UTC; `versions`: of Python and the libraries.
 - `transform`, `hyperparameters`: as the user named them.
-- `anchor`: an object. `fingerprint` is that of `spd.fingerprint`. `source` is as the user named
-  it, or null. `captured` is true where the user says that the anchor is the params at the first
-  update, false where it was passed, null where neither was said. `moving` says whether it is
-  meant to change. `norms` has ‖θ_0‖ for each layer: 0 also where the anchor is `0`, null where it
-  is not known.
+- `anchor`: an object. `fingerprint` is that of `spd.fingerprint`. `source`, `captured` and `moving`
+  are as the user named them to `AuditLog`. `norms` has ‖θ_0‖ for each layer: 0 also where the
+  anchor is `0`, null where it is not known.
 - `layers`: names. Every list per layer is in this order. Slices of a stacked leaf follow each
   other: 'layers/kernel[0]', 'layers/kernel[1]', ...
-- `states`: how many of the layers are in each state of SPD. The layers of one state stand in a
-  row. Only an optimizer with several states (`optax.partition`) has several numbers here.
+- `states`: how many of the layers are in each state of SPD; several numbers only for an optimizer
+  with several states (`optax.partition`). The layers of one state stand in a row.
 
 Every other line is a record:
 

@@ -46,24 +46,20 @@ class AuditLog:
 
   `python -m spd_optax.audit report run.jsonl` shows the file, `audit.format` describes it.
 
-  A record is written when the next one comes, or at `flush` or `close`. So nothing waits for
-  the step that the device still computes. A killed process loses at most the last record. A full
-  disk raises an error, and the file keeps all earlier ones.
-
-  The path of an earlier log continues it, if header and anchor agree. Call `flush` before each
-  checkpoint; then no record is missing if a run goes on from it. Call `close` after the run went
-  back to a checkpoint; then the next record may have an earlier step.
+  A record is written when the next one comes, or at `flush` or `close`, so that nothing waits for
+  the step that the device still computes. A killed process loses at most the last record, a full
+  disk none that was written. The path of an earlier log continues it, if header and anchor agree.
+  Call `flush` before each checkpoint; then no record is missing if a run goes on from it. Call
+  `close` after the run went back to a checkpoint; then the next record may have an earlier step.
 
   Warnings say, once each, that SPD never holds a layer, that it always does, that the anchor
   is not where training started, that a layer grows away from it while constrained, or that values
   are not finite. A layer whose ratio is always 1, as of `l2_sp`, is meant to be held.
 
-  `close` closes the file. So does the end of a `with` block, of the last reference to the log, or
-  of the process. A forked process does not write.
-
-  With several processes, make the log in all of them, after `jax.distributed.initialize`, and call
-  `record` and `close` in all. Only process 0 touches the path. An error of the file is raised
-  there alone, after all communication of the call, so it may be caught.
+  The end of a `with` block, of the last reference to the log, or of the process closes it. A forked
+  process does not write. With several processes, make the log in all of them, after
+  `jax.distributed.initialize`, and call `record` and `close` in all. Only process 0 touches the
+  path, and raises its errors, after all communication of the call, so they may be caught.
 
   Args:
     path: the file; a new one, or one that an AuditLog has written.
@@ -71,9 +67,9 @@ class AuditLog:
     hyperparameters: its arguments and the optimizer's, as JSON can hold them: numbers,
       strings, None, lists and dicts of them.
     source: where the anchor comes from, as 'google/vit-base-patch16': free text or a path.
-    captured: True says that the anchor is the params at the first update (`anchor=None`). False
-      says that it was passed. None says neither. A warning that training does not start at the
-      anchor is then given only if `source` is None, too.
+    captured: True says that the anchor is the params at the first update (`anchor=None`), False
+      that it was passed, None neither. A warning that training does not start at the anchor is
+      then given only if `source` is None, too.
     moving_anchor: whether the anchor is meant to change (`anchor_ema`, `reanchor`). A log is then
       continued with another, and there are no relative distances.
     stack_axis, group: the transformation's own; only for relative distances, see `layer_report`.
@@ -86,8 +82,7 @@ class AuditLog:
 
   Raises:
     TypeError: naming every argument of another type, and what JSON cannot hold.
-    AuditFileError: a ValueError, if `path` is no audit log (a directory, a device, any other file),
-      or one of a newer schema.
+    AuditFileError: a ValueError, if `path` is no audit log, or one of a newer schema.
     OSError: if the directory of `path` does not exist.
 
   Example:
@@ -400,9 +395,7 @@ def _compare(path: Path, in_file: Header, now: Header) -> None:
 
 def _facts(header: Header) -> dict[str, object]:
   """What must not differ, by name."""
-  of_anchor = ('source', 'captured', 'moving', 'fingerprint')
-  return {
-    **{name: getattr(header, name) for name in ('transform', 'hyperparameters', 'states')},
-    **{f'anchor {name}': getattr(header.anchor, name) for name in of_anchor},
-    **{f'layer {name}': f'layer {i}' for i, name in enumerate(header.layers)},
-  }
+  found = {name: getattr(header, name) for name in ('transform', 'hyperparameters', 'states')}
+  for name in ('source', 'captured', 'moving', 'fingerprint'):
+    found[f'anchor {name}'] = getattr(header.anchor, name)
+  return found | {f'layer {name}': f'layer {i}' for i, name in enumerate(header.layers)}

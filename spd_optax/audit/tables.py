@@ -57,16 +57,8 @@ def thinned(count: int, most: int) -> np.ndarray:
   return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
-class Block(NamedTuple):
-  """Layers begin to end, under one name."""
-
-  name: str
-  begin: int
-  end: int
-
-
-def blocks(names: Sequence[str], most: int) -> list[Block]:
-  """Each layer; of more than `most`, runs of layers whose paths begin alike, as far as they may.
+def blocks(names: Sequence[str], most: int) -> list[tuple[str, int, int]]:
+  """Name, begin and end of each layer; of more than `most`, of runs whose paths begin alike.
 
   Names without common beginnings make runs of equal length, each named after its first layer.
   """
@@ -75,9 +67,9 @@ def blocks(names: Sequence[str], most: int) -> list[Block]:
     starts = ['/'.join(path[:depth]).replace('/[', '[') for path in parts]
     runs = [list(run) for _, run in groupby(range(len(names)), starts.__getitem__)]
     if 1 < len(runs) <= most:
-      return [Block(starts[run[0]], run[0], run[-1] + 1) for run in runs]
+      return [(starts[run[0]], run[0], run[-1] + 1) for run in runs]
   size = math.ceil(len(names) / most)
-  return [Block(names[i], i, min(i + size, len(names))) for i in range(0, len(names), size)]
+  return [(names[i], i, min(i + size, len(names))) for i in range(0, len(names), size)]
 
 
 class Table(NamedTuple):
@@ -121,11 +113,9 @@ def facts(run: Run) -> Table:
 def _anchor(anchor: Anchor, norms: np.ndarray) -> str:
   """Where the anchor is, by what the user said and the norms show."""
   zero = np.count_nonzero(norms == 0)
-  parts = [
-    {True: 'captured: the params at the first update', False: 'passed', None: ''}[anchor.captured],
-    '' if not zero else 'zero' if zero == len(norms) else f'zero in {zero} of {len(norms)} layers',
-    'moving' if anchor.moving else '',
-  ]
+  said = {True: 'captured: the params at the first update', False: 'passed', None: ''}
+  of_zero = 'zero' if zero == len(norms) else f'zero in {zero} of {len(norms)} layers'
+  parts = [said[anchor.captured], of_zero * bool(zero), 'moving' * anchor.moving]
   return '; '.join(filter(None, parts)) or 'not said whether captured or passed'
 
 
