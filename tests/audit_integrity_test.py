@@ -35,7 +35,7 @@ def edited(lines):
     (edited, 'line 3: its hash does not fit'),
     (lambda lines: [*lines[:2], *lines[3:]], 'line 3: does not continue the line before'),
     (lambda lines: [*lines[:2], lines[3], lines[2], *lines[4:]], 'line 3: does not continue'),
-    (lambda lines: [*lines[:2], b'{"step":1}\n', *lines[2:]], 'line 3: has no hash'),
+    (lambda lines: [*lines[:2], b'{"step":1}\n', *lines[2:]], 'line 3: its hash does not fit'),
     (lambda lines: [*lines[:2], lines[2][9:], *lines[3:]], 'line 3: its hash does not fit'),
     (lambda lines: [*lines[:-1], lines[-1].replace(b'loss', b'Loss')], 'line 6: its hash'),
     (lambda lines: [lines[0].replace(b'ones', b'twos'), *lines[1:]], 'line 1: its hash'),

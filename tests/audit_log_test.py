@@ -235,10 +235,10 @@ def test_each_part_of_a_partition_counts_its_own_updates(path):
   assert held[1] > 0
   rows = {row[0]: row[2] for row in tables.layers([over_time]).rows}
   assert rows['bias'] == f'{100 * held[1] / 4:.1f}'
-  edges, shares = tables.held_between(over_time, 3)
-  assert edges.tolist() == [2, 5, 8, 11]
+  few = tables.Series(run, most=4)
+  assert few.edges.tolist() == [2, 5, 8, 11]
   steps = np.array([record.constrained for record in run.records])[::3]
-  np.testing.assert_allclose(shares, np.diff(steps, axis=0) / [3, 1])
+  np.testing.assert_allclose(few.held, np.diff(steps, axis=0) / [3, 1])
 
 
 def test_a_layer_without_an_update_between_two_records_has_no_share_there(path):
@@ -250,8 +250,7 @@ def test_a_layer_without_an_update_between_two_records_has_no_share_there(path):
     for step, state in enumerate(states(7, tx)):
       log.record(step, state)
   over_time = tables.Series(audit.verify(path))
-  _, shares = tables.held_between(over_time, 6)
-  assert np.isnan(shares[:, 1]).tolist() == [True, False, True, True, False, True]
+  assert np.isnan(over_time.held[:, 1]).tolist() == [True, False, True, True, False, True]
   assert np.isfinite(report._panels(over_time)['layers held, %'][1]).all()
 
 

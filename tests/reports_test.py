@@ -1,5 +1,6 @@
 """layer_report and scalars: what they find in any optimizer state, and how little it costs."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -21,6 +22,12 @@ PARAMS = {
 }
 STACK = {'body': 0, 'head': None}
 TURNS = (1.0, 1.0, -0.2, 0.3, -0.2)
+
+
+@functools.cache
+def stacked():
+  """A trained state whose body stacks layers."""
+  return train(sgd(stack_axis=STACK))
 
 
 def train(tx, params=PARAMS, turns=TURNS):
@@ -55,7 +62,7 @@ def check(own, records):
 
 def test_every_layer_has_a_record_with_the_values_of_the_state():
   # Would catch: values that are given to another layer, or bits that the packed transfer garbles.
-  state = train(sgd(stack_axis=STACK))
+  state = stacked()
   records = spd.layer_report(state)
   check(state.projection_decay, records)
   assert [record.name for record in records] == [
@@ -69,7 +76,7 @@ def test_every_layer_has_a_record_with_the_values_of_the_state():
 
 def test_the_relative_distance_is_that_to_the_norm_of_each_slice():
   # Would catch: the norm of the whole leaf for each slice, and a division by the zero bias.
-  records = {record.name: record for record in spd.layer_report(train(sgd(stack_axis=STACK)))}
+  records = {record.name: record for record in spd.layer_report(stacked())}
   far = records['body/kernel[1]']
   np.testing.assert_allclose(far.relative_distance, far.distance / np.sqrt(4 * 10), rtol=1e-6)
   far = records['head/kernel']
@@ -86,7 +93,7 @@ def with_numbers(own, start):
 
 def test_the_numbers_of_a_rule_are_shown_by_name():
   # Would catch: columns that are told apart by their position, so that one is taken for another.
-  own = with_numbers(train(sgd(stack_axis=STACK)).projection_decay, 10.0)
+  own = with_numbers(stacked().projection_decay, 10.0)
   records = spd.layer_report(own)
   check(own, records)
   assert all(record.rule_state.keys() == {'mean', 'square'} for record in records)
@@ -156,7 +163,7 @@ def test_a_group_is_named_as_one():
 def test_arguments_that_are_not_those_of_the_transformation_are_refused():
   # Would catch: norms of other layers than those in the state.
   with pytest.raises(ValueError, match='must be those of the transformation') as error:
-    spd.layer_report(train(sgd(stack_axis=STACK)), group=lambda path: 'all')
+    spd.layer_report(stacked(), group=lambda path: 'all')
   assert 'all: nothing in the state' in str(error.value)
 
 
@@ -280,7 +287,7 @@ def test_scalars_reach_tensorboard(tmp_path):
   # Would catch: names or values that event files cannot hold.
   tensorboardx = pytest.importorskip('tensorboardX')
   events = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
-  written = spd.scalars(train(sgd(stack_axis=STACK)))
+  written = spd.scalars(stacked())
   with tensorboardx.SummaryWriter(str(tmp_path)) as writer:
     for name, value in written.items():
       writer.add_scalar(name, value, 7)

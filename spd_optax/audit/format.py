@@ -220,12 +220,10 @@ class Lines:
       raise self.damaged(f'was edited, or AuditLog did not write it: {error}') from None
 
   def _check_seal(self, line: bytes) -> None:
-    body, end = line[:-SEAL] + b'}', line[-SEAL:]
-    before, self.hash = self.hash, end[-67:-3].decode('latin-1')
-    if end != f',"hash":"{self.hash}"}}\n'.encode('latin-1'):
-      raise self.damaged('has no hash: it was edited, or AuditLog did not write it')
-    if hashlib.sha256(body).hexdigest() != self.hash:
-      raise self.damaged('its hash does not fit: it was edited')
+    body, before = line[:-SEAL] + b'}', self.hash
+    self.hash = hashlib.sha256(body).hexdigest()
+    if line[-SEAL:] != f',"hash":"{self.hash}"}}\n'.encode():
+      raise self.damaged('its hash does not fit: it was edited, or AuditLog did not write it')
     if not body.endswith(f'"previous":"{before}"}}'.encode()):
       raise self.damaged(
         'does not continue the line before: lines are missing, added or in another order'

@@ -35,8 +35,6 @@ PAGE = """<!doctype html>
 TEXT = '<pre>{code}</pre>\n'
 LABELS = 48  # layers' names along an axis
 CURVES = 12  # layers with a curve of their own color
-COLUMNS = 120  # of a heat map
-POINTS = 600  # of a curve
 SMALLEST = 1e-4  # distance shown, relative to the largest
 
 
@@ -135,9 +133,8 @@ def held(runs: Sequence[Series]) -> Figure:
   height = 1.7 + 0.22 * max(len(series.layers) for series in runs)
   figure, ((*panels,),) = _figure(1, len(runs), (8 + 2 * len(runs), min(height, 12)))
   for axes, series in zip(panels, runs, strict=True):
-    steps, shares = tables.held_between(series, COLUMNS)
-    edges = np.arange(len(series.layers) + 1)
-    image = axes.pcolormesh(steps, edges, shares.T, vmin=0, vmax=1, rasterized=True)
+    rows = np.arange(len(series.layers) + 1)
+    image = axes.pcolormesh(series.edges, rows, series.held.T, vmin=0, vmax=1, rasterized=True)
     axes.set_facecolor('0.85')  # where a layer had no update
     axes.invert_yaxis()
     _name_layers(axes, series.layers)
@@ -183,13 +180,12 @@ def distances(runs: Sequence[Series], relative: bool) -> Figure:
 
 def _layer_curves(axes: Axes, series: Series, values: np.ndarray) -> None:
   """All layers as lines; where there are many, only the farthest in color and with a name."""
-  at = tables.thinned(len(series.step), POINTS)
-  steps, values = series.step[at], values[at]
+  steps = series.step
   known = np.flatnonzero(np.isfinite(values).any(axis=0))
   last = np.array([values[np.isfinite(values[:, i]), i][-1] for i in known])
   order = known[np.argsort(-last, kind='stable')]
   rest, shown = order[CURVES:], order[:CURVES]
-  marker = 'o' if len(at) == 1 else ''
+  marker = 'o' if len(steps) == 1 else ''
   lines, names = [], [_text(series.layers[i]) for i in shown]
   if len(rest):
     middle = np.ma.median(np.ma.masked_invalid(values[:, known]), axis=1).filled(np.nan)
@@ -216,9 +212,8 @@ def metrics(runs: Sequence[Series]) -> Figure:
     for series, panel in zip(runs, panels, strict=True):
       if name in panel:
         steps, values = panel[name]
-        at = tables.thinned(len(steps), POINTS)
-        marker = '.' if len(at) < 40 else ''
-        axes.plot(steps[at], values[at], marker=marker, label=_text(series.name), lw=1.3)
+        marker = '.' if len(steps) < 40 else ''
+        axes.plot(steps, values, marker=marker, label=_text(series.name), lw=1.3)
     axes.set_title(_text(name), fontsize=9)
     axes.set_xlabel('step', fontsize=8)
     axes.grid(alpha=0.3)
@@ -229,9 +224,8 @@ def metrics(runs: Sequence[Series]) -> Figure:
 
 def _panels(series: Series) -> dict[str, Curve]:
   """Curves by name, those of the library first."""
-  steps, shares = tables.held_between(series, COLUMNS)
-  share = 100 * np.ma.masked_invalid(shares).mean(axis=1).filled(np.nan)
+  share = 100 * np.ma.masked_invalid(series.held).mean(axis=1).filled(np.nan)
   name, far = 'distance, % of ‖θ₀‖', 100 * reports.overall(series.distance, series.norms)
   if np.isnan(far).all():
     name, far = 'distance', np.linalg.norm(series.distance, axis=-1)
-  return {'layers held, %': (steps[1:], share), name: (series.step, far), **series.metrics}
+  return {'layers held, %': (series.edges[1:], share), name: (series.step, far), **series.metrics}

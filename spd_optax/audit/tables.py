@@ -11,50 +11,41 @@ import numpy as np
 from spd_optax import reports
 from spd_optax.audit.format import Anchor, Run
 
+POINTS = 240  # of a run in pictures
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 
 
 class Series:
-  """The records of a run, T ≥ 1 of L layers, without those that it went through again.
+  """The records of a run over time, without those that it went through again.
 
-  `updates`, `constrained`, `distance` and `relative` are arrays [T, L], `share` and `norms` [L].
+  Of more than `most` records evenly as many, with the first and the last; metrics have them all.
+  `distance` and `relative` are arrays [T, L], `share` and `norms` [L]. `edges` int[n + 1] are the
+  steps between which a layer was held at a `held` share of the updates, float[n, L]. It is NaN if
+  the updates do not increase: between two of `optax.MultiSteps`, or where a run went on with a new
+  state.
   """
 
-  def __init__(self, run: Run, name: str = ''):
+  def __init__(self, run: Run, name: str = '', most: int = POINTS):
     records = run.current()
+    at = np.linspace(0, len(records) - 1, min(len(records), most)).round().astype(int)
+    shown = [records[i] for i in np.unique(at)]
     self.name = name or run.path.stem
     self.layers, self.norms, self.last = run.layers, run.norms, records[-1]
-    self.step = np.array([record.step for record in records])
-    self.updates = np.array([record.updates for record in records])
-    self.constrained = np.array([record.constrained for record in records])
-    self.distance = np.array([record.distance for record in records])
+    self.step = np.array([record.step for record in shown])
+    self.distance = np.array([record.distance for record in shown])
     self.relative = reports.relative(self.distance, self.norms)
     self.share = reports.constrained_share(self.last.constrained, self.last.updates)
+    self.edges, self.held = self.step, self.share[None]
+    if len(shown) == 1:
+      self.edges = self.step - np.array([1, 0])
+    else:
+      updates = np.diff([record.updates for record in shown], axis=0)
+      held = np.diff([record.constrained for record in shown], axis=0)
+      self.held = np.where(updates > 0, held, np.nan) / np.maximum(updates, 1)
     self.metrics: dict[str, Curve] = {}
     for metric in dict.fromkeys(name for record in records for name in record.metrics):
       found = [(x.step, x.metrics[metric]) for x in records if metric in x.metrics]
       self.metrics[metric] = np.array([x for x, _ in found]), np.array([x for _, x in found])
-
-
-def held_between(series: Series, most: int) -> Curve:
-  """The share of the updates held, between up to `most` + 1 of the logged steps.
-
-  Returns:
-    The steps at the edges, int[n + 1], and the shares, float[n, L]. A share is NaN if the updates
-    do not increase: between two of `optax.MultiSteps`, or where a run went on with a new state.
-  """
-  at = thinned(len(series.step), most + 1)
-  if len(at) == 1:
-    return series.step[0] - np.array([1, 0]), series.share[None]
-  updates = np.diff(series.updates[at], axis=0)
-  held = np.diff(series.constrained[at], axis=0)
-  good = updates > 0
-  return series.step[at], np.where(good, held, np.nan) / np.where(good, updates, 1)
-
-
-def thinned(count: int, most: int) -> np.ndarray:
-  """Up to `most` of `count` indices, evenly, with the first and the last."""
-  return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
 def blocks(names: Sequence[str], most: int) -> list[tuple[str, int, int]]:
