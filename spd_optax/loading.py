@@ -70,10 +70,10 @@ def load_anchor(
   extra = [at for at in names if at not in paths and not f'{at}/'.startswith(below)]
   _check_origin(where, missing, extra)
   if not found:
-    here = ', '.join(map(_canonical, checkpoint.entries)) or 'no arrays'
     raise ValueError(
-      f'{where}: none of the params is in this checkpoint{f" under {key!r}" if key else ""}; pass '
-      f'their path in it as key.\n  params: {", ".join(paths):.500}\n  checkpoint: {here:.500}'
+      f'{where}: none of the params is in this checkpoint under {key!r}; pass their path as key.\n'
+      f'  params: {", ".join(paths):.500}\n'
+      f'  checkpoint: {", ".join(checkpoint.entries) or "no arrays":.500}'
     )
   problems = {at: _mismatch(wanted[at], checkpoint.entries[name]) for at, name in found.items()}
   trees.raise_all(
@@ -91,7 +91,16 @@ def load_anchor(
   asked = {name: wanted[at] for at, name in found.items()}
   arrays = formats.reading(where, checkpoint.read, asked)
   leaves = {at: arrays[name] for at, name in found.items()}
-  _check_finite(where, leaves)
+  finite = jax.jit(lambda x: jnp.isfinite(x).all())  # of each leaf alone: it has its own devices
+  all_finite = jax.device_get([finite(x) for x in leaves.values()])
+  trees.raise_all(
+    [
+      f'{at}, as {x.dtype}'
+      for (at, x), ok in zip(leaves.items(), all_finite, strict=True)
+      if not ok
+    ],
+    f'{where}: an anchor must be finite; NaN or infinity in',
+  )
   return jax.tree.unflatten(flat.treedef, map(leaves.get, flat.paths))
 
 
@@ -172,13 +181,3 @@ def _mismatch(wanted: Struct, found: Struct) -> str | None:
   except ValueError as error:  # it does not divide the shape, or has no devices
     return str(error).partition('\n')[0]
   return None
-
-
-def _check_finite(path: Path, leaves: Mapping[str, jax.Array]) -> None:
-  finite = jax.jit(lambda x: jnp.isfinite(x).all())  # of each leaf alone: it has its own devices
-  all_finite = jax.device_get([finite(x) for x in leaves.values()])
-  pairs = zip(leaves.items(), all_finite, strict=True)
-  trees.raise_all(
-    [f'{at}, as {x.dtype}' for (at, x), ok in pairs if not ok],
-    f'{path}: an anchor must be finite; NaN or infinity in',
-  )

@@ -143,7 +143,8 @@ def scalars(
     TypeError: if `prefix` is no string; and as `layer_report`.
     ValueError: as `layer_report`.
   """
-  checks.text('prefix', prefix)
+  if not isinstance(prefix, str):
+    raise TypeError(f'prefix: expected a string, found {checks.kind_of(prefix)}')
   records, norms = _records(states_in(opt_state, 'scalars'), stack_axis, group)
   distance = np.array([record.distance for record in records])
   found = {
@@ -267,26 +268,20 @@ def begin(states: States) -> Callable[[], dict[str, Any]]:
     for state in states:
       none = {key: np.full(shape, np.nan, np.float32) for key, shape in shapes(state).items()}
       column += state.rule_state.get(name, none).values()
-  packed = _start(columns)
+  if jax.process_count() > 1:
+    columns = jax.tree.map(_whole, columns)
+  # The arrays of a column become one array, which has one sharding. A mesh may be of one device.
+  if len({getattr(x, 'sharding', None) for x in jax.tree.leaves(columns)}) > 1:
+    columns = jax.device_put(columns, SingleDeviceSharding(jax.local_devices()[0]))
+  packed = _pack(columns)
+  for array in jax.tree.leaves(packed):
+    array.copy_to_host_async()
 
   def values() -> dict[str, Any]:
     found: dict[str, Any] = jax.tree.map(np.asarray, packed)
     return {**found, 'updates': np.repeat(found['updates'], sizes(states))}
 
   return values
-
-
-def _start(tree: Any) -> Any:
-  """Makes one flat array of each list of small arrays, on its way to the host."""
-  if jax.process_count() > 1:
-    tree = jax.tree.map(_whole, tree)
-  # The arrays of a list become one array, which has one sharding. A mesh may be of one device.
-  if len({getattr(x, 'sharding', None) for x in jax.tree.leaves(tree)}) > 1:
-    tree = jax.device_put(tree, SingleDeviceSharding(jax.local_devices()[0]))
-  packed = _pack(tree)
-  for array in jax.tree.leaves(packed):
-    array.copy_to_host_async()
-  return packed
 
 
 def _whole(array: Any) -> Any:

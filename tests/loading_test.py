@@ -158,7 +158,7 @@ def test_params_inside_a_larger_tree(save, tmp_path, recwarn):
   anchor = spd.load_anchor(path, zeros(tree), key='state/params', strict=True)
   chex.assert_trees_all_equal(anchor, jax.tree.map(jnp.asarray, expected(tree)))
   with pytest.raises(
-    ValueError, match=r'none of the params (?s:.*)checkpoint: state/mu/blocks/0/b'
+    ValueError, match=r'none of the params (?s:.*)checkpoint: state.mu.blocks.0.b'
   ):
     spd.load_anchor(path, zeros(tree))
 

@@ -36,20 +36,17 @@ MESSAGES = {
   '(none) and the noise of the gradients (full batches have none); a margin holds layers earlier.',
   'always held': 'SPD constrained {share:.0f} % of the layers in the last {updates} updates: it is '
   'no longer selective, and the model hardly adapts. Look at the margin (too large), the anchor '
-  '(not where training started, so that every gradient points back to it), the sign of the loss, '
-  'and the order of the chain (projection_decay belongs before the optimizer).',
+  '(not where training started), the sign of the loss, and the order of the chain '
+  '(projection_decay belongs before the optimizer).',
   'anchor': 'the anchor is not where training started: after {updates} update(s) the params are '
-  'away from it already ({far}). A captured anchor is the params at the first update of this '
-  'optimizer state: load the checkpoint before that update, or pass the anchor; '
-  'spd.reanchor(opt_state, params) makes the current params the anchor. If it was passed, and is '
-  'meant to be elsewhere, say AuditLog(captured=False).',
+  'away from it already ({far}). A captured anchor is the params at the first update: load the '
+  'checkpoint before that, or pass the anchor; spd.reanchor(opt_state, params) makes the current '
+  'params the anchor. If it is meant to be elsewhere, say AuditLog(captured=False).',
   'growing': 'the distance from the anchor grows although the layer is constrained all the time: '
   '{layers}. The transform may sit behind the optimizer instead of before it: '
-  'optax.chain(spd.projection_decay(), optax.adam(...)), or '
-  'spd.with_projection_decay(optax.adam(...)). If it is before it, raise the strength.',
-  'not finite': 'not finite: {what}. SPD holds no layer whose gradient is NaN or infinite. Look '
-  'at the learning rate, the scale of the loss, and the last step before this one; '
-  'optax.apply_if_finite passes over single bad gradients.',
+  'optax.chain(spd.projection_decay(), optax.adam(...)). If it is before it, raise the strength.',
+  'not finite': 'not finite: {what}. Look at the learning rate, the scale of the loss, and the '
+  'last step before this one; optax.apply_if_finite passes over single bad gradients.',
 }
 
 
