@@ -84,21 +84,6 @@ class AuditLog:
     TypeError: naming every argument of another type, and what JSON cannot hold.
     AuditFileError: a ValueError, if `path` is no audit log, or one of a newer schema.
     OSError: if the directory of `path` does not exist.
-
-  Example:
-    >>> import jax.numpy as jnp, tempfile
-    >>> import spd_optax as spd
-    >>> params = {'kernel': jnp.ones((2, 2))}
-    >>> tx = spd.adam_spd(1e-3)
-    >>> state = tx.init(params)
-    >>> path = tempfile.mkdtemp() + '/run.jsonl'
-    >>> with spd.AuditLog(path, transform='adam_spd', hyperparameters={'lr': 1e-3}) as log:
-    ...   for step in range(3):
-    ...     updates, state = tx.update(params, state, params)
-    ...     log.record(step, state, {'loss': 1.0})
-    >>> from spd_optax import audit
-    >>> len(audit.verify(path, log.hash).records)
-    3
   """
 
   _file = -1  # closed
