@@ -157,9 +157,3 @@ def is_count(value: Any) -> bool:
   """Whether it is an integer of 1 or more."""
   is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
   return is_integer and value >= 1
-
-
-def text(name: str, value: Any) -> None:
-  """A string."""
-  if not isinstance(value, str):
-    raise TypeError(f'{name}: expected a string, found {kind_of(value)}')

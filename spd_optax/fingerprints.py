@@ -44,8 +44,8 @@ def fingerprint(anchor: optax.Params) -> str:
   """
   if anchor is None or any(map(is_state, jax.tree.leaves(anchor, is_leaf=is_state))):
     raise TypeError(
-      'fingerprint(anchor): expected a tree of arrays, found '
-      + ('None' if anchor is None else "an optimizer state; optax.tree.get(state, 'anchor') has it")
+      f'fingerprint(anchor): expected a tree of arrays, found {checks.kind_of(anchor)}; of an '
+      "optimizer state give optax.tree.get(state, 'anchor')"
     )
   return as_text(words_of(anchor))
 
@@ -53,14 +53,14 @@ def fingerprint(anchor: optax.Params) -> str:
 def words_of(anchor: optax.Params) -> np.ndarray:
   """The fingerprint of an anchor as uint32[4]; those of anchors of other leaves may be added."""
   leaves = trees.flatten(anchor, is_dropped).by_path
-  known = {path: x.fingerprint for path, x in leaves.items() if is_dropped(x)}
-  checks.arrays('fingerprint(anchor)', leaves | known)
-  words = list(known.values())
-  for path, leaf in leaves.items():
-    stored = path not in known and anchors.is_stored(leaf)
-    if stored and not anchors.never_held(leaf):
-      words.append(of_leaf(path, leaf))
-  return np.asarray(sum(map(np.asarray, words), np.zeros(WORDS, np.uint32)))
+  dropped = {path: x.fingerprint for path, x in leaves.items() if is_dropped(x)}
+  checks.arrays('fingerprint(anchor)', leaves | dropped)
+  words = dropped | {
+    path: of_leaf(path, leaf)
+    for path, leaf in leaves.items()
+    if path not in dropped and anchors.is_stored(leaf) and not anchors.never_held(leaf)
+  }
+  return np.asarray(sum(map(np.asarray, words.values()), np.zeros(WORDS, np.uint32)))
 
 
 def as_text(words: np.ndarray) -> str:

@@ -9,7 +9,7 @@ import importlib
 import io
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -52,19 +52,15 @@ def open_checkpoint(path: Any) -> Checkpoint:
     raise FileNotFoundError(f'{path}: no such file or directory')
   _check_regular(path)
   if path.is_dir():
-    shards = sorted(path.glob('*.safetensors'))
-    return reading(path, _safetensors, shards) if shards else reading(path, _orbax, path)
-  match path.suffix:
-    case '.safetensors':
-      return reading(path, _safetensors, [path])
-    case '.npz':
-      return reading(path, _npz, path)
-    case '.msgpack' | '':  # flax.training.checkpoints writes `checkpoint_100`
-      return reading(path, _msgpack, path)
-  raise ValueError(
-    f'{path}: unknown kind of checkpoint {path.suffix!r}; expected an Orbax directory, '
-    '.safetensors (a file, or a directory of them), .msgpack (flax) or .npz'
-  )
+    return reading(path, _safetensors if any(path.glob('*.safetensors')) else _orbax, path)
+  # flax.training.checkpoints writes `checkpoint_100`
+  of_files = {'.safetensors': _safetensors, '.npz': _npz, '.msgpack': _msgpack, '': _msgpack}
+  if path.suffix not in of_files:
+    raise ValueError(
+      f'{path}: unknown kind of checkpoint {path.suffix!r}; expected an Orbax directory, '
+      '.safetensors (a file, or a directory of them), .msgpack (flax) or .npz'
+    )
+  return reading(path, of_files[path.suffix], path)
 
 
 def reading(path: Any, function: Callable[..., T], *arguments: Any) -> T:
@@ -124,8 +120,9 @@ def _orbax_tree(path: Any) -> tuple[Any, str | None]:
   raise ValueError(f'pass the path of one step and one tree, of which are here: {", ".join(found)}')
 
 
-def _safetensors(paths: Sequence[Any]) -> Checkpoint:
+def _safetensors(at: Any) -> Checkpoint:
   safe_open = importlib.import_module('safetensors').safe_open
+  paths = sorted(at.glob('*.safetensors')) if at.is_dir() else [at]
   sizes = [int(size) for path in paths for size in re.findall(r'-\d+-of-(\d+)$', path.stem)]
   if sizes and len(sizes) < max(sizes):  # half an anchor would leave half the model unheld
     raise ValueError(f'only {len(sizes)} of {max(sizes)} .safetensors shards are here')

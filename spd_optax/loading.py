@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,17 +70,37 @@ def load_anchor(
   extra = [at for at in names if at not in paths and not f'{at}/'.startswith(below)]
   _check_origin(where, missing, extra)
   if not found:
-    raise ValueError(_nothing(where, key, list(paths), list(map(_canonical, checkpoint.entries))))
+    raise ValueError(
+      f'{where}: none of the params is in this checkpoint under {key!r}; pass their path as key.\n'
+      f'  params: {", ".join(paths):.500}\n'
+      f'  checkpoint: {", ".join(checkpoint.entries) or "no arrays":.500}'
+    )
   problems = {at: _mismatch(wanted[at], checkpoint.entries[name]) for at, name in found.items()}
   trees.raise_all(
     [f'{at}: {problem}' for at, problem in problems.items() if problem],
     f'{where}: the checkpoint does not fit the params (None in `like` leaves one free):',
   )
-  _report(where, missing, extra, strict)
+  lines = [f'{trees.shown(at)}: in the params, not in the checkpoint' for at in missing]
+  lines += [f'{trees.shown(at)}: in the checkpoint, not in the params' for at in extra]
+  differ = f'{where}: the checkpoint and the params have not the same leaves'
+  if strict:
+    trees.raise_all(lines, f'{differ}:')
+  if lines:
+    free = 'params that the checkpoint lacks stay free (strict=True makes this an error)'
+    checks.warn(f'{differ}; {free}:\n  ' + '\n  '.join(lines))
   asked = {name: wanted[at] for at, name in found.items()}
   arrays = formats.reading(where, checkpoint.read, asked)
   leaves = {at: arrays[name] for at, name in found.items()}
-  _check_finite(where, leaves)
+  finite = jax.jit(lambda x: jnp.isfinite(x).all())  # of each leaf alone: it has its own devices
+  all_finite = jax.device_get([finite(x) for x in leaves.values()])
+  trees.raise_all(
+    [
+      f'{at}, as {x.dtype}'
+      for (at, x), ok in zip(leaves.items(), all_finite, strict=True)
+      if not ok
+    ],
+    f'{where}: an anchor must be finite; NaN or infinity in',
+  )
   return jax.tree.unflatten(flat.treedef, map(leaves.get, flat.paths))
 
 
@@ -140,18 +159,6 @@ def _under(key: str, names: Iterable[str], wanted: Mapping[str, str]) -> dict[st
   return found
 
 
-def _nothing(path: Path, key: str, wanted: Sequence[str], names: Sequence[str]) -> str:
-  """The message where no leaf was found, with the keys that would find some."""
-  depths = sorted({at.count('/') + 1 for at in wanted})
-  split = [name.rsplit('/', depth) for name in names for depth in depths]
-  keys = {key: None for key, *rest in split if '/'.join(rest) in wanted}
-  hint = f'; some are under key={" or ".join(f"{key!r:.200}" for key in keys)}' if keys else ''
-  return (
-    f'{path}: none of the params is in this checkpoint{f" under {key!r}" if key else ""}{hint}.\n'
-    f'  params: {", ".join(wanted):.500}\n  checkpoint: {", ".join(names) or "no arrays":.500}'
-  )
-
-
 def _check_origin(path: Path, missing: Sequence[str], extra: Sequence[str]) -> None:
   foreign = {f'{at.rpartition("/")[0]}/weight'.lstrip('/') for at in missing} & set(extra)
   if foreign:
@@ -160,18 +167,6 @@ def _check_origin(path: Path, missing: Sequence[str], extra: Sequence[str]) -> N
       "the params' kernel, scale or embedding). Load it by the model's from_pretrained, and pass "
       'the params that this gives as the anchor.'
     )
-
-
-def _report(path: Path, missing: Sequence[str], extra: Sequence[str], strict: bool) -> None:
-  """Warns of leaves that only one side has; with `strict` raises."""
-  lines = [f'{at or "(root)"}: in the params, not in the checkpoint' for at in missing]
-  lines += [f'{at or "(root)"}: in the checkpoint, not in the params' for at in extra]
-  differ = f'{path}: the checkpoint and the params have not the same leaves'
-  if strict:
-    trees.raise_all(lines, f'{differ}:')
-  if lines:
-    free = 'params that the checkpoint lacks stay free (strict=True makes this an error)'
-    warnings.warn(f'{differ}; {free}:\n  ' + '\n  '.join(lines), stacklevel=3)
 
 
 def _mismatch(wanted: Struct, found: Struct) -> str | None:
@@ -186,13 +181,3 @@ def _mismatch(wanted: Struct, found: Struct) -> str | None:
   except ValueError as error:  # it does not divide the shape, or has no devices
     return str(error).partition('\n')[0]
   return None
-
-
-def _check_finite(path: Path, leaves: Mapping[str, jax.Array]) -> None:
-  finite = jax.jit(lambda x: jnp.isfinite(x).all())  # of each leaf alone: it has its own devices
-  all_finite = jax.device_get([finite(x) for x in leaves.values()])
-  pairs = zip(leaves.items(), all_finite, strict=True)
-  trees.raise_all(
-    [f'{at}, as {x.dtype}' for (at, x), ok in pairs if not ok],
-    f'{path}: an anchor must be finite; NaN or infinity in',
-  )

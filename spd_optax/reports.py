@@ -5,10 +5,8 @@ travel to the host in one small array per field, however many layers there are.
 """
 
 import functools
-import itertools
 import math
 import re
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,9 +19,9 @@ from jax.sharding import SingleDeviceSharding
 from spd_optax import checks, leafwise, memory, trees
 from spd_optax.engine import PER_LAYER, ProjectionDecayState, is_state
 from spd_optax.fingerprints import is_dropped
-from spd_optax.layers import Arrangement, Group, StackAxis, layer_key, layer_name
+from spd_optax.layers import Arrangement, Group, StackAxis, layer_key, layer_name, sum_of
 
-States = Mapping[str, ProjectionDecayState]  # by their path in the optimizer state
+States = Sequence[ProjectionDecayState]
 
 
 class LayerRecord(NamedTuple):
@@ -53,6 +51,9 @@ class LayerRecord(NamedTuple):
   constrained: int
   constrained_share: float
   rule_state: dict[str, float]
+
+
+WORDS = ('condition', 'ratio', 'distance', 'constrained_share')  # of every layer in `scalars`
 
 
 def layer_report(
@@ -120,41 +121,30 @@ def scalars(
   """Returns the same as `layer_report` in a flat dict, for any tracker.
 
   ``wandb.log(spd.scalars(state), step)``, ``writer.write_scalars(step, spd.scalars(state))`` (clu),
-  or ``writer.add_scalar(name, value, step)`` for each item (TensorBoard). Each key begins with
-  `prefix`. The words are those of `LayerRecord`. Over all layers:
+  or ``writer.add_scalar(name, value, step)`` for each item (TensorBoard). The words are those of
+  `LayerRecord`. Over all layers:
 
-  - ``condition``, ``constrained_share``: the means of the layers'.
-  - ``distance``: ‖θ − θ_0‖.
-  - ``relative_distance``: the distance of the layers with a known ‖θ_0‖, divided by that; not if
-    none is known and above 0.
+  - ``spd/condition``, ``spd/constrained_share``: the means of the layers'.
+  - ``spd/distance``: ‖θ − θ_0‖.
+  - ``spd/relative_distance``: the distance of the layers with a known ‖θ_0‖, divided by that; not
+    if none is known and above 0.
 
-  For each layer there are ``NAME/condition``, ``NAME/ratio``, ``NAME/distance``,
-  ``NAME/constrained_share``, ``NAME/relative_distance`` unless it is None, and ``NAME/NUMBER`` for
-  each of the rule's own numbers.
-
-  TensorBoard takes no brackets: 'layers/kernel[3]' is spelled 'layers/kernel/3'. If two layers, or
-  two numbers of a layer, are then spelled alike, the later in `layer_report` gets '_2', '_3', ...
+  For each layer there are ``spd/NAME/condition``, `ratio`, `distance`, `constrained_share`,
+  `relative_distance` unless it is None, and each of the rule's own numbers. TensorBoard takes no
+  brackets: 'layers/kernel[3]' is spelled 'layers/kernel/3', unless another layer is called that.
 
   Args:
     opt_state: see `layer_report`.
-    prefix: the first part of each key; '' for none.
+    prefix: the first part of each key, in the place of 'spd'; '' for none.
     stack_axis: see `layer_report`.
     group: see `layer_report`.
 
   Raises:
     TypeError: if `prefix` is no string; and as `layer_report`.
     ValueError: as `layer_report`.
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> import spd_optax as spd
-    >>> params = {'kernel': jnp.ones((2, 2))}
-    >>> tx = spd.adam_spd(1e-3)
-    >>> _, state = tx.update(params, tx.init(params), params)
-    >>> sorted(spd.scalars(state))[:3]
-    ['spd/condition', 'spd/constrained_share', 'spd/distance']
   """
-  checks.text('prefix', prefix)
+  if not isinstance(prefix, str):
+    raise TypeError(f'prefix: expected a string, found {checks.kind_of(prefix)}')
   records, norms = _records(states_in(opt_state, 'scalars'), stack_axis, group)
   distance = np.array([record.distance for record in records])
   found = {
@@ -164,68 +154,46 @@ def scalars(
   found['distance'] = float(np.linalg.norm(distance))
   if np.any(norms > 0):
     found['relative_distance'] = float(overall(distance, norms))
-  names = _distinct([re.sub(r"[][/'()]+[.]?", '/', x.name).strip('/') or 'root' for x in records])
-  for name, record in zip(names, records, strict=True):
-    found |= {f'{name}/{word}': float(x) for word, x in _words(record).items() if x is not None}
+  names = {record.name for record in records}
+  for record in records:
+    base = record.name if record.slice is None else record.name.rpartition('[')[0]
+    spelled = f'{base}/{record.slice}'
+    name = record.name if record.slice is None or spelled in names else spelled
+    found |= {f'{name}/{word}': float(getattr(record, word)) for word in WORDS}
+    if record.relative_distance is not None:
+      found[f'{name}/relative_distance'] = record.relative_distance
+    found |= {f'{name}/{number}': value for number, value in record.rule_state.items()}
   start = f'{prefix}/' if prefix else ''
   return {start + key: value for key, value in found.items()}
-
-
-def _words(record: LayerRecord) -> dict[str, float | None]:
-  """The scalars of one layer; no word has a '/'."""
-  own = ('condition', 'ratio', 'distance', 'constrained_share', 'relative_distance')
-  words = [*own, *(re.sub(r'[^\w.-]', '_', word) for word in record.rule_state)]
-  values = [*(getattr(record, word) for word in own), *record.rule_state.values()]
-  return dict(zip(_distinct(words), values, strict=True))
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-  """The names; where one has come before, with the first of '_2', '_3', ... that is free."""
-  given, found = set(names), dict[str, None]()
-  for name in names:
-    if name in found:
-      numbered = (f'{name}_{i}' for i in itertools.count(2))
-      name = next(x for x in numbered if x not in given and x not in found)
-    found[name] = None
-  return list(found)
 
 
 # The states in an optimizer state, and the layers in them.
 
 
 def states_in(opt_state: Any, name: str) -> States:
-  """Finds every `ProjectionDecayState` in an optimizer state, by its path there; see `_plain`.
+  """Finds every `ProjectionDecayState` in an optimizer state; see `_plain`.
 
   Raises a TypeError that begins with `name` if there is none, or no values in it; a ValueError
   if one has a further axis.
   """
-  found = {path: _plain(state) for path, state in _find_states(opt_state).items()}
+  found = [_plain(x) for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
   if not found:
     raise TypeError(
       f'{name}: expected the state of an optimizer with projection_decay, with_projection_decay '
       f'or adam_spd in it, found {type(opt_state).__name__} without one (of an nnx.Optimizer pass '
       'optimizer.opt_state)'
     )
-  for path, state in found.items():
+  for state in found:
     if isinstance(state.count, jax.core.Tracer):
       raise TypeError(f'{name}: call it outside jit, with the state that a step returned')
     if isinstance(state.count, jax.ShapeDtypeStruct):
-      raise TypeError(f'{name}: found shapes without values in opt_state{path}')
+      raise TypeError(f'{name}: found shapes without values in opt_state')
     if shape := jnp.shape(state.count):
       raise ValueError(
-        f'{name}: opt_state{path}.count has the shape {shape}: the state has a further axis '
+        f'{name}: its count has the shape {shape}: the state has a further axis '
         '(vmap over seeds, or pmap); pass a part: jax.tree.map(lambda x: x[0], opt_state)'
       )
   return found
-
-
-def _find_states(opt_state: Any) -> States:
-  """Finds the states in a tree, by path; the path of a lone one is ''."""
-  states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
-  if len(states) <= 1:  # the paths of all other leaves would take most of the time
-    return {'': states[0]} if states else {}
-  flat = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_state)[0]
-  return {jax.tree_util.keystr(path): node for path, node in flat if is_state(node)}
 
 
 def _plain(state: ProjectionDecayState) -> ProjectionDecayState:
@@ -245,11 +213,8 @@ def _plain(state: ProjectionDecayState) -> ProjectionDecayState:
 @functools.lru_cache(maxsize=64)
 def _natural(names: tuple[str, ...]) -> list[str]:
   """'block_2' before 'block_10'."""
-
-  def key(name: str) -> list[Any]:
-    return [int(x) if i % 2 else x for i, x in enumerate(re.split('([0-9]+)', name))]
-
-  return sorted(names, key=key)
+  parts = {name: re.split('([0-9]+)', name) for name in names}
+  return sorted(names, key=lambda at: [int(x) if i % 2 else x for i, x in enumerate(parts[at])])
 
 
 def shapes(state: ProjectionDecayState) -> dict[str, tuple[int, ...]]:
@@ -259,29 +224,29 @@ def shapes(state: ProjectionDecayState) -> dict[str, tuple[int, ...]]:
 
 def sizes(states: States) -> list[int]:
   """How many layers each state has, with a slice as one."""
-  return [sum(map(math.prod, shapes(state).values())) for state in states.values()]
+  return [sum(map(math.prod, shapes(state).values())) for state in states]
 
 
 def slots(states: States) -> list[LayerRecord]:
   """The layers in the order of all values, as records without values.
 
-  If two states have a layer of one name, each name begins with the path of its state.
+  If two states have a layer of one name, each name begins with the number of its state.
   """
-  found = [(path, slot) for path, state in states.items() for slot in _slots(state)]
-  if len({slot.name for _, slot in found}) == len(found):
-    return [slot for _, slot in found]
-  return [slot._replace(name=f'opt_state{path}/{slot.name}') for path, slot in found]
+  found = [(i, slot) for i, state in enumerate(states) for slot in _slots(state)]
+  if len({slot.name for _, slot in found}) < len(found):
+    found = [(i, slot._replace(name=f'state_{i}/{slot.name}')) for i, slot in found]
+  return [slot for _, slot in found]
 
 
 def _slots(state: ProjectionDecayState) -> Iterator[LayerRecord]:
   flat = trees.flatten(state.anchor, is_dropped)
   leaves = {layer_key(path): path for path in (*flat.paths, *map(trees.join, flat.holes))}
+  numbers = dict.fromkeys(state.rule_state, math.nan)
   for key, shape in shapes(state).items():
     layer = leaves.get(key, layer_name(key))
     path, group = (layer, None) if key in leaves else (None, layer)
     for at in range(shape[0]) if shape else (None,):
-      name = (layer or '(root)') + ('' if at is None else f'[{at}]')
-      numbers = dict.fromkeys(state.rule_state, math.nan)
+      name = trees.shown(layer) + ('' if at is None else f'[{at}]')
       yield LayerRecord(name, path, at, group, False, 0.0, 0.0, None, 0, 0.0, numbers)
 
 
@@ -294,36 +259,29 @@ def begin(states: States) -> Callable[[], dict[str, Any]]:
   If the arrays are spread over several processes, all of them must call it. Returns a function
   that waits, and returns arrays with an entry per slot, named as in `audit.Record`.
   """
-  every = states.values()
   columns: dict[str, Any] = {
-    field: [x for state in every for x in getattr(state, field).values()] for field in PER_LAYER
+    field: [x for state in states for x in getattr(state, field).values()] for field in PER_LAYER
   }
-  columns['updates'] = [state.count for state in every]
-  columns['rule_state'] = {name: [] for state in every for name in state.rule_state}
+  columns['updates'] = [state.count for state in states]
+  columns['rule_state'] = {name: [] for state in states for name in state.rule_state}
   for name, column in columns['rule_state'].items():
-    for state in every:
+    for state in states:
       none = {key: np.full(shape, np.nan, np.float32) for key, shape in shapes(state).items()}
       column += state.rule_state.get(name, none).values()
-  packed = _start(columns)
+  if jax.process_count() > 1:
+    columns = jax.tree.map(_whole, columns)
+  # The arrays of a column become one array, which has one sharding. A mesh may be of one device.
+  if len({getattr(x, 'sharding', None) for x in jax.tree.leaves(columns)}) > 1:
+    columns = jax.device_put(columns, SingleDeviceSharding(jax.local_devices()[0]))
+  packed = _pack(columns)
+  for array in jax.tree.leaves(packed):
+    array.copy_to_host_async()
 
   def values() -> dict[str, Any]:
     found: dict[str, Any] = jax.tree.map(np.asarray, packed)
     return {**found, 'updates': np.repeat(found['updates'], sizes(states))}
 
   return values
-
-
-def _start(tree: Any) -> Any:
-  """Makes one flat array of each list of small arrays, on its way to the host."""
-  if jax.process_count() > 1:
-    tree = jax.tree.map(_whole, tree)
-  # The arrays of a list become one array, which has one sharding. A mesh may be of one device.
-  if len({getattr(x, 'sharding', None) for x in jax.tree.leaves(tree)}) > 1:
-    tree = jax.device_put(tree, SingleDeviceSharding(jax.local_devices()[0]))
-  packed = _pack(tree)
-  for array in jax.tree.leaves(packed):
-    array.copy_to_host_async()
-  return packed
 
 
 def _whole(array: Any) -> Any:
@@ -354,43 +312,39 @@ def anchor_norms(states: States, stack_axis: StackAxis = None, group: Group = No
   length.
   """
   norms = [np.zeros(0)]
-  for state in states.values():
-    members = _members(state, stack_axis, group)
-    squares = _squares([(leaf, axis) for _, leaf, axis in members or ()])
+  for state in states:
+    flat, layers = trees.flatten(state.anchor, is_dropped), shapes(state)
+    dropped = any(map(is_dropped, flat.leaves))
+    keys, axes = ([], []) if dropped else _members(flat, layers, stack_axis, group)
+    known = not dropped and set(keys) <= set(layers)  # else leaves are in groups
     # A layer without members has the zero anchor, which is not stored.
-    found = {key: np.full(x, np.nan if members is None else 0) for key, x in shapes(state).items()}
-    for (key, _, axis), square in zip(members or (), squares, strict=True):
-      found[key] = found[key] + (np.nan if axis == UNKNOWN else square)
-    norms += map(np.ravel, found.values())
+    squares = {key: np.full(shape, 0 if known else np.nan) for key, shape in layers.items()}
+    if known:
+      sums = [_square(memory.on_device(x), at) for x, at in zip(flat.leaves, axes, strict=True)]
+      found = jax.device_get(list(map(_whole, sums)))
+      for key, axis, square in zip(keys, axes, found, strict=True):
+        squares[key] = squares[key] + (np.nan if axis == UNKNOWN else square)
+    norms += map(np.ravel, squares.values())
   return np.sqrt(np.concatenate(norms))
 
 
 UNKNOWN = -1  # axis
-Member = tuple[str, Any, int | None]  # key of the layer, array of its anchor, stack axis
 
 
 def _members(
-  state: ProjectionDecayState, stack_axis: StackAxis, group: Group
-) -> list[Member] | None:
-  """The arrays of the anchor with their layers; None if it is not known which have which."""
-  flat, layers = trees.flatten(state.anchor, is_dropped), shapes(state)
-  if any(map(is_dropped, flat.leaves)):
-    return None
-  axes: list[int | None]
+  flat: trees.Flat, layers: Mapping[str, Any], stack_axis: StackAxis, group: Group
+) -> tuple[list[str], list[int | None]]:
+  """The layer of each leaf of the anchor, and its axis that stacks layers."""
   if stack_axis is None and group is None:
     keys = [layer_key(path) for path in flat.paths]
-    axes = [_evident_axis(leaf, layers.get(k)) for k, leaf in zip(keys, flat.leaves, strict=True)]
-  else:
-    made = Arrangement(stack_axis, group).find_layers(flat, range(len(flat.leaves)))
-    trees.match_shapes(
-      {layer_name(key): layers[key] for key in made.keys if key in layers},
-      dict(zip(map(layer_name, made.keys), made.shapes, strict=True)),
-      'stack_axis and group must be those of the transformation; the shapes of the layers differ:',
-    )
-    keys, axes = [made.keys[at] for at in made.layer_of], list(made.stack_axes)
-  if not set(keys) <= set(layers):
-    return None  # some leaves are in groups, perhaps in one that has the name of another leaf
-  return list(zip(keys, flat.leaves, axes, strict=True))
+    return keys, [_evident_axis(x, layers.get(k)) for k, x in zip(keys, flat.leaves, strict=True)]
+  made = Arrangement(stack_axis, group).find_layers(flat, range(len(flat.leaves)))
+  trees.match_shapes(
+    {layer_name(key): layers[key] for key in made.keys if key in layers},
+    dict(zip(map(layer_name, made.keys), made.shapes, strict=True)),
+    'stack_axis and group must be those of the transformation; the shapes of the layers differ:',
+  )
+  return [made.keys[at] for at in made.layer_of], list(made.stack_axes)
 
 
 def _evident_axis(leaf: Any, shape: tuple[int, ...] | None) -> int | None:
@@ -399,27 +353,10 @@ def _evident_axis(leaf: Any, shape: tuple[int, ...] | None) -> int | None:
   return None if shape == () else axes[0] if len(axes) == 1 else UNKNOWN
 
 
-_KNOWN: dict[tuple[int, int | None], np.ndarray] = {}  # by the id of an array that is alive
-
-
-def _squares(members: Sequence[tuple[Any, int | None]]) -> list[np.ndarray]:
-  """‖θ_0‖² of each array, or of each slice; kept as long as the array is."""
-  found = dict(_KNOWN)
-  new = {(id(x), axis): (x, axis) for x, axis in members if (id(x), axis) not in found}
-  sums = [_whole(_square(memory.on_device(array), axis)) for array, axis in new.values()]
-  found |= zip(new, jax.device_get(sums), strict=True)
-  for key, (array, _) in new.items():
-    if isinstance(array, jax.Array):  # one of NumPy may change
-      _KNOWN[key] = found[key]
-      weakref.finalize(array, _KNOWN.pop, key, None).atexit = False
-  return [found[id(array), axis] for array, axis in members]
-
-
 @functools.partial(jax.jit, static_argnums=1)
 def _square(array: jax.Array, stack_axis: int | None) -> jax.Array:
-  axes = [i for i in range(array.ndim) if i != stack_axis]
-  total: jax.Array = jnp.sum(jnp.square(jnp.abs(leafwise.at_least_float32(array))), axis=axes)
-  return total
+  """‖θ_0‖² of an array, or of each of its slices."""
+  return sum_of(jnp.square(jnp.abs(leafwise.at_least_float32(array))), stack_axis)
 
 
 def constrained_share(constrained: np.ndarray, updates: np.ndarray) -> Any:

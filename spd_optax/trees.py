@@ -150,14 +150,13 @@ def prefix_values(
     for keys in entries.keys() - set(used.values()) - {()}
     if _covering(left_out, keys) is None and not any(h[: len(keys)] == keys for h in left_out)
   }
-  hint = _shifted(missing, unknown) if len(missing) == len(used) else ''
   raise_all(
     sorted(
       [f'{shown(keys)}: in the params, missing in {name}' for keys in missing]
       + [f'{shown(keys)}: in {name}, missing in the params' for keys in unknown]
     ),
     f'{name} must be a tree like the params, or a prefix of it '
-    f'(None at a leaf or subtree leaves it out){hint}:',
+    '(None at a leaf or subtree leaves it out):',
   )
   found_at = [entries[at] for at in used.values() if at is not None]
   # A module all of whose leaves are None says None.
@@ -167,23 +166,6 @@ def prefix_values(
 def _covering(entries: Any, keys: Keys) -> Keys | None:
   """The entry at `keys` or above it."""
   return next((keys[:i] for i in range(len(keys) + 1) if keys[:i] in entries), None)
-
-
-def _shifted(missing: set[Keys], unknown: set[Keys]) -> str:
-  """A hint, where one tree is a part of the other: `variables` given for `variables['params']`."""
-  if above := _above(missing, unknown):
-    return f'; its part below {join(above)!r} is like the params, so pass that'
-  if above := _above(unknown, missing):
-    return f'; it is like the params below {join(above)!r}, so pass it there, and None for the rest'
-  return ''
-
-
-def _above(paths: set[Keys], longer: set[Keys]) -> Keys | None:
-  """What has to stand before all paths to make them some of the longer; if one thing does."""
-  first = min(paths, default=())
-  starts = {keys[: -len(first)] for keys in longer if first and keys[-len(first) :] == first}
-  found = [start for start in starts if {start + keys for keys in paths} <= longer]
-  return found[0] if len(found) == 1 else None
 
 
 def values_for(rule: Any, params: Flat, name: str, is_value: Callable[[Any], bool]) -> list[Any]:

@@ -98,6 +98,7 @@ FORMATS = [
 ]
 FILES = [safetensors, msgpack, npz]
 each_format = pytest.mark.parametrize('save', FORMATS)
+each_kind = pytest.mark.parametrize('save', [orbax_v1, *FILES])  # where all read the same way
 each_file = pytest.mark.parametrize('save', FILES)
 
 
@@ -149,21 +150,20 @@ def test_each_leaf_has_its_own_devices(save, tmp_path):
   assert [anchor[name].sharding for name in 'ab'] == [like[name].sharding for name in 'ab']
 
 
-@each_format
+@each_kind
 def test_params_inside_a_larger_tree(save, tmp_path, recwarn):
   """Catches an optimizer's moments taken for params, or reported as surplus."""
   tree, other = pretrained(), jax.tree.map(lambda x: np.asarray(x + 1), pretrained())
   path = save(tmp_path / 'checkpoint', {'state': {'params': tree, 'mu': other}})
   anchor = spd.load_anchor(path, zeros(tree), key='state/params', strict=True)
   chex.assert_trees_all_equal(anchor, jax.tree.map(jnp.asarray, expected(tree)))
-  some = (
-    r"none of the params .*; some are under key=('state/mu' or 'state/params'|'state/params' or)"
-  )
-  with pytest.raises(ValueError, match=some):
+  with pytest.raises(
+    ValueError, match=r'none of the params (?s:.*)checkpoint: state.mu.blocks.0.b'
+  ):
     spd.load_anchor(path, zeros(tree))
 
 
-@each_format
+@each_kind
 def test_what_only_one_side_has(save, tmp_path):
   """Catches a new head that is held to zeros, and silence about what was left out."""
   params = {'body': {'kernel': jnp.zeros((4, 8))}, 'head': {'kernel': jnp.zeros((8, 7))}}
@@ -182,7 +182,7 @@ def test_what_only_one_side_has(save, tmp_path):
     spd.load_anchor(path, params, strict=True)
 
 
-@each_format
+@each_kind
 def test_all_mismatches_are_one_error(save, tmp_path):
   """Catches a broadcast anchor, imaginary parts thrown away, and one error at a time."""
   like = {'a': jnp.zeros((8, 4)), 'b': jnp.zeros(3), 'c': jnp.zeros(2), 'fits': jnp.zeros(2)}
@@ -192,7 +192,7 @@ def test_all_mismatches_are_one_error(save, tmp_path):
     'c': np.zeros(2, np.int32),
     'fits': np.zeros(2, np.float32),
   }
-  if save in (safetensors, safetensors_shards):
+  if save is safetensors:
     tree['b'] = tree['b'].real[:1]  # the format has no complex numbers
   with pytest.raises(ValueError, match='does not fit the params') as error:
     spd.load_anchor(save(tmp_path / 'checkpoint', tree), like)
@@ -201,7 +201,7 @@ def test_all_mismatches_are_one_error(save, tmp_path):
   assert 'params float32[8, 4], checkpoint bfloat16[4, 8]' in lines[1]
 
 
-@each_format
+@each_kind
 def test_an_anchor_is_finite(save, tmp_path):
   """Catches a NaN that would leave a layer unheld forever, without a word."""
   tree = pretrained()
@@ -213,7 +213,7 @@ def test_an_anchor_is_finite(save, tmp_path):
     spd.load_anchor(save(tmp_path / 'checkpoint', tree), zeros(tree))
 
 
-@each_format
+@each_kind
 def test_numbers_beyond_a_narrow_dtype(save, tmp_path, recwarn):
   """Catches infinity in float16, and NumPy's warning about a line of the library."""
   path = save(tmp_path / 'checkpoint', {'w': np.full(2, 1e6, np.float32)})
@@ -290,20 +290,12 @@ def test_a_missing_library_is_named(module, save, tmp_path, monkeypatch):
     spd.load_anchor(path, zeros(tree))
 
 
-@each_format
+@each_kind
 def test_a_param_that_is_called_value(save, tmp_path):
   """Catches a query, key and value of which one is taken for a box around the others."""
   tree = {'attention': {name: np.full(2, i, np.float32) for i, name in enumerate(('key', 'value'))}}
   anchor = spd.load_anchor(save(tmp_path / 'checkpoint', tree), zeros(tree), strict=True)
   chex.assert_trees_all_equal(anchor, jax.tree.map(jnp.asarray, tree))
-
-
-def test_every_place_of_the_params_is_named(tmp_path):
-  """Catches the advice to take Adam's second moments as the anchor."""
-  weights = {'kernel': jnp.ones((2, 3))}
-  path = orbax_v1(tmp_path / 'a', {'model': weights, 'state': optax.adam(1.0).init(weights)})
-  with pytest.raises(ValueError, match="key='model' or 'state/0/mu' or 'state/0/nu'"):
-    spd.load_anchor(path, weights)
 
 
 def test_directories_with_more_than_one_model(tmp_path):

@@ -81,7 +81,7 @@ AUDIT: Table = [
     'AuditLog.path',
     lambda: spd.AuditLog(FOLDER, transform='a'),
     audit.AuditFileError,
-    'a directory; pass the .jsonl',
+    'a directory or a device; pass the .jsonl',
   ),
   (
     'AuditLog.path',
@@ -138,7 +138,12 @@ AUDIT: Table = [
     TypeError,
     'patience: .*1 or more.*0',
   ),
-  ('read.path', lambda: audit.read(FOLDER), audit.AuditFileError, 'a directory; pass the .jsonl'),
+  (
+    'read.path',
+    lambda: audit.read(FOLDER),
+    audit.AuditFileError,
+    'a directory or a device; pass the .jsonl',
+  ),
   ('read.path', lambda: audit.read(NPZ), audit.AuditFileError, 'no audit log; expected a first'),
   (
     'verify.path',

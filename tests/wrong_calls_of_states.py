@@ -262,7 +262,7 @@ EXCHANGE: Table = [
   ('reanchor.params', lambda: spd.reanchor(STATE, every('x')), TypeError, f'{NO_ARRAYS} & {ALL}'),
   ('reanchor.params', lambda: spd.reanchor(STATE, STRUCTS), TypeError, f'{ALL} & without values'),
   ('fingerprint.anchor', lambda: spd.fingerprint(None), TypeError, 'arrays, found None'),
-  ('fingerprint.anchor', lambda: spd.fingerprint(STATE), TypeError, 'state; optax.tree.get'),
+  ('fingerprint.anchor', lambda: spd.fingerprint(STATE), TypeError, 'state give optax.tree.get'),
   ('fingerprint.anchor', lambda: spd.fingerprint({'a': 'x'}), TypeError, "a: str 'x'"),
   ('fingerprint.anchor', lambda: spd.fingerprint({'a': Tensor()}), TypeError, 'a: .*Tensor'),
   ('fingerprint.anchor', lambda: spd.fingerprint(STRUCTS), TypeError, f'{ALL} & without values'),

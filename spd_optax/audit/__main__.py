@@ -52,29 +52,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
   args = _parse(arguments)
   try:
     if args.command == 'verify':
-      runs = [format.verify(args.logs[0], args.hash)]
-      print(f'{runs[0].path}: {len(runs[0].records)} records as they were written; ', end='')
-      print(f'last hash {runs[0].hash}')
+      run = format.verify(args.logs[0], args.hash)
+      print(f'{run.path}: {len(run.records)} records as they were written; last hash {run.hash}')
+      runs = [run]
     else:
       runs = [format.read(path) for path in args.logs]
       from spd_optax.audit import report
 
       report.show(runs, args.out, args.html, args.all, args.patience)
   except ImportError as error:
-    _complain(f"error: the report needs {error.name}: pip install 'spd_optax[audit]'")
-    return 1
+    return _complain(f"error: the report needs {error.name}: pip install 'spd_optax[audit]'", 1)
   except (format.AuditFileError, OSError) as error:
-    _complain(f'error: {error}')
-    return 1
-  torn = [run for run in runs if run.torn]
-  for run in torn:
-    _complain(f'warning: {run.path}: {tables.torn(run)}')
-  return TORN if torn else 0
+    return _complain(f'error: {error}', 1)
+  torn = [_complain(f'warning: {run.path}: {tables.torn(run)}', TORN) for run in runs if run.torn]
+  return max(torn, default=0)
 
 
-def _complain(text: str) -> None:
-  """Prints lines, each without characters that could steer a terminal."""
+def _complain(text: str, status: int) -> int:
+  """Prints lines, each without characters that could steer a terminal; returns the status."""
   print('\n'.join(map(tables.printable, text.split('\n'))), file=sys.stderr)
+  return status
 
 
 if __name__ == '__main__':

@@ -1,6 +1,5 @@
 """Warnings that a person can act on, found in the records of a run."""
 
-from collections import deque
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +8,6 @@ from spd_optax import checks, reports
 from spd_optax.audit.format import Header, Record, Run
 
 PATIENCE = 100  # updates
-KEPT = 16  # records within so many updates
 ALWAYS = 0.99  # the share of layers and updates that counts as all
 GROWTH = 1.1  # by how much a distance grows that should not
 ROUNDED = 0.01  # how far, relative to the anchor, a narrower anchor_dtype rounds at most
@@ -38,20 +36,17 @@ MESSAGES = {
   '(none) and the noise of the gradients (full batches have none); a margin holds layers earlier.',
   'always held': 'SPD constrained {share:.0f} % of the layers in the last {updates} updates: it is '
   'no longer selective, and the model hardly adapts. Look at the margin (too large), the anchor '
-  '(not where training started, so that every gradient points back to it), the sign of the loss, '
-  'and the order of the chain (projection_decay belongs before the optimizer).',
+  '(not where training started), the sign of the loss, and the order of the chain '
+  '(projection_decay belongs before the optimizer).',
   'anchor': 'the anchor is not where training started: after {updates} update(s) the params are '
-  'away from it already ({far}). A captured anchor is the params at the first update of this '
-  'optimizer state: load the checkpoint before that update, or pass the anchor; '
-  'spd.reanchor(opt_state, params) makes the current params the anchor. If it was passed, and is '
-  'meant to be elsewhere, say AuditLog(captured=False).',
+  'away from it already ({far}). A captured anchor is the params at the first update: load the '
+  'checkpoint before that, or pass the anchor; spd.reanchor(opt_state, params) makes the current '
+  'params the anchor. If it is meant to be elsewhere, say AuditLog(captured=False).',
   'growing': 'the distance from the anchor grows although the layer is constrained all the time: '
   '{layers}. The transform may sit behind the optimizer instead of before it: '
-  'optax.chain(spd.projection_decay(), optax.adam(...)), or '
-  'spd.with_projection_decay(optax.adam(...)). If it is before it, raise the strength.',
-  'not finite': 'not finite: {what}. SPD holds no layer whose gradient is NaN or infinite. Look '
-  'at the learning rate, the scale of the loss, and the last step before this one; '
-  'optax.apply_if_finite passes over single bad gradients.',
+  'optax.chain(spd.projection_decay(), optax.adam(...)). If it is before it, raise the strength.',
+  'not finite': 'not finite: {what}. Look at the learning rate, the scale of the loss, and the '
+  'last step before this one; optax.apply_if_finite passes over single bad gradients.',
 }
 
 
@@ -63,33 +58,24 @@ class Watcher:
     source, captured = header.anchor.source, header.anchor.captured
     self.expects_start = source is None if captured is None else captured
     self.patience = patience
-    self.kept: deque[Record] = deque()  # some 16, however large `patience` is
+    self.base: Record | None = None  # what the next records are compared with
     self.given: set[str] = set()
 
   def see(self, record: Record) -> list[Advice]:
     """What is to be said for the first time after this record."""
-    now = age(record)
-    found = self._of_start(record) if not self.kept else {}
-    while self.kept and age(self.kept[-1]) > now:
-      self.kept.pop()  # a resumed run went back
-    if not self.kept or now - age(self.kept[-1]) >= max(self.patience // KEPT, 1):
-      self.kept.append(record)
-    while len(self.kept) > 1 and age(self.kept[1]) <= now - self.patience:
-      self.kept.popleft()
-    if now >= self.patience and not record.constrained.any():
-      found['never held'] = {'updates': now}
-    found |= self._of_held(record) | self._of_numbers(record)
+    found = self._of_start(record) if self.base is None else {}
+    if _age(record) >= self.patience and not record.constrained.any():
+      found['never held'] = {'updates': _age(record)}
+    found |= self._of_numbers(record)
+    # At the first update nothing has moved yet; a resumed run goes back.
+    if self.base is None or _age(self.base) < 2 or _age(record) < _age(self.base):
+      self.base = record
+    elif _age(record) >= _age(self.base) + self.patience:
+      found |= self._of_held(self.base, record)
+      self.base = record
     new = [code for code in MESSAGES if code in found and code not in self.given]
     self.given |= set(new)
     return [Advice(code, record.step, MESSAGES[code].format(**found[code])) for code in new]
-
-  def held_since(self, record: Record) -> tuple[Record, np.ndarray] | None:
-    """A record at least `patience` updates old, and the share of the updates held since then."""
-    base = self.kept[0]
-    if age(base) > age(record) - self.patience:
-      return None
-    held, updates = record.constrained - base.constrained, record.updates - base.updates
-    return base, reports.constrained_share(held, updates)
 
   def _named(self, which: np.ndarray) -> str:
     """'block/kernel, block/bias and 7 more'."""
@@ -102,24 +88,19 @@ class Watcher:
     if not (self.expects_start and 0 < updates <= FIRST and known.any()):
       return {}
     away = known & (record.distance > ROUNDED * self.norms)
-    if updates == 1:
-      return {'anchor': {'updates': 1, 'far': self._named(away)}} if away.any() else {}
-    far = np.linalg.norm(record.distance[known]) / np.linalg.norm(self.norms[known])
-    return {'anchor': {'updates': updates, 'far': f'{far:.0%} of its norm'}} if far > FAR else {}
-
-  def _of_held(self, record: Record) -> Found:
-    """Every condition was true at every update; or a layer goes away all the same."""
-    since = self.held_since(record)
-    if since is None:
+    if updates > 1 and reports.overall(record.distance, self.norms) <= FAR:
       return {}
+    return {'anchor': {'updates': updates, 'far': self._named(away)}} if away.any() else {}
+
+  def _of_held(self, base: Record, record: Record) -> Found:
+    """Every condition was true at every update; or a layer goes away all the same."""
     found: Found = {}
-    base, share = since
-    uniform = np.logical_and.reduce([x.condition & (x.ratio == 1) for x in (base, record)])
-    mean = (
-      np.mean(share[~uniform]) if not uniform.all() else 0
-    )  # L2-SP holds all, as it is meant to
-    if mean >= ALWAYS:
-      found['always held'] = {'share': 100 * mean, 'updates': age(record) - age(base)}
+    held, updates = record.constrained - base.constrained, record.updates - base.updates
+    share = reports.constrained_share(held, updates)
+    # L2-SP holds all, as it is meant to.
+    uniform = base.condition & record.condition & (base.ratio == 1) & (record.ratio == 1)
+    if not uniform.all() and (mean := np.mean(share[~uniform])) >= ALWAYS:
+      found['always held'] = {'share': 100 * mean, 'updates': _age(record) - _age(base)}
     grown = (record.distance > GROWTH * base.distance) & (base.distance > 0)
     away = grown & (share >= ALWAYS) & ~uniform
     return found | ({'growing': {'layers': self._named(away)}} if away.any() else {})
@@ -133,7 +114,7 @@ class Watcher:
     return {'not finite': {'what': '; '.join(what)}} if what else {}
 
 
-def age(record: Record) -> int:
+def _age(record: Record) -> int:
   """Updates so far; of several states, of the one with the fewest."""
   return int(record.updates.min()) if len(record.updates) else 0
 

@@ -11,15 +11,13 @@ The first line is the header:
 - `format`: 'spd_optax audit'; `schema`: 1. Readers refuse a newer schema.
 - `started`: ISO 8601 in UTC; `versions`: of Python and the libraries.
 - `transform`, `hyperparameters`: as the user named them.
-- `anchor`: an object. `fingerprint` is that of `spd.fingerprint`. `source` is as the user named
-  it, or null. `captured` is true where the user says that the anchor is the params at the first
-  update, false where it was passed, null where neither was said. `moving` says whether it is
-  meant to change. `norms` has ‖θ_0‖ for each layer: 0 also where the anchor is `0`, null where it
-  is not known.
+- `anchor`: an object. `fingerprint` is that of `spd.fingerprint`. `source`, `captured` and `moving`
+  are as the user named them to `AuditLog`. `norms` has ‖θ_0‖ for each layer: 0 also where the
+  anchor is `0`, null where it is not known.
 - `layers`: names. Every list per layer is in this order. Slices of a stacked leaf follow each
   other: 'layers/kernel[0]', 'layers/kernel[1]', ...
-- `states`: how many of the layers are in each state of SPD. The layers of one state stand in a
-  row. Only an optimizer with several states (`optax.partition`) has several numbers here.
+- `states`: how many of the layers are in each state of SPD; several numbers only for an optimizer
+  with several states (`optax.partition`). The layers of one state stand in a row.
 
 Every other line is a record:
 
@@ -40,9 +38,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -50,10 +48,10 @@ import numpy as np
 FORMAT = 'spd_optax audit'
 SCHEMA = 1
 START = f'{{"format":"{FORMAT}","schema":'.encode()  # of every log
-SHOWN = 20  # problems in one message
 SEAL = len(',"hash":""}\n') + 64  # bytes at the end of a line
 
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+T = TypeVar('T')
 Number = float | Literal['NaN', 'Infinity', '-Infinity']
 COLUMNS = {'condition': bool, 'ratio': np.float32, 'distance': np.float32, 'constrained': np.int32}
 
@@ -157,19 +155,15 @@ def read(path: str | os.PathLike[str]) -> Run:
   """Reads a log that `AuditLog` wrote, or is writing, and checks every whole line; see there.
 
   Raises:
-    AuditFileError: if it is no audit log or of a newer schema. The message names every line that
-      was edited, or before which one is missing.
+    AuditFileError: if it is no audit log or of a newer schema. The message names the first line
+      that was edited, or before which one is missing.
     OSError: if it is not there, or cannot be read.
   """
   lines = Lines(path)
-  records: list[Record] = []
-  for line in lines:
-    if not lines.problems:  # else there is no run to return
-      try:
-        records.append(_record(line, lines.checked()))
-      except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        lines.report(f'no record of this schema: {error}')
-  return Run(lines.path, lines.checked(), records, lines.hash, lines.torn)
+  records = [lines.parsed(_record, line, lines.header) for line in lines]
+  if lines.header is None:
+    raise AuditFileError(f'{path}: no audit log: not one whole line in it')
+  return Run(lines.path, lines.header, records, lines.hash, lines.torn)
 
 
 def verify(path: str | os.PathLike[str], hash: str | None = None) -> Run:
@@ -179,11 +173,10 @@ def verify(path: str | os.PathLike[str], hash: str | None = None) -> Run:
     AuditFileError: as `read`, or if no line has this hash.
   """
   run = read(path)
-  with run.path.open('rb') as lines:
-    if hash is not None and not any(line.endswith(f'"{hash}"}}\n'.encode()) for line in lines):
-      raise AuditFileError(
-        f'{path}: no line has the hash {hash}; the end was cut off, or it is the log of another run'
-      )
+  if hash is not None and f'"{hash}"}}\n'.encode() not in run.path.read_bytes():
+    raise AuditFileError(
+      f'{path}: no line has the hash {hash}; the end was cut off, or it is the log of another run'
+    )
   return run
 
 
@@ -198,12 +191,10 @@ class Lines:
     self.path = Path(path)
     self.header: Header | None = None
     self.hash, self.count, self.whole, self.torn = '', 0, 0, 0
-    self.problems: list[str] = []
 
   def __iter__(self) -> Iterator[bytes]:
     if self.path.exists() and not self.path.is_file():
-      kind = 'a directory' if self.path.is_dir() else 'no regular file'
-      raise AuditFileError(f'{self.path}: {kind}; pass the .jsonl file of a run')
+      raise AuditFileError(f'{self.path}: a directory or a device; pass the .jsonl of a run')
     with self.path.open('rb') as file:
       if not START.startswith(start := file.read(len(START))):
         raise AuditFileError(
@@ -215,57 +206,43 @@ class Lines:
           self.torn = len(line)
           return
         self.count, self.whole = self.count + 1, self.whole + len(line)
+        if self.count == 1:
+          self.header = self.parsed(_header, line, self.path)
         self._check_seal(line)
-        if self.header is None:
-          self.header = _header(self.path, line)
-        else:
+        if self.count > 1:
           yield line
 
-  def through(self) -> Self:
-    """Reads all lines; no record is parsed."""
-    for _ in self:
-      pass
-    return self
+  def parsed(self, parse: Callable[..., T], *arguments: Any) -> T:
+    """What `parse` makes of the last line; an AuditFileError if that is damaged."""
+    try:
+      return parse(*arguments)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+      raise self.damaged(f'was edited, or AuditLog did not write it: {error}') from None
 
   def _check_seal(self, line: bytes) -> None:
-    body, end = line[:-SEAL] + b'}', line[-SEAL:]
-    before, self.hash = self.hash, end[-67:-3].decode('latin-1')
-    if end != f',"hash":"{self.hash}"}}\n'.encode('latin-1'):
-      self.report('has no hash: it was edited, or AuditLog did not write it')
-    elif hashlib.sha256(body).hexdigest() != self.hash:
-      self.report('its hash does not fit: it was edited')
-    elif not body.endswith(f'"previous":"{before}"}}'.encode()):
-      self.report('does not continue the line before: lines are missing, added or in another order')
-
-  def report(self, problem: str) -> None:
-    """Takes down a problem of the last line; of a file full of them only the first."""
-    if len(self.problems) < SHOWN:
-      self.problems.append(f'line {self.count}: {problem}')
-
-  def checked(self) -> Header:
-    """The header, if there is one and every line that was read is as it was written."""
-    if self.header is None:
-      raise AuditFileError(f'{self.path}: no audit log: not one whole line in it')
-    if self.problems:
-      shown = self.problems + ['…'] * (len(self.problems) == SHOWN)
-      raise AuditFileError(f'{self.path}: not as it was written:\n  ' + '\n  '.join(shown))
-    return self.header
-
-
-def _header(path: Path, line: bytes) -> Header:
-  """The header in a line that begins as one."""
-  try:
-    schema = msgspec.json.decode(line).get('schema')
-    if isinstance(schema, int) and schema > SCHEMA:
-      raise AuditFileError(
-        f'{path}: has schema {schema}, this version of spd_optax reads up to {SCHEMA}: '
-        "pip install --upgrade 'spd_optax[audit]'"
+    body, before = line[:-SEAL] + b'}', self.hash
+    self.hash = hashlib.sha256(body).hexdigest()
+    if line[-SEAL:] != f',"hash":"{self.hash}"}}\n'.encode():
+      raise self.damaged('its hash does not fit: it was edited, or AuditLog did not write it')
+    if not body.endswith(f'"previous":"{before}"}}'.encode()):
+      raise self.damaged(
+        'does not continue the line before: lines are missing, added or in another order'
       )
-    return msgspec.json.decode(line, type=Header)
-  except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+
+  def damaged(self, problem: str) -> AuditFileError:
+    """The error for the last line that was read."""
+    return AuditFileError(f'{self.path}: not as it was written: line {self.count}: {problem}')
+
+
+def _header(line: bytes, path: Path) -> Header:
+  """The header in a line that begins as one."""
+  schema = msgspec.json.decode(line).get('schema')
+  if isinstance(schema, int) and schema > SCHEMA:
     raise AuditFileError(
-      f'{path}: line 1: the header was edited, or AuditLog did not write it: {error}'
-    ) from None
+      f'{path}: has schema {schema}, this version of spd_optax reads up to {SCHEMA}: '
+      "pip install --upgrade 'spd_optax[audit]'"
+    )
+  return msgspec.json.decode(line, type=Header)
 
 
 def _record(line: bytes, header: Header) -> Record:
@@ -274,7 +251,7 @@ def _record(line: bytes, header: Header) -> Record:
   rule_state = {name: np.array(x, np.float32) for name, x in fields.rule_state.items()}
   lengths = {len(values) for values in (*columns.values(), *rule_state.values())}
   if lengths != {len(header.layers)} or len(fields.updates) != len(header.states):
-    raise ValueError(f'values for {sorted(lengths)} layers, the header names {len(header.layers)}')
+    raise msgspec.ValidationError(f'values for {lengths} layers, not {len(header.layers)}')
   return Record(
     step=fields.step,
     time=fields.time,
@@ -318,8 +295,3 @@ def numbers(values: np.ndarray) -> list[Number]:
 def number(value: float) -> Any:
   """A number for JSON: a string, 'NaN' or '-Infinity', if it is not finite."""
   return value if math.isfinite(value) else json.dumps(value)
-
-
-def text(value: str) -> str:
-  """A string for JSON: without what is no Unicode, as in the names of some files."""
-  return value.encode('utf-8', 'backslashreplace').decode()

@@ -1,15 +1,18 @@
 """Writing an audit log: one sealed line per logged step, never half a line."""
 
+import atexit
+import contextlib
 import datetime
 import errno
 import importlib
 import json
+import math
 import operator
 import os
 import platform
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,12 +20,16 @@ import jax
 import msgspec
 import numpy as np
 
-from spd_optax import checks, fingerprints, reports
+from spd_optax import checks, fingerprints, reports, trees
 from spd_optax.audit import format
-from spd_optax.audit.advice import PATIENCE
+from spd_optax.audit.advice import PATIENCE, AuditWarning, Watcher
 from spd_optax.audit.format import Header, Record
-from spd_optax.audit.writer import Writer
 from spd_optax.layers import Group, StackAxis
+
+try:
+  import fcntl
+except ImportError:  # on Windows: two writers of one file are not kept apart
+  fcntl = None  # type: ignore[assignment]
 
 VERSIONS_OF = ('jax', 'jaxlib', 'optax', 'numpy', 'spd_optax')  # and of Python
 
@@ -39,25 +46,20 @@ class AuditLog:
 
   `python -m spd_optax.audit report run.jsonl` shows the file, `audit.format` describes it.
 
-  A record is written when the next one comes, or at `flush` or `close`. So nothing waits for
-  the step that the device still computes. Each record is one write of a whole line, with the hash
-  of the line before it. A killed process loses at most the last one. A full disk raises an error,
-  and the file keeps all earlier records. `verify` finds an edited or missing line.
-
-  The path of an earlier log continues it, if header and anchor agree. Call `flush` before each
-  checkpoint; then no record is missing if a run goes on from it. Call `close` after the run went
-  back to a checkpoint; then the next record may have an earlier step.
+  A record is written when the next one comes, or at `flush` or `close`, so that nothing waits for
+  the step that the device still computes. A killed process loses at most the last record, a full
+  disk none that was written. The path of an earlier log continues it, if header and anchor agree.
+  Call `flush` before each checkpoint; then no record is missing if a run goes on from it. Call
+  `close` after the run went back to a checkpoint; then the next record may have an earlier step.
 
   Warnings say, once each, that SPD never holds a layer, that it always does, that the anchor
   is not where training started, that a layer grows away from it while constrained, or that values
   are not finite. A layer whose ratio is always 1, as of `l2_sp`, is meant to be held.
 
-  `close` closes the file. So does the end of a `with` block, or of the last reference to the log.
-  A forked process does not write.
-
-  With several processes, make the log in all of them, after `jax.distributed.initialize`, and call
-  `record` and `close` in all. Only process 0 touches the path. An error of the file is raised
-  there alone, after all communication of the call, so it may be caught.
+  The end of a `with` block, of the last reference to the log, or of the process closes it. A forked
+  process does not write. With several processes, make the log in all of them, after
+  `jax.distributed.initialize`, and call `record` and `close` in all. Only process 0 touches the
+  path, and raises its errors, after all communication of the call, so they may be caught.
 
   Args:
     path: the file; a new one, or one that an AuditLog has written.
@@ -65,9 +67,9 @@ class AuditLog:
     hyperparameters: its arguments and the optimizer's, as JSON can hold them: numbers,
       strings, None, lists and dicts of them.
     source: where the anchor comes from, as 'google/vit-base-patch16': free text or a path.
-    captured: True says that the anchor is the params at the first update (`anchor=None`). False
-      says that it was passed. None says neither. A warning that training does not start at the
-      anchor is then given only if `source` is None, too.
+    captured: True says that the anchor is the params at the first update (`anchor=None`), False
+      that it was passed, None neither. A warning that training does not start at the anchor is
+      then given only if `source` is None, too.
     moving_anchor: whether the anchor is meant to change (`anchor_ema`, `reanchor`). A log is then
       continued with another, and there are no relative distances.
     stack_axis, group: the transformation's own; only for relative distances, see `layer_report`.
@@ -75,27 +77,16 @@ class AuditLog:
     fsync: whether `record` waits for its step, and until the disk has it. Even a power failure
       then loses nothing.
 
+  Attributes:
+    hash: that of the last line written; '' before the first record and off process 0.
+
   Raises:
     TypeError: naming every argument of another type, and what JSON cannot hold.
-    AuditFileError: a ValueError, if `path` is no audit log (a directory, a device, any other file),
-      or one of a newer schema.
+    AuditFileError: a ValueError, if `path` is no audit log, or one of a newer schema.
     OSError: if the directory of `path` does not exist.
-
-  Example:
-    >>> import jax.numpy as jnp, tempfile
-    >>> import spd_optax as spd
-    >>> params = {'kernel': jnp.ones((2, 2))}
-    >>> tx = spd.adam_spd(1e-3)
-    >>> state = tx.init(params)
-    >>> path = tempfile.mkdtemp() + '/run.jsonl'
-    >>> with spd.AuditLog(path, transform='adam_spd', hyperparameters={'lr': 1e-3}) as log:
-    ...   for step in range(3):
-    ...     updates, state = tx.update(params, state, params)
-    ...     log.record(step, state, {'loss': 1.0})
-    >>> from spd_optax import audit
-    >>> len(audit.verify(path, log.hash).records)
-    3
   """
+
+  _file = -1  # closed
 
   def __init__(
     self,
@@ -111,7 +102,8 @@ class AuditLog:
     patience: int = PATIENCE,
     fsync: bool = False,
   ):
-    self.path = Path(path).absolute()  # whatever becomes the working directory later
+    self._pending: Callable[[], Record] | None = None  # waits for a step that may be computed
+    self.path, self.hash = Path(path).absolute(), ''  # whatever becomes the working directory
     source = os.fspath(source) if isinstance(source, os.PathLike) else source
     plain, problems = _plain_items({} if hyperparameters is None else hyperparameters)
     expected = (
@@ -129,24 +121,18 @@ class AuditLog:
     ]
     if problems:
       raise TypeError('AuditLog:\n  ' + '\n  '.join(problems))
-    self._run: dict[str, Any] = {'transform': format.text(transform), 'hyperparameters': plain}
-    source = None if source is None else format.text(source)
+    self._run: dict[str, Any] = {'transform': transform, 'hyperparameters': plain}
     self._anchor: dict[str, Any] = {'source': source, 'captured': captured, 'moving': moving_anchor}
-    self._stack_axis, self._group, self._fsync = stack_axis, group, fsync
+    self._stack_axis, self._group = stack_axis, group
+    self._patience, self._fsync = operator.index(patience), fsync
     self._header: Header | None = None
-    self._last_step: int | None = None
-    self._writer = Writer(self.path, operator.index(patience), fsync)
-    weakref.finalize(self, self._writer.close).atexit = False  # the writer sees to that itself
+    self._last_step: int | None = None  # of a record that was taken
+    self._written, self._resumed = -math.inf, False  # step of the last record written
     self._writes = jax.process_index() == 0
     if self._writes and self.path.exists():  # fails early, before a run has trained
       next(iter(format.Lines(self.path)), None)
     elif self._writes and not self.path.parent.is_dir():
       raise FileNotFoundError(errno.ENOENT, 'AuditLog: no such directory', str(self.path.parent))
-
-  @property
-  def hash(self) -> str:
-    """The hash of the last line written; '' before the first record and off process 0."""
-    return self._writer.hash
 
   def record(self, step: int, opt_state: Any, metrics: Mapping[str, Any] | None = None) -> None:
     """Appends one record.
@@ -165,7 +151,7 @@ class AuditLog:
         the last whole record.
       RuntimeError: in a process that was forked from the one that opened the file.
     """
-    self._writer.check_owner()
+    self._check_owner()
     states = reports.states_in(opt_state, 'AuditLog.record(step, opt_state)')
     metrics = _checked_metrics({} if metrics is None else metrics)
     step = operator.index(step)
@@ -174,7 +160,11 @@ class AuditLog:
         f'AuditLog.record: step {step} after step {self._last_step}; call close() after the run '
         'went back to a checkpoint'
       )
-    header = self._header_of(states)
+    layout = [(reports.shapes(state), list(state.rule_state)) for state in states]
+    if self._header is None:
+      self._header, self._layout = self._new_header(states), layout
+    elif layout != self._layout:
+      raise ValueError('AuditLog.record: the layers are not those of the first record')
     values, now = reports.begin(states), round(time.time(), 3)
 
     def pending() -> Record:
@@ -183,19 +173,45 @@ class AuditLog:
 
     # All communication is done: what fails below may do so on process 0 alone.
     if self._writes:
-      self._writer.put(header, pending)
+      if self._file < 0:
+        self._open(self._header)
+      self.flush()  # if that raises, the record before stays pending, and this one is not taken
+      self._pending = pending
     self._last_step = step
     if self._fsync:
-      self._writer.write()
+      self.flush()
 
   def flush(self) -> None:
     """Writes the last record now; raises what `record` does."""
-    self._writer.write()
+    self._check_owner()
+    if self._file < 0 or self._header is None or self._pending is None:
+      return
+    now, size = self._pending, os.fstat(self._file).st_size
+    record = now()
+    record = record._replace(resumed=self._resumed or record.step <= self._written)
+    self._pending = None
+    try:
+      self._append(format.as_line(record, self._header))
+    except BaseException:  # a full disk, or an interrupt, perhaps behind the write
+      self._pending = now if os.fstat(self._file).st_size == size else None
+      raise
+    self._resumed, self._written = False, record.step
+    for advice in self._watcher.see(record):
+      checks.warn(f'step {advice.step}: {advice.message}', AuditWarning)
 
   def close(self) -> None:
     """Writes the last record and closes the file; the next record would open it again."""
-    self._header = self._last_step = None
-    self._writer.close()
+    file, own = self._file, self._file >= 0 and self._owner == os.getpid()
+    try:
+      if own:
+        self.flush()
+    finally:
+      self._file, self._header, self._last_step = -1, None, None
+      if own and fcntl:  # a forked child may still have the file open
+        with contextlib.suppress(OSError):
+          fcntl.flock(file, fcntl.LOCK_UN)
+      if file >= 0:
+        os.close(file)
 
   def __enter__(self) -> Self:
     return self
@@ -203,22 +219,21 @@ class AuditLog:
   def __exit__(self, *error: object) -> None:
     self.close()
 
-  def _header_of(self, states: reports.States) -> Header:
-    """The header before a record; checks that it still holds."""
-    layout = [(reports.shapes(state), list(state.rule_state)) for state in states.values()]
-    if self._header is None:
-      if not any(int(state.count) for state in states.values()):
-        raise ValueError(
-          'AuditLog.record: record after the first update; before it the anchor may not be the '
-          'one that is captured, and there is nothing to log'
-        )
-      self._header, self._layout = self._new_header(states), layout
-    elif layout != self._layout:
-      raise ValueError('AuditLog.record: the layers are not those of the first record')
-    return self._header
+  def __del__(self) -> None:
+    self.close()
+
+  def _check_owner(self) -> None:
+    """Raises a RuntimeError in a forked process, in which JAX may not compute either."""
+    if self._file >= 0 and self._owner != os.getpid():
+      raise RuntimeError(f'{self.path}: this process was forked from the one that writes the log')
 
   def _new_header(self, states: reports.States) -> Header:
-    words = [fingerprints.words_of(state.anchor) for state in states.values()]
+    if not any(int(state.count) for state in states):
+      raise ValueError(
+        'AuditLog.record: record after the first update; before it the anchor may not be the '
+        'one that is captured, and there is nothing to log'
+      )
+    words = [fingerprints.words_of(state.anchor) for state in states]
     norms = format.numbers(reports.anchor_norms(states, self._stack_axis, self._group))
     known = [None if self._anchor['moving'] or not isinstance(x, float) else x for x in norms]
     fingerprint = fingerprints.as_text(np.add.reduce(words))
@@ -234,15 +249,95 @@ class AuditLog:
       **self._run,
     )
 
+  def _open(self, header: Header) -> None:
+    """Opens a new log, or one that goes on."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, 'O_BINARY', 0)
+    self._file, self._owner = os.open(self.path, flags, 0o666), os.getpid()
+    self._watcher = Watcher(header, self._patience)
+    try:
+      self._lock()
+      if not self._continue(header):
+        os.ftruncate(self._file, 0)  # of a header whose writer was killed
+        self._size, self.hash, self._resumed = 0, '', False
+        self._append(header)
+        if self._fsync and os.name == 'posix':  # elsewhere a directory cannot be opened
+          directory = os.open(self.path.parent, os.O_RDONLY)
+          os.fsync(directory)  # the name of the new file
+          os.close(directory)
+    except BaseException:
+      os.close(self._file)
+      self._file = -1
+      raise
+    atexit.register(_close, weakref.ref(self))
+
+  def _lock(self) -> None:
+    """Keeps a second writer out, where the system can."""
+    try:
+      if fcntl:
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      message = 'another AuditLog has this file open: call its close(), or use it in a `with` block'
+      raise BlockingIOError(error.errno, message, str(self.path)) from error
+    except OSError:  # a file system without locks
+      return
+
+  def _continue(self, header: Header) -> bool:
+    """Goes on after the last whole line of the file, if it has any."""
+    lines = format.Lines(self.path)
+    for _ in lines:
+      pass
+    if lines.header is None:
+      return False
+    _compare(self.path, lines.header, header)
+    if lines.torn:
+      checks.warn(
+        f'{self.path}: the last {lines.torn} bytes are of a record whose writer was killed; they '
+        'are removed, and the log goes on after the last whole record',
+        AuditWarning,
+      )
+      os.ftruncate(self._file, lines.whole)
+    self._size, self.hash, self._resumed = lines.whole, lines.hash, True
+    return True
+
+  def _append(self, fields: msgspec.Struct) -> None:
+    """One write of a whole line; if it fails, the file ends as before."""
+    found = os.fstat(self._file)
+    if not found.st_nlink:
+      raise FileNotFoundError(errno.ENOENT, 'the audit log was deleted', str(self.path))
+    if found.st_size != self._size and self._header:  # an interrupted write, or another program
+      self._continue(self._header)
+    line, digest = format.seal(fields, self.hash)
+    try:
+      if os.write(self._file, line) < len(line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+      if self._fsync:
+        os.fsync(self._file)
+    except OSError as error:
+      with contextlib.suppress(OSError):  # readers recognize a torn line
+        os.ftruncate(self._file, self._size)
+      error.filename = str(self.path)
+      raise
+    self._size, self.hash = self._size + len(line), digest
+
+
+def _close(log: weakref.ref[AuditLog]) -> None:
+  """Closes a log at the end of the process, if it is still there."""
+  if (found := log()) is not None:
+    found.close()
+
 
 def _plain_items(items: Any) -> tuple[dict[str, Any], list[str]]:
   """The items as JSON holds them, and what it cannot hold."""
   if not isinstance(items, Mapping):
     return {}, [f'hyperparameters: expected a dict, found {checks.kind_of(items)}']
+
+  def plain(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value.tolist()
+
   found, problems = {}, []
   for name, value in items.items():
     try:
-      line = json.dumps({name: value}, default=_plain, allow_nan=False)
+      line = json.dumps({name: value}, default=plain, allow_nan=False)
       found[name] = msgspec.json.decode(line)[name]  # a KeyError if the name is no string
     except (TypeError, ValueError, KeyError, AttributeError, msgspec.DecodeError):
       problems.append(
@@ -252,24 +347,40 @@ def _plain_items(items: Any) -> tuple[dict[str, Any], list[str]]:
   return found, problems
 
 
-def _plain(value: Any) -> Any:
-  return os.fspath(value) if isinstance(value, os.PathLike) else value.tolist()
-
-
 def _checked_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
   """A copy of the metrics; raises a TypeError that names all that are no numbers."""
   if not isinstance(metrics, Mapping):
     raise TypeError(f'AuditLog.record: metrics: expected a dict, found {checks.kind_of(metrics)}')
-  numeric = bool | int | float | np.number | np.bool_ | np.ndarray | jax.Array
   problems = [
     f'{name!r}: {checks.kind_of(value)}'
     for name, value in metrics.items()
-    if not isinstance(name, str) or not isinstance(value, numeric) or np.ndim(value)
+    if not isinstance(name, str) or not checks.is_array(value) or np.ndim(value)
   ]
   if problems:
     raise TypeError('AuditLog.record: metrics must be numbers by name:\n  ' + '\n  '.join(problems))
   # Arrays of NumPy may change, and those of JAX be donated, before the record is written.
   return {
-    format.text(name): jax.numpy.copy(x) if isinstance(x, jax.Array) else float(x)
-    for name, x in metrics.items()
+    name: jax.numpy.copy(x) if isinstance(x, jax.Array) else float(x) for name, x in metrics.items()
   }
+
+
+def _compare(path: Path, in_file: Header, now: Header) -> None:
+  """Raises a ValueError that lists all facts of the headers that differ."""
+  old, new = _facts(in_file), _facts(now)
+  trees.raise_all(
+    [
+      f'{name}: {old.get(name, "nothing")!r} in the file, {new.get(name, "nothing")!r} now'
+      for name in old | new
+      if old.get(name) != new.get(name) and not (name == 'anchor fingerprint' and now.anchor.moving)
+    ],
+    f'{path} is the log of another run; pass another path, or what the run was begun with '
+    '(an anchor that is meant to change: moving_anchor=True):',
+  )
+
+
+def _facts(header: Header) -> dict[str, object]:
+  """What must not differ, by name."""
+  found = {name: getattr(header, name) for name in ('transform', 'hyperparameters', 'states')}
+  for name in ('source', 'captured', 'moving', 'fingerprint'):
+    found[f'anchor {name}'] = getattr(header.anchor, name)
+  return found | {f'layer {name}': f'layer {i}' for i, name in enumerate(header.layers)}

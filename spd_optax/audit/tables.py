@@ -11,97 +11,56 @@ import numpy as np
 from spd_optax import reports
 from spd_optax.audit.format import Anchor, Run
 
+POINTS = 240  # of a run in pictures
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 
 
 class Series:
-  """The records of a run, T ≥ 1 of L layers, without those that it went through again.
+  """The records of a run over time, without those that it went through again.
 
-  `updates`, `constrained`, `distance` and `relative` are arrays [T, L], `share` and `norms` [L].
+  Of more than `most` records evenly as many, with the first and the last; metrics have them all.
+  `distance` and `relative` are arrays [T, L], `share` and `norms` [L]. `edges` int[n + 1] are the
+  steps between which a layer was held at a `held` share of the updates, float[n, L]. It is NaN if
+  the updates do not increase: between two of `optax.MultiSteps`, or where a run went on with a new
+  state.
   """
 
-  def __init__(self, run: Run, name: str = ''):
+  def __init__(self, run: Run, name: str = '', most: int = POINTS):
     records = run.current()
+    at = np.linspace(0, len(records) - 1, min(len(records), most)).round().astype(int)
+    shown = [records[i] for i in np.unique(at)]
     self.name = name or run.path.stem
     self.layers, self.norms, self.last = run.layers, run.norms, records[-1]
-    self.step = np.array([record.step for record in records])
-    self.updates = np.array([record.updates for record in records])
-    self.constrained = np.array([record.constrained for record in records])
-    self.distance = np.array([record.distance for record in records])
+    self.step = np.array([record.step for record in shown])
+    self.distance = np.array([record.distance for record in shown])
     self.relative = reports.relative(self.distance, self.norms)
     self.share = reports.constrained_share(self.last.constrained, self.last.updates)
+    self.edges, self.held = self.step, self.share[None]
+    if len(shown) == 1:
+      self.edges = self.step - np.array([1, 0])
+    else:
+      updates = np.diff([record.updates for record in shown], axis=0)
+      held = np.diff([record.constrained for record in shown], axis=0)
+      self.held = np.where(updates > 0, held, np.nan) / np.maximum(updates, 1)
     self.metrics: dict[str, Curve] = {}
     for metric in dict.fromkeys(name for record in records for name in record.metrics):
-      having = [record for record in records if metric in record.metrics]
-      steps = np.array([record.step for record in having])
-      self.metrics[metric] = steps, np.array([record.metrics[metric] for record in having])
+      found = [(x.step, x.metrics[metric]) for x in records if metric in x.metrics]
+      self.metrics[metric] = np.array([x for x, _ in found]), np.array([x for _, x in found])
 
 
-def overall(series: Series) -> tuple[str, Curve]:
-  """The distance over all layers, relative to the anchor where that is known, and its name."""
-  far = reports.overall(series.distance, series.norms)
-  if np.isfinite(far).any():
-    return 'distance from the anchor, % of its norm', (series.step, 100 * far)
-  return 'distance from the anchor', (series.step, np.linalg.norm(series.distance, axis=-1))
+def blocks(names: Sequence[str], most: int) -> list[tuple[str, int, int]]:
+  """Name, begin and end of each layer; of more than `most`, of runs whose paths begin alike.
 
-
-def held_between(series: Series, most: int) -> Curve:
-  """The share of the updates held, between up to `most` + 1 of the logged steps.
-
-  Returns:
-    The steps at the edges, int[n + 1], and the shares, float[n, L]. A share is NaN if the updates
-    do not increase: between two of `optax.MultiSteps`, or where a run went on with a new state.
+  Names without common beginnings make runs of equal length, each named after its first layer.
   """
-  at = thinned(len(series.step), most + 1)
-  if len(at) == 1:
-    step = int(series.step[0])
-    return np.array([step - 1, step]), series.share[None]
-  updates = np.diff(series.updates[at], axis=0)
-  held = np.diff(series.constrained[at], axis=0)
-  good = updates > 0
-  return series.step[at], np.where(good, held, np.nan) / np.where(good, updates, 1)
-
-
-def thinned(count: int, most: int) -> np.ndarray:
-  """Up to `most` of `count` indices, evenly, with the first and the last."""
-  return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
-
-
-class Block(NamedTuple):
-  """Layers begin to end, under one name."""
-
-  name: str
-  begin: int
-  end: int
-
-
-def blocks(names: Sequence[str], most: int) -> list[Block]:
-  """Each layer; of more than `most`, runs of layers whose paths begin alike.
-
-  A run is split along the next part of the path as long as the parts are not small. Names
-  without common beginnings make runs of equal length, each named after its first layer.
-  """
-  if len(names) <= most:
-    return [Block(name, i, i + 1) for i, name in enumerate(names)]
-  size = math.ceil(len(names) / most)
   parts = [name.replace('[', '/[').split('/') for name in names]
-  found = _split(parts, Block('', 0, len(names)), 1, size)
-  if len(found) > 1:
-    return found
-  return [Block(names[i], i, min(i + size, len(names))) for i in range(0, len(names), size)]
-
-
-def _split(parts: Sequence[Sequence[str]], block: Block, depth: int, size: int) -> list[Block]:
-  """The runs within a block that agree in `depth` parts, if they have `size` on average."""
-  layers = range(block.begin, block.end)
-  runs = [list(run) for _, run in groupby(layers, lambda i: parts[i][:depth])]
-  if len(layers) < size * len(runs) or depth > max(map(len, parts)):
-    return [block]
-  found = []
-  for first, *rest in runs:
-    name = '/'.join(parts[first][:depth]).replace('/[', '[')
-    found += _split(parts, Block(name, first, first + 1 + len(rest)), depth + 1, size)
-  return found
+  for depth in range(max(map(len, parts)), 0, -1):
+    starts = ['/'.join(path[:depth]).replace('/[', '[') for path in parts]
+    runs = [list(run) for _, run in groupby(range(len(names)), starts.__getitem__)]
+    if 1 < len(runs) <= most:
+      return [(starts[run[0]], run[0], run[-1] + 1) for run in runs]
+  size = math.ceil(len(names) / most)
+  return [(names[i], i, min(i + size, len(names))) for i in range(0, len(names), size)]
 
 
 class Table(NamedTuple):
@@ -145,11 +104,9 @@ def facts(run: Run) -> Table:
 def _anchor(anchor: Anchor, norms: np.ndarray) -> str:
   """Where the anchor is, by what the user said and the norms show."""
   zero = np.count_nonzero(norms == 0)
-  parts = [
-    {True: 'captured: the params at the first update', False: 'passed', None: ''}[anchor.captured],
-    '' if not zero else 'zero' if zero == len(norms) else f'zero in {zero} of {len(norms)} layers',
-    'moving' if anchor.moving else '',
-  ]
+  said = {True: 'captured: the params at the first update', False: 'passed', None: ''}
+  of_zero = 'zero' if zero == len(norms) else f'zero in {zero} of {len(norms)} layers'
+  parts = [said[anchor.captured], of_zero * bool(zero), 'moving' * anchor.moving]
   return '; '.join(filter(None, parts)) or 'not said whether captured or passed'
 
 
@@ -188,10 +145,9 @@ def layers(runs: Sequence[Series], most: int | None = None) -> Table:
 
 def of_blocks(series: Series, most: int) -> Table:
   """A row per block of layers; none if there are at most so many layers."""
-  found = blocks(series.layers, most)
+  found = blocks(series.layers, most) if len(series.layers) > most else []
   rows = [[name, *_cells(series, slice(begin, end)).values()] for name, begin, end in found]
-  header = ['block', *_cells(series, slice(1))]
-  return _table('Blocks of layers', header, rows if len(rows) < len(series.layers) else [])
+  return _table('Blocks of layers', ['block', *_cells(series, slice(1))], rows)
 
 
 def _cells(series: Series, part: slice) -> dict[str, str]:
@@ -200,10 +156,10 @@ def _cells(series: Series, part: slice) -> dict[str, str]:
   held, distance = last.condition[part], last.distance[part]
   return {
     'held now': f'{sum(held)} of {len(held)}' if len(held) > 1 else 'yes' if held.all() else '',
-    'held, %': _percent(np.mean(series.share[part])),
+    'held, %': _number(100 * np.mean(series.share[part]), '.1f'),
     'ratio': _number(np.mean(last.ratio[part])),
     'distance': _number(np.linalg.norm(distance)),
-    '% of ‖θ₀‖': _percent(reports.overall(distance, series.norms[part])),
+    '% of ‖θ₀‖': _number(100 * reports.overall(distance, series.norms[part]), '.1f'),
     **{name: _number(np.mean(values[part])) for name, values in last.rule_state.items()},
   }
 
@@ -221,9 +177,5 @@ def metrics(runs: Sequence[Series]) -> Table:
   return _table('Metrics', ['metric', 'run', 'first', 'last', 'smallest', 'largest'], rows)
 
 
-def _number(value: Any) -> str:
-  return '–' if np.isnan(value) else f'{value:.4g}'
-
-
-def _percent(value: Any) -> str:
-  return '–' if np.isnan(value) else f'{100 * value:.1f}'
+def _number(value: Any, form: str = '.4g') -> str:
+  return '–' if np.isnan(value) else format(value, form)
