@@ -203,7 +203,7 @@ def method_of(variant: Variant) -> Method:
 
 def run_task(name: str, args: argparse.Namespace) -> dict[str, list[Any]]:
   """Records of each variant on a task."""
-  task = compare.scaled(compare.TASKS[name](), args.quick)
+  task = compare.scaled(compare.maker(name)(), args.quick)
   foundation = compare.foundation(name, task, args)
   found = {}
   for title, variant in variants().items():

@@ -85,17 +85,17 @@ def run_task(name: str, args: argparse.Namespace) -> Result:
     'rates': rates,
     'steps': task.steps,
     'pretrain_steps': task.pretrain_steps,
+    'at_once': args.at_once,
   }
   before = jobs.measure(task, start_from, np.arange(args.seeds), args.seeds)
   records = []
   for title, method in compared(args).items():
     start = time.perf_counter()
-    records += cache.records(
-      args.out / 'cache' / name / f'{title}.json',
-      cache.digest(maker(name), jobs.run, method.optimizer, method=method[1:], **common),
-      lambda: jobs.run(
-        *(task, title, method, rates, start_from, args.seeds, task.steps, args.at_once)  # noqa: B023
-      ),
+    key = cache.digest(maker(name), jobs.run, method.optimizer, method=method[1:], **common)
+    path = args.out / 'cache' / name / f'{title}.json'
+    records += jobs.run(
+      *(task, title, method, rates, start_from, args.seeds, task.steps, args.at_once),
+      lambda part, make: cache.records(path.with_suffix(f'.{part}.json'), key, make),  # noqa: B023
     )
     print(f'{name}: {title}, {time.perf_counter() - start:.0f} s', flush=True)
   pretrained = {'id': before['id'].tolist(), 'ood': np.mean([*before['ood'].values()], 0).tolist()}

@@ -163,11 +163,11 @@ class SignificantProjection(Rule):
   not. A layer that stands on its anchor is free.
 
   Attributes:
-    z: standard errors; 0 asks for the sign of the mean. More holds more.
+    z: standard errors; 0 asks for the sign of the mean alone. More holds more.
     decay: β in [0, 1).
   """
 
-  z: chex.Numeric = 1.0
+  z: chex.Numeric = 0.0
   decay: chex.Numeric = 0.95
   needs = ('after',)
   numbers = {'slope': 0.0, 'slope_square': 0.0, 'slope_weight': 0.0}  # noqa: RUF012  # not written

@@ -33,10 +33,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     'Adam': methods.Method(methods.adam),
     'projection_decay': methods.Method(methods.chained, (SPD,)),
   }
-  again, run_job = [], jobs.run
+  again, run_part = [], jobs.run_part
 
   def diverging(*args: Any) -> Any:
-    records = run_job(*args)
+    records = run_part(*args)
     if args[1] == 'projection_decay':
       records[-1] |= {'id': [70.0, math.nan], 'moved': [1.0, math.nan]}
     return records
@@ -44,13 +44,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
   def each_task(run: Any, args: Any) -> dict[str, Any]:
     first = {name: run(name, args) for name in args.tasks}
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(jobs, 'run', None)
+      patch.setattr(jobs, 'run_part', pytest.fail)
       again.append({name: run(name, args) for name in args.tasks})
     return first
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(compare, 'METHODS', some)
-    patch.setattr(jobs, 'run', diverging)
+    patch.setattr(methods, 'METHODS', some)
+    patch.setattr(jobs, 'run_part', diverging)
     patch.setattr(compare, 'DEFAULTS', {'projection_decay': SPD})
     patch.setattr(compare, 'each_task', each_task)
     return out, compare.main([*ARGUMENTS, str(out)]), again[0]

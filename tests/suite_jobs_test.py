@@ -121,7 +121,7 @@ def test_each_case_is_trained_as_if_it_were_alone() -> None:
       if each['method'] == methods.EARLY:
         np.testing.assert_allclose(each['validation'][seed], max(seen), atol=0.006)
   assert early, 'no case is best on the way'
-  assert {each['method'] for each in records} == {'SGD', methods.WISE_FT, methods.EARLY}
+  assert {each['method'] for each in records} == {'SGD', f'SGD + {methods.WISE_FT}', methods.EARLY}
 
 
 def test_adapters_have_their_own_rates_too() -> None:

@@ -183,7 +183,7 @@ def injected(task: Task, method: Method, case: Case) -> optax.GradientTransforma
   return make(learning_rate=case.rate, blocks=task.blocks, **numbers)
 
 
-def with_numbers(state: Any, cases: Sequence[Case], decay: float) -> Any:
+def with_numbers(state: Any, cases: Sequence[Case], decay: float = 1.0) -> Any:
   """The state, each case with its own learning rate, times the decay, and setting."""
   names = [name for name in cases[0].setting if name not in (RANK, KL)]
   numbers = {name: jnp.array([float(case.setting[name]) for case in cases]) for name in names}
@@ -311,6 +311,7 @@ def run(
   seeds: int,
   steps: int,
   at_once: int | None = None,
+  kept: Callable[[int, Callable[[], list[Record]]], list[Record]] = lambda part, make: make(),
 ) -> list[Record]:
   """Fine-tunes and measures: the records of the method, and of those that go on from it.
 
@@ -323,19 +324,24 @@ def run(
     seeds: their number.
     steps: of each stage.
     at_once: configurations that are trained at a time; None trains all, which needs most memory.
+    kept: (first, make) -> the records of the configurations from this one on, from a cache perhaps.
   """
   found: list[Record] = []
+  first = 0
   for _, settings in itertools.groupby(method.settings, lambda setting: setting.get(RANK)):
     each = list(itertools.product(settings, rates))
     made = program(task, method, Case(each[0][0], each[0][1], 0))
-    for start in range(0, len(each), at_once or len(each)):
-      part = each[start : start + (at_once or len(each))]
+    at_a_time = at_once or len(each)
+    for start in range(0, len(each), at_a_time):
+      part = each[start : start + at_a_time]
       cases = [Case(setting, rate, seed) for setting, rate in part for seed in range(seeds)]
-      found += _measured(task, name, method, made, cases, foundation, seeds, steps)
+      arguments = (task, name, method, made, cases, foundation, seeds, steps)
+      found += kept(first, functools.partial(run_part, *arguments))
+      first += len(part)
   return found
 
 
-def _measured(
+def run_part(
   task: Task,
   name: str,
   method: Method,
@@ -345,6 +351,7 @@ def _measured(
   seeds: int,
   steps: int,
 ) -> list[Record]:
+  """The records of these cases."""
   at = np.array([case.seed for case in cases])
   scaled = [case._replace(rate=case.rate * method.rate) for case in cases]
   found: list[Record] = []
