@@ -29,11 +29,12 @@ from concurrent import futures
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 import comparison
 import reporting
-from suite import cache, choice, jobs, methods, pictures, real, tables
+from suite import cache, choice, fronts, jobs, methods, pictures, real, tables
 from suite.methods import Method
 from suite.tasks import Params, Task
 
@@ -100,7 +101,14 @@ def run_task(name: str, args: argparse.Namespace) -> Result:
     print(f'{name}: {title}, {time.perf_counter() - start:.0f} s', flush=True)
   pretrained = {'id': before['id'].tolist(), 'ood': np.mean([*before['ood'].values()], 0).tolist()}
   records = [choice.without_diverged(record) for record in records]
-  return {'title': task.title, 'before': pretrained, 'records': records}
+  found = {'title': task.title, 'before': pretrained, 'records': records}
+  if not task.pretrained:
+    return found
+  sizes = {
+    jax.tree_util.keystr(path, simple=True, separator='/'): x[0].size
+    for path, x in jax.tree.leaves_with_path(start_from)
+  }
+  return found | {'sizes': sizes}
 
 
 def foundation(name: str, task: Task, args: argparse.Namespace) -> Params:
@@ -136,6 +144,12 @@ def publish(args: argparse.Namespace, results: dict[str, Result]) -> None:
   records = {name: result['records'] for name, result in results.items()}
   best = {name: choice.chosen(found, DEFAULTS) for name, found in records.items()}
   found = tables.all_of(records, before, best, DEFAULTS)
+  sizes = {name: result['sizes'] for name, result in results.items() if 'sizes' in result}
+  if sizes:
+    found = {
+      'fronts': fronts.table(records, DEFAULTS),
+      'held by size': tables.by_size(records, sizes, DEFAULTS),
+    } | found
   for name, table in found.items():
     reporting.show(titles.get(name, name), table)
   methods, values = choice.scores(best, choice.both)
@@ -146,7 +160,9 @@ def publish(args: argparse.Namespace, results: dict[str, Result]) -> None:
     'friedman': choice.friedman(values),
   }
   reporting.write_json(args.out / 'results.json', settings, found)
-  (args.out / 'README.md').write_text(tables.page(titles, found))
+  (args.out / 'README.md').write_text(
+    tables.page('Real models' if sizes else 'Ten tasks', titles, found)
+  )
   with (args.out / 'records.jsonl').open('w') as file:
     for name, each in records.items():
       lines = (json.dumps({'task': name} | record, allow_nan=False) for record in each)

