@@ -142,13 +142,15 @@ def publish(args: argparse.Namespace, results: dict[str, Result]) -> None:
   titles = {name: result['title'] for name, result in results.items()}
   before = {name: result['before'] for name, result in results.items()}
   records = {name: result['records'] for name, result in results.items()}
-  best = {name: choice.chosen(found, DEFAULTS) for name, found in records.items()}
-  found = tables.all_of(records, before, best, DEFAULTS)
+  run = {record['method'] for found in records.values() for record in found}
+  defaults = {method: setting for method, setting in DEFAULTS.items() if method in run}
+  best = {name: choice.chosen(found, defaults) for name, found in records.items()}
+  found = tables.all_of(records, before, best, defaults)
   sizes = {name: result['sizes'] for name, result in results.items() if 'sizes' in result}
   if sizes:
     found = {
-      'fronts': fronts.table(records, DEFAULTS),
-      'held by size': tables.by_size(records, sizes, DEFAULTS),
+      'fronts': fronts.table(records, defaults),
+      'held by size': tables.by_size(records, sizes, defaults),
     } | found
   for name, table in found.items():
     reporting.show(titles.get(name, name), table)
@@ -156,7 +158,7 @@ def publish(args: argparse.Namespace, results: dict[str, Result]) -> None:
   settings = {
     'tasks': titles,
     'seeds': args.seeds,
-    'rates': args.rates,
+    'rates': {name: sorted({r['rate'] for r in found}) for name, found in records.items()},
     'friedman': choice.friedman(values),
   }
   reporting.write_json(args.out / 'results.json', settings, found)

@@ -154,6 +154,8 @@ def _difference(found: Found, method: str, column: str) -> list[float]:
 def by_rate(records: Mapping[str, Sequence[Record]], methods: Mapping[str, Any]) -> Table:
   """One setting of each method at every learning rate: means over tasks of ID and OOD.
 
+  Rates are those of the first task; where another has others, its rate at the same place counts.
+
   Args:
     records: by task.
     methods: by name, the setting.
@@ -162,10 +164,15 @@ def by_rate(records: Mapping[str, Sequence[Record]], methods: Mapping[str, Any])
   for method, setting in methods.items():
     row = table[f'{method} {choice.shown(setting)}'.strip()] = {}
     for column, title in ((ID, 'ID'), (OOD, 'OOD')):
-      for rate in sorted({record['rate'] for record in next(iter(records.values()))}):
+      for i, rate in enumerate(rates_of(next(iter(records.values())))):
         values = [
-          choice.mean(choice.of(found, method, setting=setting, rate=rate)[0], column)
+          choice.mean(choice.of(found, method, setting=setting, rate=rates_of(found)[i])[0], column)
           for found in records.values()
         ]
         row[f'{title}, {rate:g}'] = f'{np.mean(values):.1f}'
   return table
+
+
+def rates_of(records: Sequence[Record]) -> list[float]:
+  """The learning rates of a task, from low to high."""
+  return sorted({record['rate'] for record in records})
