@@ -57,7 +57,6 @@ QUICK = ('digits_mlp', 'code_to_prose', 'tumours')
 DEFAULTS = {
   'projection_decay': comparison.DEFAULT,
   'adam_spd': comparison.ADAM_SPD,
-  'SignificantProjection': {'z': comparison.Z},
 }
 
 ALL = TASKS | REAL

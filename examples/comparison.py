@@ -25,7 +25,6 @@ def default_of(transform: Callable[..., Any]) -> dict[str, float]:
 
 ADAM_SPD = default_of(spd.adam_spd)
 DEFAULT = default_of(spd.projection_decay)
-Z = spd.SignificantProjection().z
 FIRM = {'strength': 10.0, 'margin': 0.1}
 SETTINGS = {  # by how the name of a method begins
   'adam_spd': ADAM_SPD,

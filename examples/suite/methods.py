@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import spd_optax as spd
+from suite.significance import SignificantProjection
 
 Setting = Mapping[str, float]
 Scalar = float | jax.Array
@@ -163,7 +164,7 @@ def significant(
   learning_rate: Scalar, blocks: Any, z: Scalar, decay: Scalar = 0.95
 ) -> optax.GradientTransformation:
   """`adam_spd` that holds what does not significantly walk outward."""
-  return spd.adam_spd(learning_rate, rule=spd.SignificantProjection(z, decay))
+  return spd.adam_spd(learning_rate, rule=SignificantProjection(z, decay))
 
 
 def sweep(**values: tuple[float, ...]) -> tuple[Setting, ...]:
@@ -196,7 +197,6 @@ METHODS: dict[str, Method] = {
   'SGD': Method(sgd, rate=5),
   'Lion': Method(lion, rate=0.2),
   'adam_spd': Method(around(adam), dial((1, 0), (2, 0), (1, 0.05))),
-  'SignificantProjection': Method(significant, sweep(z=(0.0, 1.0, 2.0))),
   'with_projection_decay, SGD': Method(around(sgd), dial((1, 0), (1, 0.05)), rate=5),
   'with_projection_decay, Lion': Method(around(lion), dial((1, 0), (1, 0.05)), rate=0.2),
   'projection_decay': Method(
