@@ -149,7 +149,7 @@ def publish(args: argparse.Namespace, results: dict[str, Result]) -> None:
   if sizes:
     found = {
       'fronts': fronts.table(records, defaults),
-      'held by size': tables.by_size(records, sizes, defaults),
+      'sizes': tables.by_size(records, sizes, defaults),
     } | found
   for name, table in found.items():
     reporting.show(titles.get(name, name), table)

@@ -1,0 +1,148 @@
+"""compare.py on loaded models: probes, the decay of the rate, fronts, shares by size."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import compare
+from suite import choice, fronts, jobs, methods, real, tables
+from suite.tasks import Stage, Task
+
+pytestmark = pytest.mark.examples
+
+SEEDS, SHOTS, STEPS = 2, 30, 20
+
+
+def rotated(params: Any, x: jax.Array) -> jax.Array:
+  return x @ params['body']
+
+
+def logits(params: Any, batch: Any) -> jax.Array:
+  return rotated(params, batch[0]) @ params['head']['kernel'] + params['head']['bias']
+
+
+def loss(params: Any, batch: Any) -> jax.Array:
+  return optax.softmax_cross_entropy_with_integer_labels(logits(params, batch), batch[1]).mean()
+
+
+def score(params: Any, data: Any) -> jax.Array:
+  found = data[0] @ params['head']['kernel'] + params['head']['bias']
+  return 100 * jnp.mean(jnp.argmax(found, -1) == data[1])
+
+
+def task(classes: int, **options: Any) -> Task:
+  """Points around as many centres; the last class never occurs among the examples of three."""
+  rng = np.random.default_rng(0)
+  centres = 6 * rng.normal(size=(3, 4))
+
+  def data(n: int, kinds: int) -> Any:
+    labels = np.arange(n) % kinds
+    return (centres[labels] + rng.normal(size=(n, 4))).astype(np.float32), labels.astype(np.int32)
+
+  zeros = {'kernel': np.zeros((4, classes), np.float32), 'bias': np.zeros(classes, np.float32)}
+  return Task(
+    *('points', lambda key: None, loss, score, ()),
+    stages=(Stage(data(200, min(classes, 3)), data(150, min(classes, 3))),),
+    ood={'two': data(130, 2)},
+    blocks=('body', 'head'),
+    shots=SHOTS,
+    pretrained=lambda: {'body': np.eye(4, dtype=np.float32)[::-1], 'head': zeros},
+    features=rotated,
+    logits=logits,
+    **options,
+  )
+
+
+@pytest.mark.parametrize('classes', [2, 3, 4], ids=['two', 'all', 'one that never occurs'])
+def test_a_probe_is_fitted_to_the_examples_of_its_seed(classes: int) -> None:
+  """Catches a head with swapped classes, on unscaled features, and one head for all seeds."""
+  made = task(classes)
+  start = jobs.load(made, SEEDS)
+  found = jobs.measure(made, start, np.arange(SEEDS), SEEDS)
+  assert (found['id'] > 90).all()
+  assert (found['validation'] > 90).all()
+  assert (found['ood']['two'] > 90).all()
+  first, second = start['head']['kernel']
+  assert not np.allclose(first, second)
+  np.testing.assert_array_equal(start['body'][0], start['body'][1])
+
+
+def test_scores_of_chunks_are_those_of_the_whole() -> None:
+  """Catches padding that is scored, and rows of another run."""
+  made = task(3)
+  params = jax.tree.map(jnp.asarray, jobs.load(made, SEEDS))
+  x, labels = made.stages[0].pool  # 200, no multiple of a chunk
+  rows = np.array([[0, 5, 199], [7, 1, 150]])
+  found = jobs.scores_on(made, params, (x, labels), rows)
+  for run in range(SEEDS):
+    one = jax.tree.map(lambda leaf, run=run: leaf[run], params)
+    right = np.argmax(logits(one, (x[rows[run]], None)), -1) == labels[rows[run]]
+    assert found[run] == pytest.approx(100 * right.mean())
+
+
+def test_the_rate_decays_by_a_cosine() -> None:
+  """Catches a decay that does not reach the optimizer: SGD goes as far as the rates sum to."""
+  made = task(3, cosine=True)._replace(loss=lambda params, batch: params['body'].sum())
+  still = made._replace(cosine=False)
+  method = methods.Method(lambda learning_rate, blocks: optax.sgd(learning_rate))
+  start = jobs.load(made, SEEDS)
+  for each, share in ((made, 0.5), (still, 1.0)):
+    (_, params, _), *_ = jobs.fine_tune(
+      *(each, method, jobs.program(each, method, jobs.Case({}, 0.1, 0))),
+      *([jobs.Case({}, 0.1, seed) for seed in range(SEEDS)], start, SEEDS, STEPS),
+    )
+    went = np.asarray(start['body']) - np.asarray(params['body'])
+    np.testing.assert_allclose(went, 0.1 * STEPS * share, rtol=1e-4)
+
+
+def test_kl_holds_the_answers_of_the_base_model() -> None:
+  """Catches a strength, or a base, that is trained or does not count."""
+  made = task(3)._replace(loss=lambda params, batch: -logits(params, batch)[:, 0].mean())
+  method = methods.Method(real.towards_base, tuple({methods.KL: k} for k in (0.0, 100.0)))
+  free, held = jobs.run(made, 'KL', method, (0.01,), jobs.load(made, SEEDS), SEEDS, STEPS)
+  assert np.mean(held['moved']) < 0.5 * np.mean(free['moved'])
+  assert held['setting'] == {'kl': 100.0}
+
+
+def record(method: str, id_score: float, ood: float, **more: Any) -> dict[str, Any]:
+  scores = {'validation': [id_score], 'id': [id_score], 'ood': [ood]}
+  return {'method': method, 'setting': {}, 'rate': 1.0, 'sets': {}, **scores, **more}
+
+
+def test_fronts_by_hand() -> None:
+  """Catches α left out, a front that may fall short in ID, and the wrong sign."""
+  adam = [record('Adam', 90, 50), record('WiSE-FT', 89, 55, setting={'alpha': 0.8})]
+  own = [record('A', 89.5, 52), record('A + WiSE-FT', 85, 60, setting={'alpha': 0.8})]
+  expected = [np.nan, 2, 52 - 55, 52 - 55, 52 - 55, 60 - 55]
+  np.testing.assert_allclose(fronts.differences(adam + own, 'A'), expected)
+  table = fronts.table({'task': adam + own}, {'A': {}})
+  assert table['A']['best ID − Adam'] == [-0.5]
+  assert table['A']['OOD − Adam'] == pytest.approx([np.mean(expected[1:])])
+  assert table['A']['at −0'] == '–'
+  assert table['A, default']['configurations'] == '2'
+  assert table['Adam']['OOD − Adam'] == [0]
+
+
+def test_shares_by_size() -> None:
+  """Catches layers in the wrong class, and the shares of another rate."""
+  records = [
+    record('A', 90, 50, layers={'a': [10.0, 30.0], 'b': [50.0, 50.0]}),
+    record('A', 80, 50, layers={'a': [0.0, 0.0], 'b': [0.0, 0.0]}),
+  ]
+  table = tables.by_size({'task': records}, {'task': {'a': 100, 'b': 101}}, {'A': {}})
+  assert table == {
+    'task, up to 100 weights': {'layers': '1', 'held by A': [20.0]},
+    'task, up to 1,000 weights': {'layers': '1', 'held by A': [50.0]},
+  }
+
+
+def test_all_tasks_can_be_named() -> None:
+  """Catches a task whose module has no function of its name."""
+  for name in compare.ALL:
+    if compare.ALL[name] != 'text':  # it needs transformers' Flax models
+      assert callable(compare.maker(name))
+  assert choice.PEER in real.METHODS
