@@ -481,7 +481,6 @@ WRONG = {
   'scale shape': (decision(scale=jnp.zeros(7)), 'scale & 7'),
   'scale complex': (decision(scale=jnp.complex64(1)), 'scale & complex64'),
   'scale none': (decision(scale=None), 'scale & None'),
-  'numbers none': (decision(numbers=None), 'numbers & None'),
   'numbers missing': (decision(numbers={'mean': jnp.float32(0)}), 'square'),
   'numbers more': (decision(numbers={**NUMBERS, 'third': jnp.float32(0)}), 'third'),
   'numbers shape': (decision(numbers={**NUMBERS, 'square': jnp.zeros(11)}), 'square & 11'),

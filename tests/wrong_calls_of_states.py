@@ -122,11 +122,10 @@ STATES: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     ValueError,
     f'{ALL} & dropped',
   ),
-  'no count': (lambda tx: with_own(tx, count=None), TypeError, 'whose count is NoneType'),
   'of two runs': (
-    lambda tx: with_own(tx, count=jnp.zeros(2, int)),
-    TypeError,
-    r'count is int32\[2\] & vmap',
+    lambda tx: jax.tree.map(lambda x: jnp.stack([x, x]), tx.init(PARAMS)),
+    ValueError,
+    rf'{ALL} & enc/k: .*2, 2, 3 & state',
   ),
   'other slices': (restacked, ValueError, 'enc/k & enc/b & state'),
 }
