@@ -5,7 +5,6 @@ spd.with_projection_decay(optax.adam(lr), anchor)           # the paper's rule
 spd.adam_spd(lr, anchor)                                    # the same, with Adam
 """
 
-from spd_optax.aliases import adam_spd
 from spd_optax.audit import AuditLog
 from spd_optax.baselines import interpolate, l2_sp
 from spd_optax.engine import ProjectionDecayState
@@ -25,6 +24,7 @@ from spd_optax.rules import (
 from spd_optax.with_projection_decay import (
   ProjectionDecayOptimizer,
   WithProjectionDecayState,
+  adam_spd,
   with_projection_decay,
 )
 

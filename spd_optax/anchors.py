@@ -6,7 +6,6 @@ state's anchor tree ``optax.MaskedNode()`` stands where nothing is stored.
 """
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -47,12 +46,10 @@ class Anchoring:
   ema: chex.Numeric | None = None
 
   def __post_init__(self) -> None:
-    _check_no_module(self.anchor)
     if isinstance(self.anchor, optax.GradientTransformation) or checks.is_function(self.anchor):
       raise TypeError(
-        f'anchor: expected a tree of arrays, 0 or None, found {checks.kind_of(self.anchor)}. '
-        'To constrain an optimizer use with_projection_decay(optimizer, anchor); '
-        'projection_decay(anchor) is a link of its own in front of it.'
+        f'anchor: expected a tree of arrays, 0 or None, found {checks.kind_of(self.anchor)}; '
+        'around an optimizer there is with_projection_decay(optimizer, anchor)'
       )
     checks.floating_dtype('anchor_dtype', self.dtype)
     if not (self.memory_kind is None or str(self.memory_kind) == 'pinned_host'):
@@ -93,15 +90,10 @@ class Anchoring:
       for path, leaf, value in zip(params.paths, params.leaves, values, strict=True)
       if is_stored(value) and (problem := _mismatch(leaf, value, self.dtype))
     ]
-    hint = ''
-    if isinstance(self.anchor, jax.Array) and self.anchor.ndim == 0:
-      hint = ' ' + checks.STATIC.format(name='anchor')
-    elif problems and any(shardings.is_shard(leaf) for leaf in params.leaves):
-      hint = '; in shard_map params are shards, so call init outside of it or capture'
-    trees.raise_all(
+    checks.raise_all(
       problems,
       'each leaf of the anchor must be an array like the param, its jax.ShapeDtypeStruct '
-      f'(captured), 0, or None (free){hint}:',
+      '(captured), 0, or None (free):',
     )
     return values
 
@@ -174,7 +166,7 @@ class Anchoring:
       return view.stored
     flat = trees.flatten(view.stored)
     narrow = {at: x.dtype for at, x in flat.by_path.items() if jnp.finfo(x).bits < 32}
-    trees.raise_all(
+    checks.raise_all(
       [f'{trees.shown(path)}: {dtype}' for path, dtype in narrow.items()],
       'anchor_ema: a slowly following anchor needs float32 or wider (anchor_dtype=jnp.float32):',
     )
@@ -229,18 +221,6 @@ def _cast(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
   return [memory.on_host(x) if memory.is_on_host(like) else x for like, x in pairs]
 
 
-def _check_no_module(anchor: Any) -> None:
-  """Raises a TypeError for a model of flax.nnx where its params are expected."""
-  nnx = sys.modules.get('flax.nnx')
-  if nnx is None:
-    return
-  for node in jax.tree.leaves(anchor, is_leaf=lambda node: isinstance(node, nnx.Module)):
-    if isinstance(node, nnx.Module):
-      raise TypeError(
-        f'anchor: found the nnx module {type(node).__name__}; pass nnx.state(model, nnx.Param)'
-      )
-
-
 def flat_params(params: Any) -> trees.Flat:
   """The params, taken apart.
 
@@ -270,10 +250,6 @@ def is_stored(value: Any) -> bool:
 
 
 def _mismatch(leaf: Any, value: Any, anchor_dtype: Any) -> str | None:
-  if isinstance(value, optax.MaskedNode):
-    return (
-      'found MaskedNode, which stands in a state for a zero and for a free leaf; give 0 or None'
-    )
   if isinstance(value, bool) or not checks.is_array(value):
     return f'found {checks.kind_of(value)}'
   if not _is_captured(value) and (problem := checks.without_values(value)):

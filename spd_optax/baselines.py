@@ -40,17 +40,11 @@ def l2_sp(
   Args:
     anchor: θ_0, a tree like the params or a prefix of it; see `projection_decay`.
     strength: λ, a number ≥ 0 or a schedule of the step.
-    stack_axis: the axis that stacks layers in a leaf, for the reports; see `projection_decay`.
-    group: which leaves are one layer in the reports; see `projection_decay`.
-    axis_name: mapped axes that the leaves are sharded over; see `projection_decay`.
-    anchor_dtype: dtype to store the anchor in; see `projection_decay`.
+    stack_axis, group, axis_name, anchor_dtype: see `projection_decay`; layers are for the reports.
 
   Returns:
     A transformation whose state is a `ProjectionDecayState`, with every `condition`
     true where the gradient is finite.
-
-  Raises:
-    ValueError, TypeError: as `projection_decay`.
 
   References:
     Li, Grandvalet, Davoine, `Explicit Inductive Bias for Transfer Learning with
@@ -93,16 +87,15 @@ def interpolate(anchor: optax.Params, params: optax.Params, alpha: chex.Numeric)
     >>> spd.interpolate({'w': jnp.zeros(2)}, {'w': jnp.ones(2)}, 0.5)
     {'w': Array([0.5, 0.5], dtype=float32)}
   """
-  if anchor is None:
-    raise TypeError('interpolate(anchor, params, alpha): the anchor must be given, not None')
+  structs = (x for x in jax.tree.leaves(anchor) if isinstance(x, jax.ShapeDtypeStruct))
+  if anchor is None or any(structs):
+    raise TypeError('interpolate(anchor, params, alpha): expected an anchor with values')
   checks.scalar('alpha', alpha, 'a number', math.isfinite)
   flat = anchors.flat_params(params)
 
   def between(start: Any, leaf: Any) -> Any:
     if start is None:
       return leaf
-    if isinstance(start, jax.ShapeDtypeStruct):
-      raise TypeError('interpolate(anchor, params, alpha): the anchor has no values, only shapes')
     start = 0.0 if checks.is_zero(start) else at_least_float32(start)
     end = at_least_float32(leaf)
     mixed = (1 - alpha) * start + alpha * end

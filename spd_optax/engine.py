@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spd_optax import checks, formulas, leafwise, rules, trees
+from spd_optax import checks, formulas, leafwise, trees
 from spd_optax.anchors import Anchoring, View
 from spd_optax.layers import Arrangement, Layers, Sums, layer_name
 from spd_optax.rules import Decision, Rule
@@ -93,7 +93,9 @@ class Engine:
 
   def __post_init__(self) -> None:
     checks.number_or_schedule('strength', self.strength)
-    rules.check(self.rule, TAKEN)
+    if taken := sorted(TAKEN & set(self.rule.numbers)):
+      name = type(self.rule).__name__
+      raise ValueError(f'{name}.numbers: reports have numbers of these names already: {taken}')
 
   def init(self, params: optax.Params) -> ProjectionDecayState:
     """The state before the first update."""

@@ -97,7 +97,7 @@ def put_anchor(opt_state: State, anchor: optax.Params) -> State:
     return value
 
   found = _with_anchors('put_anchor', opt_state, put)
-  trees.raise_all(
+  checks.raise_all(
     problems,
     'put_anchor(opt_state, anchor): this is not the anchor that was dropped, by fingerprint; '
     'reanchor(opt_state, params) starts from another on purpose:',
@@ -151,7 +151,7 @@ def reanchor(opt_state: State, params: optax.Params) -> State:
     return anchors.copied_like(new, like, dtype)
 
   found = _with_anchors('reanchor', opt_state, replaced)
-  trees.raise_all(problems, 'reanchor(opt_state, params): the params do not fit the anchor:')
+  checks.raise_all(problems, 'reanchor(opt_state, params): the params do not fit the anchor:')
   if not stored:
     raise ValueError('reanchor(opt_state, params): the state stores no anchor, only zero or free')
   return found

@@ -5,7 +5,6 @@ per layer have shape ``[]``, or ``[L]`` where the leaves stack L layers.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,7 +58,6 @@ class Layers:
     """
     per_leaf = list(per_leaf)
     for axes in sorted(set(self.axis_names) - {()}):
-      _check_bound(axes)
       here = [i for i, names in enumerate(self.axis_names) if names == axes]
       reduced = jax.lax.psum([per_leaf[i] for i in here], axes)
       for i, sums in zip(here, reduced, strict=True):
@@ -119,15 +117,6 @@ def _is_bound(names: tuple[str, ...]) -> bool:
   return True
 
 
-def _check_bound(names: tuple[str, ...]) -> None:
-  for name in names:
-    if not _is_bound((name,)):
-      raise ValueError(
-        f'axis_name: no mapped axis is called {name!r} here. It is for shard_map and pmap alone, '
-        'around the update; under jit leave it out: sums over sharded arrays are global'
-      )
-
-
 @dataclasses.dataclass(frozen=True)
 class Arrangement:
   """The arguments that say which leaves, or slices of them, are one layer."""
@@ -137,14 +126,9 @@ class Arrangement:
   axis_name: AxisName = None
 
   def __post_init__(self) -> None:
-    if self.group is not None:
-      if not checks.is_function(self.group):
-        raise TypeError(
-          'group: expected a function path -> key or None, '
-          f'found {type(self.group).__name__} {self.group!r:.60} '
-          + checks.STATIC.format(name='group')
-        )
-      checks.accepts('group', self.group, 'path')
+    if self.group is not None and not checks.is_function(self.group):
+      found = checks.kind_of(self.group)
+      raise TypeError(f'group: expected a function path -> key or None, found {found}')
 
   def find_layers(self, params: trees.Flat, at: Sequence[int]) -> Layers:
     """Arranges the leaves of the params at these places into layers.
@@ -164,10 +148,15 @@ class Arrangement:
       for i, axis in zip(at, stacked, strict=True)
     ]
     return Layers(
-      keys=_keys(tuple(order)),
+      keys=tuple(
+        trees.told_apart(
+          {name: layer_key(name) for name in order},
+          f"'{SEPARATOR}' stands for '/' in the keys of the optimizer state; rename one of each:",
+        )
+      ),
       layer_of=tuple(order[name] for name in names),
       stack_axes=tuple(stacked),
-      axis_names=tuple(_axis_names(mapped[i]) for i in at),
+      axis_names=tuple((x,) if isinstance(x := mapped[i], str) else tuple(x or ()) for i in at),
       shapes=_layer_shapes(names, paths, counts),
     )
 
@@ -182,42 +171,14 @@ def _is_axis_name(value: Any) -> bool:
   )
 
 
-def _axis_names(value: Any) -> tuple[str, ...]:
-  if value is None:
-    return ()
-  if not _is_axis_name(value):
-    raise TypeError(f'axis_name: a name or a tuple of names of mapped axes, not {value!r}')
-  return (value,) if isinstance(value, str) else value
-
-
-@functools.lru_cache(maxsize=64)
-def _keys(names: tuple[str, ...]) -> tuple[str, ...]:
-  by_key: dict[str, list[str]] = {}
-  for name in names:
-    by_key.setdefault(layer_key(name), []).append(name)
-  trees.raise_all(
-    [' and '.join(same) for same in by_key.values() if len(same) > 1],
-    f"'{SEPARATOR}' stands for '/' in the keys of the optimizer state; rename one of each:",
-  )
-  return tuple(by_key)
-
-
 def _layer_names(group: Group, paths: Sequence[str]) -> list[str]:
   """For each leaf the name of its layer: the key of its group, else its own path."""
   if group is None:
     return list(paths)
   keys = [group(path) for path in paths]
-  trees.raise_all(
-    [
-      f'{trees.shown(path)}: {checks.kind_of(key)}'
-      for path, key in zip(paths, keys, strict=True)
-      if not isinstance(key, str | int | None) or isinstance(key, bool)
-    ],
-    'group: a key must be a string or an int, or None for a leaf that is a layer by itself; found',
-  )
   alone = {path for path, key in zip(paths, keys, strict=True) if key is None}
   taken = sorted(alone & {str(key) for key in keys if key is not None})
-  trees.raise_all(
+  checks.raise_all(
     [f'{key}: a leaf, and a key of `group`' for key in taken],
     'a group needs a key that is no ungrouped leaf; return that key for the leaf, too, to join it:',
   )
@@ -230,15 +191,14 @@ def _stack_axes(
   found = [
     (path, jnp.shape(leaf), axis) for path, leaf, axis in zip(paths, leaves, axes, strict=True)
   ]
-  trees.raise_all(
+  checks.raise_all(
     [
       f'{trees.shown(path)}: stack axis {axis!r}, shape {shape}'
       for path, shape, axis in found
       if axis is not None and not (_is_axis(axis) and -len(shape) <= axis < len(shape))
     ],
     'stack_axis must be an existing axis, given as an int, or None where a leaf stacks no layers '
-    "(pass a prefix tree such as {'layers': 0, 'head': None}, or (path, leaf) -> int | None; "
-    "in optax.inject_hyperparams, static_args=('stack_axis',)):",
+    "(a prefix tree such as {'layers': 0, 'head': None}, or (path, leaf) -> int | None):",
   )
   return [axis if axis is None else axis % len(shape) for _, shape, axis in found]
 
@@ -254,7 +214,7 @@ def _layer_shapes(
     if len(set(found.values())) > 1:
       each = [f'{trees.shown(p)}: {c[0] if c else "not stacked"}' for p, c in found.items()]
       problems.append(f'group {name!r}: {", ".join(each)}')
-  trees.raise_all(
+  checks.raise_all(
     problems,
     'the leaves of a group must stack the same number of layers; change `group` or `stack_axis`:',
   )

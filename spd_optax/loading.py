@@ -60,9 +60,9 @@ def load_anchor(
   where = _located(path)
   flat = trees.flatten(like)
   wanted = _wanted(flat)
-  paths = _told_apart({at: _canonical(at) for at in wanted}, f'like: leaves that {SAME}:')
+  paths = trees.told_apart({at: _canonical(at) for at in wanted}, f'like: leaves that {SAME}:')
   checkpoint = formats.open_checkpoint(where)
-  names = _told_apart(_under(key, checkpoint.entries, paths), f'{where}: entries that {SAME}:')
+  names = trees.told_apart(_under(key, checkpoint.entries, paths), f'{where}: entries that {SAME}:')
   found = {path: names[at] for at, path in paths.items() if at in names}
   missing = [at for at in paths if at not in names]
   unasked = {*map(_canonical, [*flat.paths, *map(trees.join, flat.holes)])} - paths.keys()
@@ -76,7 +76,7 @@ def load_anchor(
       f'  checkpoint: {", ".join(checkpoint.entries) or "no arrays":.500}'
     )
   problems = {at: _mismatch(wanted[at], checkpoint.entries[name]) for at, name in found.items()}
-  trees.raise_all(
+  checks.raise_all(
     [f'{at}: {problem}' for at, problem in problems.items() if problem],
     f'{where}: the checkpoint does not fit the params (None in `like` leaves one free):',
   )
@@ -84,7 +84,7 @@ def load_anchor(
   lines += [f'{trees.shown(at)}: in the checkpoint, not in the params' for at in extra]
   differ = f'{where}: the checkpoint and the params have not the same leaves'
   if strict:
-    trees.raise_all(lines, f'{differ}:')
+    checks.raise_all(lines, f'{differ}:')
   if lines:
     free = 'params that the checkpoint lacks stay free (strict=True makes this an error)'
     checks.warn(f'{differ}; {free}:\n  ' + '\n  '.join(lines))
@@ -93,7 +93,7 @@ def load_anchor(
   leaves = {at: arrays[name] for at, name in found.items()}
   finite = jax.jit(lambda x: jnp.isfinite(x).all())  # of each leaf alone: it has its own devices
   all_finite = jax.device_get([finite(x) for x in leaves.values()])
-  trees.raise_all(
+  checks.raise_all(
     [
       f'{at}, as {x.dtype}'
       for (at, x), ok in zip(leaves.items(), all_finite, strict=True)
@@ -113,15 +113,6 @@ def _located(path: str | os.PathLike[str]) -> Any:
 
 def _canonical(name: str) -> str:
   return name.replace('.', '/')
-
-
-def _told_apart(names: Mapping[str, str], summary: str) -> dict[str, str]:
-  """Names by their canonical paths, from the paths by name; raises for those that share one."""
-  found: dict[str, list[str]] = {}
-  for name, path in names.items():
-    found.setdefault(path, []).append(name)
-  trees.raise_all([', '.join(same) for same in found.values() if len(same) > 1], summary)
-  return {path: same[0] for path, same in found.items()}
 
 
 def _wanted(flat: trees.Flat) -> dict[str, Struct]:

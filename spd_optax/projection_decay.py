@@ -1,6 +1,5 @@
 """Selective Projection Decay of the gradients, as a link of a chain."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -114,30 +113,20 @@ def link(engine: Engine) -> optax.GradientTransformationExtraArgs:
   """A link of a chain that changes the gradients of held layers."""
   if 'after' in engine.rule.needs:
     raise ValueError(
-      f"rule: {type(engine.rule).__name__} needs 'after', the weights after the optimizer's step. "
-      'A link of a chain never sees them; use with_projection_decay(optimizer, rule=…)'
+      f"rule: {type(engine.rule).__name__} needs 'after', which a link of a chain never sees; "
+      'use with_projection_decay(optimizer, rule=…)'
     )
-  return optax.GradientTransformationExtraArgs(engine.init, _Link(engine).update)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Link:
-  """A link of a chain: changes the gradients of held layers."""
-
-  engine: Engine
 
   def update(
-    self,
-    updates: optax.Updates,
-    state: ProjectionDecayState,
-    params: optax.Params | None = None,
-    **extra_args: Any,
+    updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
   ) -> tuple[optax.Updates, ProjectionDecayState]:
     del extra_args
-    step, state = self.engine.decide(state, *self.engine.view(updates, state, params))
-    if not checks.is_zero(self.engine.strength):
+    step, state = engine.decide(state, *engine.view(updates, state, params))
+    if not checks.is_zero(engine.strength):
       updates = replaced(updates, step, step.view.gradients, _turned_back)
     return updates, state
+
+  return optax.GradientTransformationExtraArgs(engine.init, update)
 
 
 @functools.partial(jax.jit, static_argnames='axis')

@@ -8,7 +8,7 @@ fits FrozenDict, dataclass, Equinox or ``nnx.State`` params. Transformations tha
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -109,10 +109,13 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] = lambda node: False) -> F
   return flat
 
 
-def raise_all(problems: Sequence[str], summary: str) -> None:
-  """Raises one ValueError that lists every problem; none is left for the next run."""
-  if problems:
-    raise ValueError(summary + '\n  ' + '\n  '.join(problems))
+def told_apart(keys: Mapping[str, str], summary: str) -> dict[str, str]:
+  """Names by key, from keys by name; raises a ValueError that lists all names that share one."""
+  found: dict[str, list[str]] = {}
+  for name, key in keys.items():
+    found.setdefault(key, []).append(name)
+  checks.raise_all([', '.join(same) for same in found.values() if len(same) > 1], summary)
+  return {key: same[0] for key, same in found.items()}
 
 
 def match_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], summary: str) -> None:
@@ -125,7 +128,7 @@ def match_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], summary:
     for name in sorted(found.keys() | expected.keys())
     if found.get(name) != expected.get(name)
   ]
-  raise_all(problems, summary)
+  checks.raise_all(problems, summary)
 
 
 def prefix_values(
@@ -150,7 +153,7 @@ def prefix_values(
     for keys in entries.keys() - set(used.values()) - {()}
     if _covering(left_out, keys) is None and not any(h[: len(keys)] == keys for h in left_out)
   }
-  raise_all(
+  checks.raise_all(
     sorted(
       [f'{shown(keys)}: in the params, missing in {name}' for keys in missing]
       + [f'{shown(keys)}: in {name}, missing in the params' for keys in unknown]
@@ -173,7 +176,6 @@ def values_for(rule: Any, params: Flat, name: str, is_value: Callable[[Any], boo
   if rule is None or is_value(rule):
     return [rule] * len(params.leaves)
   if checks.is_function(rule):
-    checks.accepts(name, rule, 'path', 'leaf')
     return [rule(path, leaf) for path, leaf in zip(params.paths, params.leaves, strict=True)]
   return prefix_values(rule, params, name, is_value)
 
@@ -208,13 +210,8 @@ def leaves_like(updates: Any, params: Flat, name: str) -> list[Any]:
     if at in ours and not _fits(leaf, ours[at])
   ]
   if not problems and flat.paths != params.paths:
-    pairs = zip(flat.paths, params.paths, strict=True)
-    here, there = next((a, b) for a, b in pairs if a != b)
-    problems = [
-      f'{shown(here)}: in the place of {shown(there)} of the params; the leaves come in another '
-      'order (are keys strings in one tree, and numbers in the other?)'
-    ]
-  raise_all(
+    problems = ['the leaves come in another order: keys may be strings here, and numbers there']
+  checks.raise_all(
     sorted(problems), f'the {name} must have the structure, shapes and kinds of the params:'
   )
   return flat.leaves

@@ -95,7 +95,6 @@ def with_projection_decay(
     optimizer: the inner optimizer, complete with its learning rate: `optax.adam`,
       `optax.lion`, a chain with clipping, … Extra arguments of `update` reach it.
       `optax.MultiSteps` belongs around the result: inside, c would be of one micro-batch.
-    anchor: θ_0, a tree like the params or a prefix of it; see `projection_decay`.
     strength: λ ≥ 0, a number or a schedule of the step. 0 is the inner optimizer,
       bit for bit. Up to 1 the distance never exceeds that of θ̃. Where λ r is above 1 the
       layer goes past its anchor. At a step where a schedule gives a negative number, infinity
@@ -103,12 +102,8 @@ def with_projection_decay(
     margin: m in [0, 1): a layer is held where c < m ‖g‖ ‖θ − θ_0‖. 0 is the paper's
       condition.
     rule: a `Rule` in place of `Projection`, the equations above.
-    stack_axis: the axis that stacks layers in a leaf; see `projection_decay`.
-    group: which leaves are one layer; see `projection_decay`.
-    axis_name: mapped axes that the leaves are sharded over; see `projection_decay`.
-    anchor_dtype: dtype to store the anchor in; see `projection_decay`.
-    anchor_memory_kind: see `projection_decay`.
-    anchor_ema: see `projection_decay`.
+    anchor, stack_axis, group, axis_name, anchor_dtype, anchor_memory_kind, anchor_ema: see
+      `projection_decay`.
 
   Returns:
     A `ProjectionDecayOptimizer` whose state is a `WithProjectionDecayState`.
@@ -137,10 +132,9 @@ def with_projection_decay(
     [ 1.29 -0.71] True
   """
   if not all(callable(getattr(optimizer, name, None)) for name in ('init', 'update')):
-    advice = '; call it: optax.adam(1e-3), say' if callable(optimizer) else ''
     raise TypeError(
-      'with_projection_decay(optimizer, anchor): expected an optax optimizer first, '
-      f'found {checks.kind_of(optimizer)}{advice}'
+      'with_projection_decay(optimizer, anchor): expected an optax optimizer first, such as '
+      f'optax.adam(1e-3), found {checks.kind_of(optimizer)}'
     )
   if isinstance(optimizer, optax.MultiSteps):
     optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
@@ -156,6 +150,60 @@ def with_projection_decay(
   )
   around = _Around(engine, optax.with_extra_args_support(optimizer))
   return ProjectionDecayOptimizer(around.init, around.update)
+
+
+def adam_spd(
+  learning_rate: optax.ScalarOrSchedule,
+  anchor: optax.Params | None = None,
+  strength: optax.ScalarOrSchedule = 1.0,
+  *,
+  b1: chex.Numeric = 0.9,
+  b2: chex.Numeric = 0.999,
+  eps: chex.Numeric = 1e-8,
+  eps_root: chex.Numeric = 0.0,
+  mu_dtype: jax.typing.DTypeLike | None = None,
+  nesterov: bool = False,
+  margin: chex.Numeric = 0.0,
+  rule: Rule | None = None,
+  stack_axis: StackAxis = None,
+  group: Group = None,
+  axis_name: AxisName = None,
+  anchor_dtype: jax.typing.DTypeLike | None = None,
+  anchor_memory_kind: str | None = None,
+  anchor_ema: chex.Numeric | None = None,
+) -> ProjectionDecayOptimizer:
+  r"""The paper's Adam-SPD: `with_projection_decay` around `optax.adam`.
+
+  Change ``optax.adam(lr)`` or ``optax.adamw(lr)`` to ``spd.adam_spd(lr)``.
+
+  `b1` to `nesterov` are those of `optax.adam`. All other arguments, what is returned and what is
+  raised: see `with_projection_decay`.
+
+  References:
+    Tian et al., `Rethinking Weight Decay for Robust Fine-Tuning of Foundation
+    Models <https://arxiv.org/abs/2411.01713>`_, 2024, Algorithm 1.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import spd_optax as spd
+    >>> optimizer = spd.adam_spd(1e-3)
+    >>> state = optimizer.init({'kernel': jnp.ones((2, 3))})
+  """
+  checks.number_or_schedule('adam_spd(learning_rate, anchor): learning_rate', learning_rate)
+  adam = optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
+  return with_projection_decay(
+    adam,
+    anchor,
+    strength,
+    margin=margin,
+    rule=rule,
+    stack_axis=stack_axis,
+    group=group,
+    axis_name=axis_name,
+    anchor_dtype=anchor_dtype,
+    anchor_memory_kind=anchor_memory_kind,
+    anchor_ema=anchor_ema,
+  )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -197,7 +245,7 @@ class _Around:
   def apply(
     self,
     gradients: optax.Updates,
-    state: WithProjectionDecayState,
+    state: Any,
     params: optax.Params,
     **extra_args: Any,
   ) -> tuple[optax.Params, WithProjectionDecayState]:

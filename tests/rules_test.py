@@ -513,28 +513,6 @@ def test_a_rule_that_decides_nonsense(mistake, jit):
       assert text in str(caught.value)
 
 
-@pytest.mark.parametrize(
-  ('declared', 'found'),
-  [
-    ({'needs': ('afterwards',)}, 'afterwards'),
-    ({'numbers': {'mean': 'zero'}}, 'mean'),
-    ({'numbers': ['mean']}, 'numbers'),
-  ],
-  ids=['sum', 'text', 'list'],
-)
-def test_a_rule_that_declares_nonsense(declared, found):
-  """Catches a sum that there is not, and numbers that are none."""
-
-  def call():
-    body = {'decide': HoldIfSteady.decide, '__annotations__': {}, **declared}
-    kind = type('OfMistakes', (spd.Rule,), body)
-    around(kind()).init(normal(0))
-
-  with pytest.raises(MISTAKES, match=found) as caught:
-    call()
-  assert 'OfMistakes' in str(caught.value)
-
-
 @every_layout
 @pytest.mark.parametrize('make', [around, in_chain])
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float32', 'complex64'])

@@ -131,13 +131,6 @@ AUDIT: Table = [
     TypeError,
     r"'a': .*\[2\]",
   ),
-  ('advise.run', lambda: audit.advise(FOLDER), TypeError, 'run: expected what audit.read returns'),
-  (
-    'advise.patience',
-    lambda: audit.advise(verified(None), 0),
-    TypeError,
-    'patience: .*1 or more.*0',
-  ),
   (
     'read.path',
     lambda: audit.read(FOLDER),

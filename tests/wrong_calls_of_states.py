@@ -151,8 +151,6 @@ SIBLINGS: list[tuple[str, Any, Any, type[Exception], str]] = [
   ),
 ]
 
-AXIS = "axis_name: no mapped axis is called 'd' here & shard_map & jit"
-
 
 def stepping(tx: Any, gradients: Any = PARAMS, state: Any = None, params: Any = PARAMS) -> Any:
   return tx.update(gradients, tx.init(PARAMS) if state is None else state, params)
@@ -182,9 +180,6 @@ def steps() -> Iterator[Row]:
   for (mistake, (change, error, text)), name, (how, wrap) in dealt(list(STATES.items()), STEPS):
     call = partial(stepped, wrap, name, PARAMS, change, PARAMS)
     yield Row(name, 'state', f'{mistake}, {how}', call, error, text)
-  for name, (how, wrap) in ((name, wrap) for _, name, wrap in dealt([None], FORMS)):
-    call = partial(wrap(partial(stepping, MAKERS[name](axis_name='d'))), PARAMS)
-    yield Row(name, 'axis_name', f'not mapped, {how}', call, ValueError, AXIS)
   for option, name in (('strength', 'l2_sp'), ('margin', 'projection_decay')):
     call = partial(
       jax.jit(lambda value, o=option, n=name: stepping(MAKERS[n](**{o: value}))), TRACED
@@ -265,9 +260,19 @@ EXCHANGE: Table = [
   ('fingerprint.anchor', lambda: spd.fingerprint({'a': 'x'}), TypeError, "a: str 'x'"),
   ('fingerprint.anchor', lambda: spd.fingerprint({'a': Tensor()}), TypeError, 'a: .*Tensor'),
   ('fingerprint.anchor', lambda: spd.fingerprint(STRUCTS), TypeError, f'{ALL} & without values'),
-  ('interpolate.anchor', lambda: spd.interpolate(None, PARAMS, 0.5), TypeError, 'given, not None'),
+  (
+    'interpolate.anchor',
+    lambda: spd.interpolate(None, PARAMS, 0.5),
+    TypeError,
+    'anchor with values',
+  ),
   ('interpolate.anchor', lambda: spd.interpolate(ADAM, PARAMS, 0.5), TypeError, 'anchor & optax'),
-  ('interpolate.anchor', lambda: spd.interpolate(STRUCTS, PARAMS, 0.5), TypeError, 'no values'),
+  (
+    'interpolate.anchor',
+    lambda: spd.interpolate(STRUCTS, PARAMS, 0.5),
+    TypeError,
+    'anchor with values',
+  ),
   (
     'interpolate.anchor',
     lambda: spd.interpolate(FRESH, PARAMS, 0.5),

@@ -20,7 +20,7 @@ import jax
 import msgspec
 import numpy as np
 
-from spd_optax import checks, fingerprints, reports, trees
+from spd_optax import checks, fingerprints, reports
 from spd_optax.audit import format
 from spd_optax.audit.advice import PATIENCE, AuditWarning, Watcher
 from spd_optax.audit.format import Header, Record
@@ -111,7 +111,7 @@ class AuditLog:
       ('source', source, 'a string, a path or None', isinstance(source, str | None)),
       ('captured', captured, 'True, False or None', isinstance(captured, bool | None)),
       ('moving_anchor', moving_anchor, 'True or False', isinstance(moving_anchor, bool)),
-      ('patience', patience, 'an integer of 1 or more', checks.is_count(patience)),
+      ('patience', patience, 'an integer of 1 or more', isinstance(patience, int) and patience > 0),
       ('fsync', fsync, 'True or False', isinstance(fsync, bool)),
     )
     problems += [
@@ -119,12 +119,11 @@ class AuditLog:
       for name, value, what, is_right in expected
       if not is_right
     ]
-    if problems:
-      raise TypeError('AuditLog:\n  ' + '\n  '.join(problems))
+    checks.raise_all(problems, 'AuditLog:', TypeError)
     self._run: dict[str, Any] = {'transform': transform, 'hyperparameters': plain}
     self._anchor: dict[str, Any] = {'source': source, 'captured': captured, 'moving': moving_anchor}
     self._stack_axis, self._group = stack_axis, group
-    self._patience, self._fsync = operator.index(patience), fsync
+    self._patience, self._fsync = patience, fsync
     self._header: Header | None = None
     self._last_step: int | None = None  # of a record that was taken
     self._written, self._resumed = -math.inf, False  # step of the last record written
@@ -356,8 +355,7 @@ def _checked_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in metrics.items()
     if not isinstance(name, str) or not checks.is_array(value) or np.ndim(value)
   ]
-  if problems:
-    raise TypeError('AuditLog.record: metrics must be numbers by name:\n  ' + '\n  '.join(problems))
+  checks.raise_all(problems, 'AuditLog.record: metrics must be numbers by name:', TypeError)
   # Arrays of NumPy may change, and those of JAX be donated, before the record is written.
   return {
     name: jax.numpy.copy(x) if isinstance(x, jax.Array) else float(x) for name, x in metrics.items()
@@ -367,7 +365,7 @@ def _checked_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
 def _compare(path: Path, in_file: Header, now: Header) -> None:
   """Raises a ValueError that lists all facts of the headers that differ."""
   old, new = _facts(in_file), _facts(now)
-  trees.raise_all(
+  checks.raise_all(
     [
       f'{name}: {old.get(name, "nothing")!r} in the file, {new.get(name, "nothing")!r} now'
       for name in old | new
