@@ -20,16 +20,11 @@ def drop_anchor(opt_state: State) -> State:
 
   Change ``save(opt_state)`` to ``save(spd.drop_anchor(opt_state))``. On resuming put the
   pre-trained weights back by `put_anchor`; the run goes on bit for bit. In place of each
-  array its fingerprint, dtype and shape are kept (`DroppedLeaf`).
+  array its fingerprint, dtype and shape are kept (`DroppedLeaf`). The structure to restore into
+  is ``jax.eval_shape(spd.drop_anchor, jax.eval_shape(tx.init, params))``.
 
   Args:
-    opt_state: the state of any optimizer with SPD or `l2_sp` in it, at any depth. It may be of
-      `jax.ShapeDtypeStruct`, for the structure to restore into:
-      ``jax.eval_shape(spd.drop_anchor, jax.eval_shape(tx.init, params))``.
-
-  Returns:
-    A state like it. It cannot be used for an update. Zero and free anchors are not stored
-    in the first place, and stay as they are.
+    opt_state: the state of any optimizer with SPD or `l2_sp` in it, at any depth.
 
   Raises:
     TypeError: if there is no such state.
@@ -66,9 +61,6 @@ def put_anchor(opt_state: State, anchor: optax.Params) -> State:
       get the dtype that the anchor had in the state (`anchor_dtype`). An anchor of
       `anchor_memory_kind` goes to the host at the next update.
 
-  Returns:
-    The state as it was.
-
   Raises:
     ValueError: if its anchor has not been dropped; naming every leaf that the anchor lacks, or
       whose fingerprint is not that of the anchor that was dropped.
@@ -76,17 +68,14 @@ def put_anchor(opt_state: State, anchor: optax.Params) -> State:
   """
   leaves = trees.flatten(anchor).by_path
   problems: list[str] = []
-  if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((opt_state, anchor))):
-    raise TypeError('put_anchor(opt_state, anchor): call it outside jit and vmap')
   checks.arrays('put_anchor(opt_state, anchor): anchor', leaves)
+  given = jax.tree.leaves((opt_state, anchor))
+  if any(isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in given):
+    raise TypeError('put_anchor(opt_state, anchor): call it outside jit, with a state of values')
 
   def put(path: str, leaf: Any) -> Any:
     if not is_dropped(leaf):
-      raise ValueError(
-        'put_anchor(opt_state, anchor): the state has its anchor; '
-        'reanchor(opt_state, params) gives it another'
-      )
-    checks.arrays('put_anchor(opt_state, anchor): fingerprints', {path: leaf.fingerprint})
+      raise ValueError('put_anchor(opt_state, anchor): the state has an anchor; see reanchor')
     given = leaves.get(path)
     if problem := _problem(path, given, leaf):
       problems.append(problem)
@@ -99,8 +88,8 @@ def put_anchor(opt_state: State, anchor: optax.Params) -> State:
   found = _with_anchors('put_anchor', opt_state, put)
   checks.raise_all(
     problems,
-    'put_anchor(opt_state, anchor): this is not the anchor that was dropped, by fingerprint; '
-    'reanchor(opt_state, params) starts from another on purpose:',
+    'put_anchor(opt_state, anchor): this is not the anchor that was dropped, by fingerprint '
+    '(reanchor(opt_state, params) takes another):',
   )
   return found
 
@@ -117,9 +106,6 @@ def reanchor(opt_state: State, params: optax.Params) -> State:
   Args:
     opt_state: the state of any optimizer with SPD or `l2_sp` in it, at any depth.
     params: the new anchor, a tree like the params. It may have more leaves than are stored.
-
-  Returns:
-    A state of the structure, shapes and dtypes that it had before an anchor was dropped.
 
   Raises:
     ValueError: naming every leaf that `params` lacks, or that has another shape or complex
@@ -195,8 +181,6 @@ def _with_anchors(name: str, opt_state: State, change: Callable[[str, Any], Any]
 
   result: State = jax.tree.map(changed, opt_state, is_leaf=is_state)
   if not found:
-    raise TypeError(
-      f'{name}: expected the state of an optimizer with projection_decay, with_projection_decay, '
-      f'adam_spd or l2_sp in it, found {checks.kind_of(opt_state)}'
-    )
+    kind = checks.kind_of(opt_state)
+    raise TypeError(f'{name}: expected the state of an optimizer with SPD in it, found {kind}')
   return result

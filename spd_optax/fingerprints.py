@@ -26,8 +26,8 @@ def fingerprint(anchor: optax.Params) -> str:
   It depends on the path, shape, dtype and every bit of each array, and on nothing else:
   not on sharding, backend, tree type or the order of the leaves. Leaves that are not stored
   in a state (None, `0`, integers, empty arrays) do not count. Without 64-bit mode float64
-  counts as the float32 that JAX makes of it. It tells anchors apart that differ by mistake;
-  it is no defence against somebody who wants two to agree.
+  counts as the float32 that JAX makes of it. It is no defence against somebody who wants two
+  anchors to agree.
 
   Args:
     anchor: a tree of arrays, as passed to `projection_decay` or found in its state, where it
@@ -42,10 +42,9 @@ def fingerprint(anchor: optax.Params) -> str:
     >>> spd.fingerprint({'kernel': jnp.ones((2, 3)), 'head': None})
     '8166681abccecf0956171050ebb7c4b0'
   """
-  if anchor is None or any(map(is_state, jax.tree.leaves(anchor, is_leaf=is_state))):
+  if any(map(is_state, jax.tree.leaves(anchor, is_leaf=is_state))):
     raise TypeError(
-      f'fingerprint(anchor): expected a tree of arrays, found {checks.kind_of(anchor)}; of an '
-      "optimizer state give optax.tree.get(state, 'anchor')"
+      "fingerprint(anchor): of an optimizer state give optax.tree.get(state, 'anchor')"
     )
   return as_text(words_of(anchor))
 
@@ -55,12 +54,13 @@ def words_of(anchor: optax.Params) -> np.ndarray:
   leaves = trees.flatten(anchor, is_dropped).by_path
   dropped = {path: x.fingerprint for path, x in leaves.items() if is_dropped(x)}
   checks.arrays('fingerprint(anchor)', leaves | dropped)
-  words = dropped | {
-    path: of_leaf(path, leaf)
-    for path, leaf in leaves.items()
-    if path not in dropped and anchors.is_stored(leaf) and not anchors.never_held(leaf)
-  }
-  return np.asarray(sum(map(np.asarray, words.values()), np.zeros(WORDS, np.uint32)))
+  words = np.zeros(WORDS, np.uint32)
+  for path, leaf in leaves.items():
+    if path in dropped:
+      words += np.asarray(dropped[path])
+    elif anchors.is_stored(leaf) and not anchors.never_held(leaf):
+      words += np.asarray(of_leaf(path, leaf))
+  return words
 
 
 def as_text(words: np.ndarray) -> str:

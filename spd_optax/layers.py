@@ -73,15 +73,16 @@ class Layers:
 
     On an explicit mesh the type has a sharding, in shard_map the axes over which values vary.
     """
-    if not any(shardings.is_explicit(leaf) or shardings.is_shard(leaf) for leaf in leaves):
+    mapped = any(map(shardings.is_shard, leaves))
+    if not mapped and not any(map(shardings.is_explicit, leaves)):
       return [jnp.zeros(shape, jnp.float32) for shape in self.shapes]
+    here = self if mapped else dataclasses.replace(self, axis_names=((),) * len(leaves))
 
     def summed(leaves: Sequence[jax.Array]) -> list[Sums]:
-      here = tuple(names if _is_bound(names) else () for names in self.axis_names)
       # The compiler knows these for zeros, and does not read the leaves.
       zeros = [jnp.where(x == x, 0.0, 0.0) for x in leaves]
-      per_leaf = [{'zero': sum_of(x, axis)} for x, axis in zip(zeros, self.stack_axes, strict=True)]
-      return dataclasses.replace(self, axis_names=here).totals(per_leaf)
+      each = zip(zeros, self.stack_axes, strict=True)
+      return here.totals([{'zero': sum_of(x, axis)} for x, axis in each])
 
     return [sums['zero'].astype(jnp.float32) for sums in jax.jit(summed)(list(leaves))]
 
@@ -105,16 +106,6 @@ def broadcast_to_leaf(value: jax.Array, leaf: jax.Array, stack_axis: int | None)
     spec = PartitionSpec(sharding.spec[stack_axis])
     value = jax.sharding.reshard(value, NamedSharding(sharding.mesh, spec))
   return jax.lax.expand_dims(value, [i for i in range(leaf.ndim) if i != stack_axis])
-
-
-def _is_bound(names: tuple[str, ...]) -> bool:
-  """Whether all these axes are mapped over here."""
-  try:
-    for name in names:
-      jax.lax.axis_size(name)
-  except NameError:
-    return False
-  return True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -178,16 +178,11 @@ def states_in(opt_state: Any, name: str) -> States:
   """
   found = [_plain(x) for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
   if not found:
-    raise TypeError(
-      f'{name}: expected the state of an optimizer with projection_decay, with_projection_decay '
-      f'or adam_spd in it, found {type(opt_state).__name__} without one (of an nnx.Optimizer pass '
-      'optimizer.opt_state)'
-    )
+    kind = checks.kind_of(opt_state)
+    raise TypeError(f'{name}: expected the state of an optimizer with SPD in it, found {kind}')
   for state in found:
-    if isinstance(state.count, jax.core.Tracer):
+    if isinstance(state.count, jax.core.Tracer | jax.ShapeDtypeStruct):
       raise TypeError(f'{name}: call it outside jit, with the state that a step returned')
-    if isinstance(state.count, jax.ShapeDtypeStruct):
-      raise TypeError(f'{name}: found shapes without values in opt_state')
     if shape := jnp.shape(state.count):
       raise ValueError(
         f'{name}: its count has the shape {shape}: the state has a further axis '

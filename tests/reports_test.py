@@ -211,7 +211,7 @@ def test_the_boxes_of_nnx_are_opened():
   optimizer = nnx.Optimizer(model, sgd(), wrt=nnx.Param)
   optimizer.update(model, nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 4)))))(model))
   assert [record.name for record in spd.layer_report(optimizer.opt_state)] == ['bias', 'kernel']
-  with pytest.raises(TypeError, match=r'found State without one \(of an nnx.Optimizer') as error:
+  with pytest.raises(TypeError, match='found State') as error:
     spd.layer_report(nnx.state(optimizer))  # catches a dump of the state in the message
   assert len(str(error.value)) < 250
 

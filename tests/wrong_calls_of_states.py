@@ -217,7 +217,7 @@ def wrong_gradients() -> Iterator[Any]:
     yield name, 'updates', mistake, gradients, PARAMS, TypeError, text, WRAPS[0]
 
 
-NO_STATE = 'expected the state of an optimizer with projection_decay & found'
+NO_STATE = 'expected the state of an optimizer with SPD in it, found'
 PUT, RE = r'put_anchor\(opt_state, anchor\)', r'reanchor\(opt_state, params\)'
 EXCHANGE: Table = [
   ('drop_anchor.opt_state', lambda: spd.drop_anchor(PARAMS), TypeError, f'{NO_STATE} dict'),
@@ -225,12 +225,17 @@ EXCHANGE: Table = [
   ('drop_anchor.opt_state', lambda: spd.drop_anchor(WRAPPED), TypeError, f'{NO_STATE} an optax'),
   ('drop_anchor.opt_state', lambda: spd.drop_anchor(DROPPED), ValueError, 'dropped already'),
   ('put_anchor.opt_state', lambda: spd.put_anchor(PARAMS, DROPPED), TypeError, f'{NO_STATE} dict'),
-  ('put_anchor.opt_state', lambda: spd.put_anchor(STATE, PARAMS), ValueError, f'{PUT}: .*reanchor'),
+  (
+    'put_anchor.opt_state',
+    lambda: spd.put_anchor(STATE, PARAMS),
+    ValueError,
+    f'{PUT}: .*see reanchor',
+  ),
   (
     'put_anchor.opt_state',
     lambda: spd.put_anchor(jax.eval_shape(spd.drop_anchor, STATE), PARAMS),
     TypeError,
-    'shape without values',
+    'a state of values',
   ),
   ('put_anchor.anchor', lambda: spd.put_anchor(DROPPED, None), ValueError, f'{ALL} & nothing'),
   ('put_anchor.anchor', lambda: spd.put_anchor(DROPPED, 'a.npz'), TypeError, f'{PUT} & str'),
@@ -255,7 +260,6 @@ EXCHANGE: Table = [
   ('reanchor.params', lambda: spd.reanchor(STATE, as_type(complex)), ValueError, ALL),
   ('reanchor.params', lambda: spd.reanchor(STATE, every('x')), TypeError, f'{NO_ARRAYS} & {ALL}'),
   ('reanchor.params', lambda: spd.reanchor(STATE, STRUCTS), TypeError, f'{ALL} & without values'),
-  ('fingerprint.anchor', lambda: spd.fingerprint(None), TypeError, 'arrays, found None'),
   ('fingerprint.anchor', lambda: spd.fingerprint(STATE), TypeError, 'state give optax.tree.get'),
   ('fingerprint.anchor', lambda: spd.fingerprint({'a': 'x'}), TypeError, "a: str 'x'"),
   ('fingerprint.anchor', lambda: spd.fingerprint({'a': Tensor()}), TypeError, 'a: .*Tensor'),
