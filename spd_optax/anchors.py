@@ -19,21 +19,14 @@ from spd_optax import checks, leafwise, memory, shardings, trees
 
 
 class View(NamedTuple):
-  """The constrained leaves of one step, side by side, as they are given.
+  """The constrained leaves of one step, side by side, as they are given."""
 
-  Attributes:
-    flat: all params, taken apart.
-    at: where the constrained leaves stand among all.
-    gradients, params, anchors: the constrained leaves; an anchor is None where it is zero.
-    stored: the anchor tree for the next state.
-  """
-
-  flat: trees.Flat
-  at: list[int]
+  flat: trees.Flat  # all params
+  at: list[int]  # where the constrained leaves stand among all
   gradients: list[Any]
   params: list[Any]
-  anchors: list[Any]
-  stored: Any
+  anchors: list[Any]  # None is the zero anchor
+  stored: Any  # the anchor tree for the next state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +57,6 @@ class Anchoring:
 
     Goes by structure alone. Inside shard_map a param is a shard, and the shape of the
     anchor that the user gave says nothing; `init` has checked it.
-
-    Raises:
-      ValueError: naming every leaf that only the anchor or only the params have.
     """
     if self.anchor is None:
       values = [jax.ShapeDtypeStruct(jnp.shape(x), checks.dtype_of(x)) for x in params.leaves]
@@ -78,12 +68,7 @@ class Anchoring:
     ]
 
   def checked(self, params: trees.Flat) -> list[Any]:
-    """What is `given`, after a check against the params.
-
-    Raises:
-      ValueError: naming every leaf where anchor and params differ in
-        structure, shape or dtype.
-    """
+    """What is `given`, after a check against the params."""
     values = self.given(params)
     problems = [
       f'{trees.shown(path)}: {problem}'
@@ -120,11 +105,7 @@ class Anchoring:
     return self.dtype
 
   def view(self, gradients: Any, stored: Any, count: jax.Array, params: Any) -> View:
-    """Brings gradients, params and anchors together; checks that they fit.
-
-    Raises:
-      ValueError: naming every leaf that does not fit.
-    """
+    """Brings gradients, params and anchors together; checks that they fit."""
     if params is None:
       raise ValueError(
         'the params are compared with their anchor: call update(gradients, state, params)'
@@ -158,16 +139,16 @@ class Anchoring:
     """The anchor tree for the next state: 1 − β of the way to the params, where asked for.
 
     It does not follow a param that is not finite: it would never come back.
-
-    Raises:
-      ValueError: naming every leaf of the anchor that is too coarse to follow.
     """
     if self.ema is None:
       return view.stored
     flat = trees.flatten(view.stored)
-    narrow = {at: x.dtype for at, x in flat.by_path.items() if jnp.finfo(x).bits < 32}
     checks.raise_all(
-      [f'{trees.shown(path)}: {dtype}' for path, dtype in narrow.items()],
+      [
+        f'{trees.shown(path)}: {x.dtype}'
+        for path, x in flat.by_path.items()
+        if jnp.finfo(x).bits < 32
+      ],
       'anchor_ema: a slowly following anchor needs float32 or wider (anchor_dtype=jnp.float32):',
     )
     pairs = zip(view.at, view.params, view.anchors, strict=True)
@@ -189,8 +170,7 @@ class Anchoring:
       {path: jnp.shape(a) for path, a in flat.by_path.items()},
       {path: jnp.shape(leaf) for path, leaf, value in given if is_stored(value)},
       'the anchor in the optimizer state does not fit the params; was the state made by another '
-      'transformation, for other params, or has its anchor been dropped and is to be put back '
-      'by put_anchor?',
+      'transformation, for other params, or has its anchor been dropped (put_anchor)?',
     )
     starts = {path: leaf for path, leaf, value in given if _is_captured(value)}
     at = [i for i, path in enumerate(flat.paths) if path in starts]
@@ -222,11 +202,7 @@ def _cast(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
 
 
 def flat_params(params: Any) -> trees.Flat:
-  """The params, taken apart.
-
-  Raises:
-    TypeError: naming every leaf that is no array.
-  """
+  """The params, taken apart, after a check that they are arrays."""
   if params is None:
     raise TypeError('params: expected a tree of arrays, found None')
   flat = trees.flatten(params)

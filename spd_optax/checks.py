@@ -88,11 +88,7 @@ def without_values(value: Any) -> str | None:
 
 
 def arrays(name: str, leaves: Mapping[str, Any]) -> None:
-  """Every leaf, by path, is an array that can be computed with.
-
-  Raises:
-    TypeError: naming every other.
-  """
+  """Raises a TypeError that names every leaf, by path, that is no array to compute with."""
   found = {path or '(root)': without_values(leaf) for path, leaf in leaves.items()}
   problems = [f'{path}: {problem}' for path, problem in found.items() if problem]
   raise_all(problems, f'{name}: expected a tree of arrays, of JAX or NumPy, found', TypeError)

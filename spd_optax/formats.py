@@ -34,12 +34,10 @@ SAFETENSORS = {
 
 
 class Checkpoint(NamedTuple):
-  """An opened checkpoint.
+  """An opened checkpoint: the shapes and dtypes of its arrays by name, and how to read some.
 
-  Attributes:
-    entries: shape and dtype of each array, by its '/'-joined name.
-    read: reads arrays by name. Each gets the dtype and the sharding of the struct given for it;
-      without a sharding it goes to the default device.
+  Each gets the dtype and the sharding of the struct given for it; without a sharding it goes to
+  the default device.
   """
 
   entries: dict[str, Struct]

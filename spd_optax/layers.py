@@ -17,7 +17,6 @@ from spd_optax import checks, shardings, trees
 StackAxis = Any  # an int, None, a prefix tree of them, or (path, leaf) -> int | None
 AxisName = Any  # a name, a tuple of names, None, a prefix tree, or (path, leaf) -> names
 Group = Callable[[str], Any] | None
-PerLayer = list[jax.Array]
 Sums = dict[str, jax.Array]  # over one leaf or layer, by name
 
 SEPARATOR = '~'  # of paths in the keys of the state; writers of checkpoints join theirs by / or .
@@ -35,21 +34,15 @@ def layer_name(key: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-  """The layers of a list of leaves, all known at trace time.
+  """The layers of a list of leaves, all known at trace time."""
 
-  Attributes:
-    keys: one per layer, its key in the optimizer state.
-    layer_of: for each leaf, the index of its layer in `keys`.
-    stack_axes: for each leaf, the axis that stacks layers, or None.
-    axis_names: for each leaf, the mapped axes that it is sharded over.
-    shapes: for each layer, the shape of its values: () or (L,).
-  """
-
+  # For each layer its key in the optimizer state, and the shape of its values: () or (L,).
   keys: tuple[str, ...]
+  shapes: tuple[tuple[int, ...], ...]
+  # For each leaf the index of its layer, its axis that stacks layers, and its mapped axes.
   layer_of: tuple[int, ...]
   stack_axes: tuple[int | None, ...]
   axis_names: tuple[tuple[str, ...], ...]
-  shapes: tuple[tuple[int, ...], ...]
 
   def totals(self, per_leaf: Sequence[Sums]) -> list[Sums]:
     """The sums over each layer, of the sums over each leaf.
@@ -68,7 +61,7 @@ class Layers:
       found[layer] = {name: before[name] + x if before else x for name, x in sums.items()}
     return found
 
-  def zeros(self, leaves: Sequence[Any]) -> PerLayer:
+  def zeros(self, leaves: Sequence[Any]) -> list[jax.Array]:
     """A float32 zero for each layer, of the type that sums over it have.
 
     On an explicit mesh the type has a sharding, in shard_map the axes over which values vary.
@@ -122,12 +115,7 @@ class Arrangement:
       raise TypeError(f'group: expected a function path -> key or None, found {found}')
 
   def find_layers(self, params: trees.Flat, at: Sequence[int]) -> Layers:
-    """Arranges the leaves of the params at these places into layers.
-
-    Raises:
-      ValueError: naming every leaf whose stack axis does not exist, and every
-        group whose leaves have unequal numbers of slices.
-    """
+    """Arranges the leaves of the params at these places into layers."""
     paths = [params.paths[i] for i in at]
     axes = trees.values_for(self.stack_axis, params, 'stack_axis', _is_axis)
     mapped = trees.values_for(self.axis_name, params, 'axis_name', _is_axis_name)

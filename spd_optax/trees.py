@@ -23,19 +23,12 @@ Keys = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Flat:
-  """A tree taken apart.
+  """A tree taken apart."""
 
-  Attributes:
-    keys: the path of each leaf, as a tuple of strings.
-    leaves: the leaves.
-    treedef: the structure, to put the tree together again.
-    holes: paths of the nodes without leaves that stand for something left out.
-  """
-
-  keys: tuple[Keys, ...]
+  keys: tuple[Keys, ...]  # the path of each leaf
   leaves: list[Any]
   treedef: Any
-  holes: tuple[Keys, ...]
+  holes: tuple[Keys, ...]  # paths of nodes without leaves, which stand for what is left out
 
   @functools.cached_property
   def paths(self) -> list[str]:
@@ -90,11 +83,7 @@ def is_placeholder(params: Any) -> bool:
 
 
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] = lambda node: False) -> Flat:
-  """Takes a tree apart; leaves are what `jax.tree.leaves` gives.
-
-  Raises:
-    ValueError: if two leaves have the same path, as in {'a': {'b/c': 1}, 'a/b': {'c': 2}}.
-  """
+  """Takes a tree apart; leaves are what `jax.tree.leaves` gives."""
   found = _entries(tree, lambda node: _is_hole(node) or is_leaf(node))
   full = [(keys, leaf) for keys, leaf in found if not _is_hole(leaf)]
   flat = Flat(
@@ -103,7 +92,7 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] = lambda node: False) -> F
     treedef=jax.tree.structure(tree, is_leaf=is_leaf),
     holes=tuple(keys for keys, leaf in found if _is_hole(leaf)),
   )
-  if len(flat.by_path) < len(flat.paths):
+  if len(flat.by_path) < len(flat.paths):  # as of {'a': {'b/c': 1}, 'a/b': {'c': 2}}
     twice = sorted(path for path, count in Counter(flat.paths).items() if count > 1)
     raise ValueError(f'several leaves have the same path, rename one of each: {", ".join(twice)}')
   return flat
@@ -138,10 +127,6 @@ def prefix_values(
 
   None and `optax.MaskedNode` are values, and so are nodes for which `is_value` holds.
   Entries for parts that `params` leaves out (holes made by `optax.masked`, …) are passed over.
-
-  Raises:
-    ValueError: naming every leaf of the params without a value, and every
-      entry of `prefix` without params.
   """
   found = _entries(prefix, lambda node: _is_hole(node) or is_value(node))
   entries = dict(found)
@@ -192,13 +177,7 @@ def _fits(update: Any, param: Any) -> bool:
 
 
 def leaves_like(updates: Any, params: Flat, name: str) -> list[Any]:
-  """The leaves of the updates, in the order of the params, after a check that they fit.
-
-  Raises:
-    TypeError: naming every leaf that is no array.
-    ValueError: naming every leaf that only one of them has, every shape that differs, and every
-      integer or complex update of a floating param.
-  """
+  """The leaves of the updates, in the order of the params, after a check that they fit."""
   flat = flatten(updates)
   checks.arrays(name, flat.by_path)
   ours, theirs = params.by_path, flat.by_path

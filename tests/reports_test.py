@@ -228,7 +228,7 @@ def test_names_come_in_natural_order_whatever_the_order_in_the_state():
 @pytest.mark.parametrize('state', [None, {}, optax.adam(1e-3).init(PARAMS)])
 @pytest.mark.parametrize('function', [spd.layer_report, spd.scalars])
 def test_a_state_without_spd_is_an_error_that_says_what_to_pass(function, state):
-  with pytest.raises(TypeError, match='expected the state of an optimizer with projection_decay'):
+  with pytest.raises(TypeError, match='expected the state of an optimizer with SPD'):
     function(state)
 
 
