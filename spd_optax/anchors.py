@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from spd_optax import checks, leafwise, memory, shardings, trees
+from spd_optax import checks, leafwise, placement, trees
 
 
 class View(NamedTuple):
@@ -86,15 +86,15 @@ class Anchoring:
     """The anchor tree for the state: copies with the shardings of the params."""
     flat = flat_params(params)
     found = [
-      copy(leaf if _is_captured(value) else value, leaf, self._store_dtype(leaf))
+      placement.copy(leaf if _is_captured(value) else value, leaf, self._store_dtype(leaf))
       if is_stored(value)
       else optax.MaskedNode()
       for value, leaf in zip(self.checked(flat), flat.leaves, strict=True)
     ]
     stored = jax.tree.unflatten(flat.treedef, found)
-    if self.memory_kind is None or not memory.have_pinned_host(jax.tree.leaves(stored)):
+    if self.memory_kind is None or not placement.have_pinned_host(jax.tree.leaves(stored)):
       return stored
-    return jax.tree.map(memory.on_host, stored)
+    return jax.tree.map(placement.on_host, stored)
 
   def _store_dtype(self, leaf: Any) -> Any:
     dtype = checks.dtype_of(leaf)
@@ -123,7 +123,7 @@ class Anchoring:
       gradients=[leafwise.like_param(gradient_leaves[i], flat.leaves[i]) for i in at],
       params=[flat.leaves[i] for i in at],
       anchors=[
-        None if a is None else shardings.explicitly_like(memory.on_device(a), flat.leaves[i])
+        None if a is None else placement.explicitly_like(placement.on_device(a), flat.leaves[i])
         for i, a in zip(at, found, strict=True)
       ],
       stored=stored,
@@ -131,9 +131,10 @@ class Anchoring:
 
   def _placed(self, stored: Any) -> Any:
     """In the host's memory again, after a checkpoint was restored onto the device."""
-    if self.memory_kind is None or 'pinned_host' not in memory.memory_kinds(jax.local_devices()[0]):
+    device = jax.local_devices()[0]
+    if self.memory_kind is None or 'pinned_host' not in placement.memory_kinds(device):
       return stored
-    return jax.tree.map(lambda a: a if memory.is_on_host(a) else memory.on_host(a), stored)
+    return jax.tree.map(placement.on_host, stored)
 
   def following(self, view: View) -> Any:
     """The anchor tree for the next state: 1 − β of the way to the params, where asked for.
@@ -181,8 +182,10 @@ class Anchoring:
       # A conditional leaves the anchor's buffers alone on every later step,
       # where a select would read and write a copy of the model each time.
       taken = jax.lax.cond(count == 0, _cast, _first, old, new)
+    elif count == 0:
+      taken = [placement.copy(p, p, a.dtype) for a, p in zip(old, new, strict=True)]
     else:
-      taken = [copy(p, p, a.dtype) for a, p in zip(old, new, strict=True)] if count == 0 else old
+      return stored
     leaves = dict(enumerate(flat.leaves)) | dict(zip(at, taken, strict=True))
     return jax.tree.unflatten(flat.treedef, leaves.values())
 
@@ -198,7 +201,7 @@ def _cast(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
   """The new arrays in the dtypes, and in the memory, of the old."""
   cast = [jnp.asarray(x, like.dtype) for like, x in zip(old, new, strict=True)]
   pairs = zip(old, cast, strict=True)
-  return [memory.on_host(x) if memory.is_on_host(like) else x for like, x in pairs]
+  return [placement.on_host(x) if placement.is_on_host(like) else x for like, x in pairs]
 
 
 def flat_params(params: Any) -> trees.Flat:
@@ -239,28 +242,3 @@ def _mismatch(leaf: Any, value: Any, anchor_dtype: Any) -> str | None:
   if dtype == checks.dtype_of(leaf) or (anchor_dtype is not None and dtype == anchor_dtype):
     return None
   return f'{both}; cast the anchor'
-
-
-def copied_like(value: Any, like: Any, dtype: Any) -> jax.Array:
-  """A copy with the sharding and kind of memory of another array.
-
-  An array that was put somewhere on purpose keeps its own sharding.
-  """
-  own = isinstance(value, jax.core.Tracer) or getattr(value, 'committed', False)
-  new = copy(value, value if own else like, dtype)
-  return memory.on_host(new) if memory.is_on_host(like) else new
-
-
-def copy(value: Any, leaf: Any, dtype: Any) -> jax.Array:
-  """A new array with the sharding of the param; never an alias of what was passed."""
-  if value is leaf:
-    return jnp.array(value, dtype, copy=True)
-  if isinstance(leaf, jax.core.Tracer):
-    return shardings.sharded_like(jnp.array(value, dtype, copy=True), leaf)
-  if not getattr(leaf, 'committed', False):
-    return jnp.array(value, dtype, copy=True)
-  if not isinstance(value, jax.Array):
-    value = np.asarray(value)
-  # Straight to the shards: the whole array may not fit on one device.
-  placed: jax.Array = jax.device_put(value.astype(dtype), leaf.sharding, may_alias=False)
-  return placed

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from spd_optax import anchors, checks, fingerprints, trees
+from spd_optax import anchors, checks, fingerprints, placement, trees
 from spd_optax.engine import is_state
 from spd_optax.fingerprints import DroppedLeaf, is_dropped
 
@@ -80,7 +80,7 @@ def put_anchor(opt_state: State, anchor: optax.Params) -> State:
     if problem := _problem(path, given, leaf):
       problems.append(problem)
       return leaf
-    value = anchors.copy(given, given, leaf.zero.dtype)
+    value = placement.copy(given, given, leaf.zero.dtype)
     if not np.array_equal(fingerprints.of_leaf(path, value), leaf.fingerprint):
       problems.append(f'{path or "(root)"}: {checks.kind_of(given)} with other values')
     return value
@@ -134,7 +134,7 @@ def reanchor(opt_state: State, params: optax.Params) -> State:
       problems.append(problem)
       return leaf
     like, dtype = (new, leaf.zero.dtype) if is_dropped(leaf) else (leaf, leaf.dtype)
-    return anchors.copied_like(new, like, dtype)
+    return placement.copied_like(new, like, dtype)
 
   found = _with_anchors('reanchor', opt_state, replaced)
   checks.raise_all(problems, 'reanchor(opt_state, params): the params do not fit the anchor:')

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from spd_optax import anchors, checks, memory, trees
+from spd_optax import anchors, checks, placement, trees
 from spd_optax.engine import is_state
 
 WORDS = 4  # of 32 bits
@@ -90,7 +90,7 @@ def is_dropped(node: Any) -> bool:
 
 def of_leaf(path: str, array: Any) -> jax.Array:
   """The fingerprint of one array at a path: uint32[4]; also under jit."""
-  array = memory.on_device(jnp.asarray(array))
+  array = placement.on_device(jnp.asarray(array))
   described = f'{path} {array.dtype.name} {list(array.shape)}'.encode()
   seeds = np.frombuffer(hashlib.sha256(described).digest(), '<u4')[:WORDS]
   words: jax.Array = _hash(array, jnp.asarray(seeds))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from spd_optax import checks, shardings, trees
+from spd_optax import checks, placement, trees
 
 StackAxis = Any  # an int, None, a prefix tree of them, or (path, leaf) -> int | None
 AxisName = Any  # a name, a tuple of names, None, a prefix tree, or (path, leaf) -> names
@@ -66,8 +66,8 @@ class Layers:
 
     On an explicit mesh the type has a sharding, in shard_map the axes over which values vary.
     """
-    mapped = any(map(shardings.is_shard, leaves))
-    if not mapped and not any(map(shardings.is_explicit, leaves)):
+    mapped = any(map(placement.is_shard, leaves))
+    if not mapped and not any(map(placement.is_explicit, leaves)):
       return [jnp.zeros(shape, jnp.float32) for shape in self.shapes]
     here = self if mapped else dataclasses.replace(self, axis_names=((),) * len(leaves))
 
@@ -93,7 +93,7 @@ def broadcast_to_leaf(value: jax.Array, leaf: jax.Array, stack_axis: int | None)
   """A layer's value, shaped to broadcast against a leaf of it."""
   if stack_axis is None:
     return value
-  if shardings.is_explicit(leaf):
+  if placement.is_explicit(leaf):
     # The other leaves of a group may be split otherwise.
     sharding = jax.typeof(leaf).sharding
     spec = PartitionSpec(sharding.spec[stack_axis])

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
-from spd_optax import checks, leafwise, memory, trees
+from spd_optax import checks, leafwise, placement, trees
 from spd_optax.engine import PER_LAYER, ProjectionDecayState, is_state
 from spd_optax.fingerprints import is_dropped
 from spd_optax.layers import Arrangement, Group, StackAxis, layer_key, layer_name, sum_of
@@ -315,7 +315,7 @@ def anchor_norms(states: States, stack_axis: StackAxis = None, group: Group = No
     # A layer without members has the zero anchor, which is not stored.
     squares = {key: np.full(shape, 0 if known else np.nan) for key, shape in layers.items()}
     if known:
-      sums = [_square(memory.on_device(x), at) for x, at in zip(flat.leaves, axes, strict=True)]
+      sums = [_square(placement.on_device(x), at) for x, at in zip(flat.leaves, axes, strict=True)]
       found = jax.device_get(list(map(_whole, sums)))
       for key, axis, square in zip(keys, axes, found, strict=True):
         squares[key] = squares[key] + (np.nan if axis == UNKNOWN else square)
