@@ -55,28 +55,18 @@ class Rule:
       new value is not finite, as after a NaN gradient, the old one stays.
 
   Example:
-    Hold a layer while the running mean of ⟨g, d⟩ / ‖d‖ is not below −z standard errors:
+    Pull a layer toward its anchor while the running mean of ⟨g, d⟩ is positive:
 
-    >>> import jax.numpy as jnp, optax
+    >>> import optax
     >>> import spd_optax as spd
-    >>> class NotSignificantlyOutward(spd.Rule):
-    ...   z: float = 2.0
-    ...   needs = ('after',)
-    ...   numbers = {'mean': 0.0, 'square': 0.0}
+    >>> class PulledOnAverage(spd.Rule):
+    ...   decay: float = 0.9
+    ...   numbers = {'mean': 0.0}
     ...
     ...   def decide(self, norms, numbers, strength):
-    ...     outward = norms['inner'] / jnp.maximum(norms['distance'], 1e-30)
-    ...     mean = 0.95 * numbers['mean'] + 0.05 * outward
-    ...     square = 0.95 * numbers['square'] + 0.05 * outward**2
-    ...     error = jnp.sqrt(square * 0.05 / 1.95)
-    ...     growth = jnp.maximum(norms['after'] - norms['distance'], 0)
-    ...     ratio = growth / jnp.maximum(norms['after'], 1e-30)
-    ...     held = mean > -self.z * error
-    ...     return spd.Decision(held, ratio, strength * ratio, {'mean': mean, 'square': square})
-    >>> optimizer = spd.with_projection_decay(optax.adam(1e-3), rule=NotSignificantlyOutward(z=1.0))
-    >>> state = optimizer.init({'kernel': jnp.ones((2, 3))})
-    >>> optax.tree.get(state, 'square')
-    {'kernel': Array(0., dtype=float32)}
+    ...     mean = self.decay * numbers['mean'] + (1 - self.decay) * norms['inner']
+    ...     return spd.Decision(mean > 0, mean, strength, {'mean': mean})
+    >>> optimizer = optax.chain(spd.projection_decay(rule=PulledOnAverage()), optax.adam(1e-3))
   """
 
   needs: ClassVar[Sequence[str]] = ()

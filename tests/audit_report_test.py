@@ -44,7 +44,7 @@ def test_report_prints_every_layer_of_a_small_model_and_writes_the_pictures(logs
     assert len(np.unique(pixels[::7, ::7, :3].reshape(-1, 3), axis=0)) > 20
 
 
-def test_report_of_a_large_model_shows_blocks_and_with_all_every_layer(logs, tmp_path, capsys):
+def test_report_of_a_large_model_is_short_and_with_all_shows_every_layer(logs, tmp_path, capsys):
   # Would catch: a report of 400 lines in which nothing can be found, or layers that never show.
   assert run('report', logs['a400'], '--out', tmp_path) == 0
   lines = capsys.readouterr().out.splitlines()

@@ -85,10 +85,9 @@ def _page(
 
 
 def _tables(runs: Sequence[Series], every: bool) -> list[Table]:
-  """The metrics; then every layer, or of many layers blocks and the first of them."""
+  """The metrics; then every layer, or of many layers the first of them."""
   most = None if every or len(runs[0].layers) <= ROWS else FIRST
-  blocks = [tables.of_blocks(runs[0], ROWS)] if len(runs) == 1 else []
-  return [tables.metrics(runs), *blocks, tables.layers(runs, most)]
+  return [tables.metrics(runs), tables.layers(runs, most)]
 
 
 def _console(width: int | None, **options: Any) -> Console:

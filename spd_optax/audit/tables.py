@@ -132,8 +132,7 @@ def layers(runs: Sequence[Series], most: int | None = None) -> Table:
     first, second = [*shares, {}][:2]
     names = sorted(names, key=lambda x: -abs(first.get(x, 0) - second.get(x, 0)))[:most]
   cells: list[dict[str, dict[str, str]]] = [
-    {name: _cells(series, slice(i, i + 1)) for i, name in enumerate(series.layers)}
-    for series in runs
+    {name: _cells(series, i) for i, name in enumerate(series.layers)} for series in runs
   ]
   keys = list(dict.fromkeys(key for by_name in cells for row in by_name.values() for key in row))
   rows = [[x, *(c.get(x, {}).get(key, '–') for key in keys for c in cells)] for x in names]
@@ -143,24 +142,16 @@ def layers(runs: Sequence[Series], most: int | None = None) -> Table:
   return _table(title, ['layer', *keys], rows)
 
 
-def of_blocks(series: Series, most: int) -> Table:
-  """A row per block of layers; none if there are at most so many layers."""
-  found = blocks(series.layers, most) if len(series.layers) > most else []
-  rows = [[name, *_cells(series, slice(begin, end)).values()] for name, begin, end in found]
-  return _table('Blocks of layers', ['block', *_cells(series, slice(1))], rows)
-
-
-def _cells(series: Series, part: slice) -> dict[str, str]:
-  """The cells of a layer or of several, by the header of their column."""
+def _cells(series: Series, i: int) -> dict[str, str]:
+  """The cells of a layer, by the header of their column."""
   last = series.last
-  held, distance = last.condition[part], last.distance[part]
   return {
-    'held now': f'{sum(held)} of {len(held)}' if len(held) > 1 else 'yes' if held.all() else '',
-    'held, %': _number(100 * np.mean(series.share[part]), '.1f'),
-    'ratio': _number(np.mean(last.ratio[part])),
-    'distance': _number(np.linalg.norm(distance)),
-    '% of ‖θ₀‖': _number(100 * reports.overall(distance, series.norms[part]), '.1f'),
-    **{name: _number(np.mean(values[part])) for name, values in last.rule_state.items()},
+    'held now': 'yes' if last.condition[i] else '',
+    'held, %': _number(100 * series.share[i], '.1f'),
+    'ratio': _number(last.ratio[i]),
+    'distance': _number(last.distance[i]),
+    '% of ‖θ₀‖': _number(100 * reports.relative(last.distance[i], series.norms[i]), '.1f'),
+    **{name: _number(values[i]) for name, values in last.rule_state.items()},
   }
 
 
