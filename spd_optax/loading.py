@@ -139,8 +139,6 @@ def _wanted(flat: trees.Flat) -> dict[str, Struct]:
   """What the params need, by path."""
   if any(isinstance(leaf, jax.core.Tracer) for leaf in flat.leaves):
     raise TypeError('load_anchor(path, like): call it outside jit; it reads files')
-  if not flat.leaves:
-    raise ValueError('like: expected the params, found a tree without leaves')
   leaves = flat.by_path
   values = {at: x for at, x in leaves.items() if not isinstance(x, Struct)}
   checks.arrays('load_anchor(path, like): like', values)

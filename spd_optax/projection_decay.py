@@ -79,9 +79,8 @@ def projection_decay(
     A transformation whose state is a `ProjectionDecayState`.
 
   Raises:
-    ValueError, TypeError: at construction for a bad argument; in `init` and `update`, at trace
-      time, for an anchor, gradients, `stack_axis` or `group` that do not fit the params. The
-      message names every such leaf.
+    ValueError, TypeError: for a bad argument; in `init` and `update`, at trace time, for trees
+      that do not fit the params. The message names every such leaf.
 
   References:
     Tian et al., `Rethinking Weight Decay for Robust Fine-Tuning of Foundation

@@ -134,17 +134,12 @@ def scalars(
   brackets: 'layers/kernel[3]' is spelled 'layers/kernel/3', unless another layer is called that.
 
   Args:
-    opt_state: see `layer_report`.
     prefix: the first part of each key, in the place of 'spd'; '' for none.
-    stack_axis: see `layer_report`.
-    group: see `layer_report`.
+    opt_state, stack_axis, group: see `layer_report`.
 
   Raises:
-    TypeError: if `prefix` is no string; and as `layer_report`.
-    ValueError: as `layer_report`.
+    TypeError, ValueError: as `layer_report`.
   """
-  if not isinstance(prefix, str):
-    raise TypeError(f'prefix: expected a string, found {checks.kind_of(prefix)}')
   records, norms = _records(states_in(opt_state, 'scalars'), stack_axis, group)
   distance = np.array([record.distance for record in records])
   found = {

@@ -17,12 +17,7 @@ from spd_optax.rules import GradientTurn, Projection, Rule
 
 
 class WithProjectionDecayState(NamedTuple):
-  """State of `with_projection_decay`.
-
-  Attributes:
-    projection_decay: its own `ProjectionDecayState`.
-    inner_state: the inner optimizer's.
-  """
+  """State of `with_projection_decay`: its own, and the inner optimizer's."""
 
   projection_decay: ProjectionDecayState
   inner_state: optax.OptState
@@ -41,16 +36,8 @@ class ProjectionDecayOptimizer(optax.GradientTransformationExtraArgs):  # type: 
     """`update` and `optax.apply_updates` in one.
 
     It computes θ̃ − λ r (θ̃ − θ_0) instead of θ + (u − λ r (θ̃ − θ_0)). The two are equal but
-    for rounding, and `apply` stores no copy of the params on the way.
-
-    Args:
-      gradients: g, a tree like the params.
-      state: what `init`, or the last step, returned.
-      params: θ.
-      **extra_args: for the inner optimizer.
-
-    Returns:
-      The next params and the next state.
+    for rounding, and `apply` stores no copy of the params on the way. It returns the next params
+    and the next state.
     """
     around = getattr(self.update, '__self__', None)
     if isinstance(around, _Around):
@@ -229,11 +216,7 @@ class _Around:
     return step, updates, moved, WithProjectionDecayState(own, inner_state)
 
   def update(
-    self,
-    updates: optax.Updates,
-    state: WithProjectionDecayState,
-    params: optax.Params | None = None,
-    **extra_args: Any,
+    self, updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
   ) -> tuple[optax.Updates, WithProjectionDecayState]:
     step, updates, _, state = self._decide(updates, state, params, extra_args)
     if not checks.is_zero(self.engine.strength):
@@ -243,11 +226,7 @@ class _Around:
     return updates, state
 
   def apply(
-    self,
-    gradients: optax.Updates,
-    state: Any,
-    params: optax.Params,
-    **extra_args: Any,
+    self, gradients: optax.Updates, state: Any, params: optax.Params, **extra_args: Any
   ) -> tuple[optax.Params, WithProjectionDecayState]:
     step, updates, moved, state = self._decide(gradients, state, params, extra_args)
     after = optax.apply_updates(params, updates)

@@ -72,9 +72,6 @@ REPORTS: Table = [
     ),
   )
 ]
-REPORTS.append(
-  ('scalars.prefix', partial(spd.scalars, STATE, 3), TypeError, 'prefix: expected a string.*3')
-)
 JSON = 'hyperparameters & finite number, a string, None'
 AUDIT: Table = [
   (
@@ -105,10 +102,8 @@ AUDIT: Table = [
   ('AuditLog.transform', lambda: log(transform=1e-3), TypeError, 'transform: .*string.*0.001'),
   ('AuditLog.source', lambda: log(source=3), TypeError, 'source: .*path or None.*3'),
   ('AuditLog.captured', lambda: log(captured='no'), TypeError, "captured: .*True.*'no'"),
-  ('AuditLog.moving_anchor', lambda: log(moving_anchor=0.9), TypeError, 'moving_anchor: .*0.9'),
   ('AuditLog.patience', lambda: log(patience=0), TypeError, 'patience: .*1 or more.*0'),
   ('AuditLog.patience', lambda: log(patience='x'), TypeError, "patience: .*1 or more.*'x'"),
-  ('AuditLog.fsync', lambda: log(fsync='no'), TypeError, "fsync: .*True or False.*'no'"),
   ('AuditLog.record.metrics', lambda: record(metrics=[1.0]), TypeError, 'metrics: .*found list'),
   ('AuditLog.stack_axis', lambda: record(stack_axis=0), ValueError, r'head: .*0.*\(\)'),
   ('AuditLog.group', lambda: record(group='enc'), TypeError, "group: .*str 'enc'"),

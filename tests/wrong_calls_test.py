@@ -26,7 +26,10 @@ RESULTS = {
 }  # fmt: skip
 # What optax, JAX or Python answer for themselves.
 ADAMS = ('b1', 'b2', 'eps', 'eps_root', 'mu_dtype', 'nesterov')
-OTHERS = {*(('adam_spd', name) for name in ADAMS), ('advise', 'run'), ('advise', 'patience')}
+OTHERS = {('adam_spd', name) for name in ADAMS} | {
+  ('advise', 'run'), ('advise', 'patience'), ('AuditLog', 'moving_anchor'), ('AuditLog', 'fsync'),
+  ('scalars', 'prefix'),
+}  # fmt: skip
 CALLS = {
   'AuditLog.record': spd.AuditLog.record,
   **{f'{name}.init': make().init for name, make in wrong_calls.MAKERS.items()},

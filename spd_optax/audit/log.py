@@ -59,7 +59,7 @@ class AuditLog:
   The end of a `with` block, of the last reference to the log, or of the process closes it. A forked
   process does not write. With several processes, make the log in all of them, after
   `jax.distributed.initialize`, and call `record` and `close` in all. Only process 0 touches the
-  path, and raises its errors, after all communication of the call, so they may be caught.
+  path, and raises its errors, so they may be caught.
 
   Args:
     path: the file; a new one, or one that an AuditLog has written.
@@ -110,9 +110,7 @@ class AuditLog:
       ('transform', transform, 'a string', isinstance(transform, str)),
       ('source', source, 'a string, a path or None', isinstance(source, str | None)),
       ('captured', captured, 'True, False or None', isinstance(captured, bool | None)),
-      ('moving_anchor', moving_anchor, 'True or False', isinstance(moving_anchor, bool)),
       ('patience', patience, 'an integer of 1 or more', isinstance(patience, int) and patience > 0),
-      ('fsync', fsync, 'True or False', isinstance(fsync, bool)),
     )
     problems += [
       f'{name}: expected {what}, found {checks.kind_of(value)}'
@@ -121,7 +119,11 @@ class AuditLog:
     ]
     checks.raise_all(problems, 'AuditLog:', TypeError)
     self._run: dict[str, Any] = {'transform': transform, 'hyperparameters': plain}
-    self._anchor: dict[str, Any] = {'source': source, 'captured': captured, 'moving': moving_anchor}
+    self._anchor: dict[str, Any] = {
+      'source': source,
+      'captured': captured,
+      'moving': bool(moving_anchor),
+    }
     self._stack_axis, self._group = stack_axis, group
     self._patience, self._fsync = patience, fsync
     self._header: Header | None = None

@@ -1,9 +1,7 @@
 """A run over time, and the tables of a report as rows of strings."""
 
 import json
-import math
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,21 +44,6 @@ class Series:
     for metric in dict.fromkeys(name for record in records for name in record.metrics):
       found = [(x.step, x.metrics[metric]) for x in records if metric in x.metrics]
       self.metrics[metric] = np.array([x for x, _ in found]), np.array([x for _, x in found])
-
-
-def blocks(names: Sequence[str], most: int) -> list[tuple[str, int, int]]:
-  """Name, begin and end of each layer; of more than `most`, of runs whose paths begin alike.
-
-  Names without common beginnings make runs of equal length, each named after its first layer.
-  """
-  parts = [name.replace('[', '/[').split('/') for name in names]
-  for depth in range(max(map(len, parts)), 0, -1):
-    starts = ['/'.join(path[:depth]).replace('/[', '[') for path in parts]
-    runs = [list(run) for _, run in groupby(range(len(names)), starts.__getitem__)]
-    if 1 < len(runs) <= most:
-      return [(starts[run[0]], run[0], run[-1] + 1) for run in runs]
-  size = math.ceil(len(names) / most)
-  return [(names[i], i, min(i + size, len(names))) for i in range(0, len(names), size)]
 
 
 class Table(NamedTuple):
