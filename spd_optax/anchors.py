@@ -6,6 +6,7 @@ state's anchor tree ``optax.MaskedNode()`` stands where nothing is stored.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -44,7 +45,11 @@ class Anchoring:
         f'anchor: expected a tree of arrays, 0 or None, found {checks.kind_of(self.anchor)}; '
         'around an optimizer there is with_projection_decay(optimizer, anchor)'
       )
-    checks.floating_dtype('anchor_dtype', self.dtype)
+    if self.dtype is not None and not checks.is_floating(self.dtype):
+      found = f'{self.dtype!r:.60}'
+      raise TypeError(
+        f'anchor_dtype: expected a floating dtype such as jnp.bfloat16, found {found}'
+      )
     if not (self.memory_kind is None or str(self.memory_kind) == 'pinned_host'):
       raise ValueError(
         f"anchor_memory_kind: expected 'pinned_host' or None, found {self.memory_kind!r:.60}"
@@ -242,3 +247,51 @@ def _mismatch(leaf: Any, value: Any, anchor_dtype: Any) -> str | None:
   if dtype == checks.dtype_of(leaf) or (anchor_dtype is not None and dtype == anchor_dtype):
     return None
   return f'{both}; cast the anchor'
+
+
+def interpolate(anchor: optax.Params, params: optax.Params, alpha: chex.Numeric) -> optax.Params:
+  r"""WiSE-FT: the weights between the anchor and the fine-tuned params.
+
+      (1 − α) θ_0 + α θ
+
+  Args:
+    anchor: θ_0, a tree like the params or a prefix of it: arrays, 0 (zero), or
+      None where there is no anchor (θ is kept).
+    params: θ, the fine-tuned weights.
+    alpha: α; 0 is the anchor, 1 the fine-tuned params, both exactly.
+
+  Returns:
+    A tree like `params`, computed in float32 or wider, in the dtypes of `params`.
+
+  Raises:
+    ValueError: naming every leaf where anchor and params do not fit.
+    TypeError: if there is no anchor at all.
+
+  References:
+    Wortsman et al., `Robust fine-tuning of zero-shot models
+    <https://arxiv.org/abs/2109.01903>`_, 2022.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import spd_optax as spd
+    >>> spd.interpolate({'w': jnp.zeros(2)}, {'w': jnp.ones(2)}, 0.5)
+    {'w': Array([0.5, 0.5], dtype=float32)}
+  """
+  structs = (x for x in jax.tree.leaves(anchor) if isinstance(x, jax.ShapeDtypeStruct))
+  if anchor is None or any(structs):
+    raise TypeError('interpolate(anchor, params, alpha): expected an anchor with values')
+  checks.scalar('alpha', alpha, 'a number', math.isfinite)
+  flat = flat_params(params)
+
+  def between(start: Any, leaf: Any) -> Any:
+    if start is None:
+      return leaf
+    start = 0.0 if checks.is_zero(start) else leafwise.at_least_float32(start)
+    end = leafwise.at_least_float32(leaf)
+    mixed = (1 - alpha) * start + alpha * end
+    # 0 · ∞ is NaN.
+    exact = jnp.where(jnp.equal(alpha, 0), start, jnp.where(jnp.equal(alpha, 1), end, mixed))
+    return exact.astype(checks.dtype_of(leaf))
+
+  pairs = zip(Anchoring(anchor).checked(flat), flat.leaves, strict=True)
+  return jax.tree.unflatten(flat.treedef, [between(start, leaf) for start, leaf in pairs])

@@ -118,12 +118,9 @@ def fraction(name: str, value: Any, otherwise: str = '') -> None:
   scalar(name, value, f'a number in [0, 1){otherwise}', lambda v: 0 <= v < 1)
 
 
-def floating_dtype(name: str, value: Any) -> None:
-  """A floating dtype, or None."""
+def is_floating(dtype: Any) -> bool:
+  """Whether it is a floating dtype, and no array that has one."""
   try:
-    is_array = isinstance(value, jax.Array)
-    floating = value is None or (not is_array and jnp.issubdtype(np.dtype(value), jnp.floating))
+    return not isinstance(dtype, jax.Array) and bool(jnp.issubdtype(np.dtype(dtype), jnp.floating))
   except TypeError:
-    floating = False
-  if not floating:
-    raise TypeError(f'{name}: expected a floating dtype such as jnp.bfloat16, found {value!r:.60}')
+    return False

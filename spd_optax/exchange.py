@@ -67,7 +67,6 @@ def put_anchor(opt_state: State, anchor: optax.Params) -> State:
     TypeError: if there is no state of SPD or `l2_sp`; under jit.
   """
   leaves = trees.flatten(anchor).by_path
-  problems: list[str] = []
   checks.arrays('put_anchor(opt_state, anchor): anchor', leaves)
   given = jax.tree.leaves((opt_state, anchor))
   if any(isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in given):
@@ -78,20 +77,13 @@ def put_anchor(opt_state: State, anchor: optax.Params) -> State:
       raise ValueError('put_anchor(opt_state, anchor): the state has an anchor; see reanchor')
     given = leaves.get(path)
     if problem := _problem(path, given, leaf):
-      problems.append(problem)
-      return leaf
+      return problem
     value = placement.copy(given, given, leaf.zero.dtype)
-    if not np.array_equal(fingerprints.of_leaf(path, value), leaf.fingerprint):
-      problems.append(f'{path or "(root)"}: {checks.kind_of(given)} with other values')
-    return value
+    same = np.array_equal(fingerprints.of_leaf(path, value), leaf.fingerprint)
+    return value if same else f'{trees.shown(path)}: {checks.kind_of(given)} with other values'
 
-  found = _with_anchors('put_anchor', opt_state, put)
-  checks.raise_all(
-    problems,
-    'put_anchor(opt_state, anchor): this is not the anchor that was dropped, by fingerprint '
-    '(reanchor(opt_state, params) takes another):',
-  )
-  return found
+  unlike = 'this is not the anchor that was dropped, by fingerprint (reanchor takes another):'
+  return _with_anchors('put_anchor', opt_state, put, f'put_anchor(opt_state, anchor): {unlike}')
 
 
 def reanchor(opt_state: State, params: optax.Params) -> State:
@@ -123,7 +115,6 @@ def reanchor(opt_state: State, params: optax.Params) -> State:
     {'kernel': Array([1., 1., 1.], dtype=float32)}
   """
   leaves = anchors.flat_params(params).by_path
-  problems: list[str] = []
   stored = 0
 
   def replaced(path: str, leaf: Any) -> Any:
@@ -131,13 +122,16 @@ def reanchor(opt_state: State, params: optax.Params) -> State:
     stored += 1
     new = leaves.get(path)
     if problem := _problem(path, new, leaf):
-      problems.append(problem)
-      return leaf
-    like, dtype = (new, leaf.zero.dtype) if is_dropped(leaf) else (leaf, leaf.dtype)
-    return placement.copied_like(new, like, dtype)
+      return problem
+    if is_dropped(leaf):
+      return placement.copy(new, new, leaf.zero.dtype)
+    # An array that was put somewhere on purpose keeps its own sharding.
+    own = isinstance(new, jax.core.Tracer) or getattr(new, 'committed', False)
+    array = placement.copy(new, new if own else leaf, leaf.dtype)
+    return placement.on_host(array) if placement.is_on_host(leaf) else array
 
-  found = _with_anchors('reanchor', opt_state, replaced)
-  checks.raise_all(problems, 'reanchor(opt_state, params): the params do not fit the anchor:')
+  unlike = 'reanchor(opt_state, params): the params do not fit the anchor:'
+  found = _with_anchors('reanchor', opt_state, replaced, unlike)
   if not stored:
     raise ValueError('reanchor(opt_state, params): the state stores no anchor, only zero or free')
   return found
@@ -149,13 +143,13 @@ def _problem(path: str, new: Any, old: Any) -> str | None:
   dtype, shape = (old.zero.dtype, _lengths(old)) if dropped else (old.dtype, old.shape)
   was = f'in the state {dtype}{list(shape)}{", dropped" * dropped}'
   if new is None:
-    return f'{path or "(root)"}: nothing, {was}'
+    return f'{trees.shown(path)}: nothing, {was}'
   kind, here = jnp.result_type(new), jnp.shape(new)
   same = len(here) == len(shape) and all(b in (a, '?') for a, b in zip(here, shape, strict=True))
   complex_too = jnp.issubdtype(kind, jnp.inexact) and jnp.issubdtype(dtype, jnp.complexfloating)
   if same and (jnp.issubdtype(kind, jnp.floating) or complex_too):
     return None
-  return f'{path or "(root)"}: {checks.kind_of(new)}, {was}'
+  return f'{trees.shown(path)}: {checks.kind_of(new)}, {was}'
 
 
 def _lengths(leaf: DroppedLeaf) -> tuple[int | str, ...]:
@@ -166,9 +160,12 @@ def _lengths(leaf: DroppedLeaf) -> tuple[int | str, ...]:
   return (*leaf.zero.shape, *own)  # the zero has the axes of vmap
 
 
-def _with_anchors(name: str, opt_state: State, change: Callable[[str, Any], Any]) -> State:
-  """The state with every array of every anchor in it changed."""
+def _with_anchors(
+  name: str, opt_state: State, change: Callable[[str, Any], Any], summary: str = ''
+) -> State:
+  """The state with every array of every anchor in it changed; `change` may return a problem."""
   found = 0
+  problems: list[str] = []
 
   def changed(node: Any) -> Any:
     nonlocal found
@@ -177,10 +174,12 @@ def _with_anchors(name: str, opt_state: State, change: Callable[[str, Any], Any]
     found += 1
     flat = trees.flatten(node.anchor, is_dropped)
     leaves = [change(path, leaf) for path, leaf in flat.by_path.items()]
+    problems.extend(x for x in leaves if isinstance(x, str))
     return node._replace(anchor=jax.tree.unflatten(flat.treedef, leaves))
 
   result: State = jax.tree.map(changed, opt_state, is_leaf=is_state)
   if not found:
     kind = checks.kind_of(opt_state)
     raise TypeError(f'{name}: expected the state of an optimizer with SPD in it, found {kind}')
+  checks.raise_all(problems, summary)
   return result

@@ -185,16 +185,15 @@ def _stack_axes(
 def _layer_shapes(
   names: Sequence[str], paths: Sequence[str], counts: Sequence[tuple[int, ...]]
 ) -> tuple[tuple[int, ...], ...]:
-  members: dict[str, dict[str, tuple[int, ...]]] = {}
-  for name, path, count in zip(names, paths, counts, strict=True):
-    members.setdefault(name, {})[path] = count
-  problems = []
-  for name, found in members.items():
-    if len(set(found.values())) > 1:
-      each = [f'{trees.shown(p)}: {c[0] if c else "not stacked"}' for p, c in found.items()]
-      problems.append(f'group {name!r}: {", ".join(each)}')
+  each = list(zip(names, paths, counts, strict=True))
+  shapes = dict(zip(names, counts, strict=True))
+  uneven = dict.fromkeys(name for name, _, count in each if count != shapes[name])
+  of_paths = {
+    group: [f'{trees.shown(p)}: {c[0] if c else "not stacked"}' for n, p, c in each if n == group]
+    for group in uneven
+  }
   checks.raise_all(
-    problems,
+    [f'group {group!r}: {", ".join(found)}' for group, found in of_paths.items()],
     'the leaves of a group must stack the same number of layers; change `group` or `stack_axis`:',
   )
-  return tuple(next(iter(found.values())) for found in members.values())
+  return tuple(shapes.values())

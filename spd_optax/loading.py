@@ -12,7 +12,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -61,12 +61,10 @@ def load_anchor(
     A tree like `like` with None for free leaves, to be passed as `anchor`.
 
   Raises:
-    FileNotFoundError: if there is no such file.
-    ValueError: if the checkpoint is damaged, a PyTorch model's, has none of the leaves, or none
-      under `key`. It names every leaf with another shape, with complex numbers for real
-      ones, or with NaN or infinite values, and paths that differ in '.' and '/' alone. With
-      `strict` it names every leaf that only one side has.
-    ImportError: naming the extra, if the library for the format is missing.
+    ValueError: if the checkpoint is damaged, a PyTorch model's, or has none of the leaves under
+      `key`. It names every leaf with another shape, with complex numbers for real ones, or with
+      NaN or infinite values, and with `strict` every leaf that only one side has.
+    FileNotFoundError, ImportError: if there is no such file, or no library for it.
 
   Example:
     >>> import jax.numpy as jnp, numpy as np, tempfile
@@ -81,8 +79,8 @@ def load_anchor(
   flat = trees.flatten(like)
   wanted = _wanted(flat)
   paths = trees.told_apart({at: _canonical(at) for at in wanted}, f'like: leaves that {SAME}:')
-  checkpoint = _opened(where)
-  names = trees.told_apart(_under(key, checkpoint.entries, paths), f'{where}: entries that {SAME}:')
+  entries, read = _opened(where)
+  names = trees.told_apart(_under(key, entries, paths), f'{where}: entries that {SAME}:')
   found = {path: names[at] for at, path in paths.items() if at in names}
   missing = [at for at in paths if at not in names]
   unasked = {*map(_canonical, [*flat.paths, *map(trees.join, flat.holes)])} - paths.keys()
@@ -93,9 +91,9 @@ def load_anchor(
     raise ValueError(
       f'{where}: none of the params is in this checkpoint under {key!r}; pass their path as key.\n'
       f'  params: {", ".join(paths):.500}\n'
-      f'  checkpoint: {", ".join(checkpoint.entries) or "no arrays":.500}'
+      f'  checkpoint: {", ".join(entries) or "no arrays":.500}'
     )
-  problems = {at: _mismatch(wanted[at], checkpoint.entries[name]) for at, name in found.items()}
+  problems = {at: _mismatch(wanted[at], entries[name]) for at, name in found.items()}
   checks.raise_all(
     [f'{at}: {problem}' for at, problem in problems.items() if problem],
     f'{where}: the checkpoint does not fit the params (None in `like` leaves one free):',
@@ -109,7 +107,7 @@ def load_anchor(
     free = 'params that the checkpoint lacks stay free (strict=True makes this an error)'
     checks.warn(f'{differ}; {free}:\n  ' + '\n  '.join(lines))
   asked = {name: wanted[at] for at, name in found.items()}
-  arrays = _reading(where, checkpoint.read, asked)
+  arrays = _reading(where, read, asked)
   leaves = {at: arrays[name] for at, name in found.items()}
   finite = jax.jit(lambda x: jnp.isfinite(x).all())  # of each leaf alone: it has its own devices
   all_finite = jax.device_get([finite(x) for x in leaves.values()])
@@ -195,15 +193,9 @@ def _mismatch(wanted: Struct, found: Struct) -> str | None:
 # The formats.
 
 
-class Checkpoint(NamedTuple):
-  """An opened checkpoint: the shapes and dtypes of its arrays by name, and how to read some.
-
-  Each gets the dtype and the sharding of the struct given for it; without a sharding it goes to
-  the default device.
-  """
-
-  entries: dict[str, Struct]
-  read: Callable[[Mapping[str, Struct]], dict[str, jax.Array]]
+# The shapes and dtypes of the arrays by name, and how to read some. Each gets the dtype and the
+# sharding of the struct given for it; without a sharding it goes to the default device.
+Checkpoint = tuple[dict[str, Struct], Callable[[Mapping[str, Struct]], dict[str, jax.Array]]]
 
 
 def _opened(path: Any) -> Checkpoint:
@@ -264,7 +256,7 @@ def _orbax(path: Any) -> Checkpoint:
     found = trees.flatten(ocp.load(root, asked, checkpointable_name=name)).by_path
     return {at: found[at] for at in wanted}
 
-  return Checkpoint(entries, read)
+  return entries, read
 
 
 def _orbax_tree(path: Any) -> tuple[Any, str | None]:
@@ -297,17 +289,15 @@ def _safetensors(at: Any) -> Checkpoint:
     name: Struct(tuple(array.get_shape()), SAFETENSORS.get(array.get_dtype(), UNKNOWN))
     for name, array in slices.items()
   }
-  return Checkpoint(entries, lambda wanted: {at: _place(slices[at], x) for at, x in wanted.items()})
+  return entries, lambda wanted: {at: _place(slices[at], x) for at, x in wanted.items()}
 
 
 def _msgpack(path: Any) -> Checkpoint:
   restore = importlib.import_module('flax.serialization').msgpack_restore
   leaves = trees.flatten(restore(path.read_bytes())).by_path
   arrays = {at: np.asarray(x) for at, x in leaves.items() if isinstance(x, np.ndarray | np.generic)}
-  return Checkpoint(
-    {at: Struct(array.shape, array.dtype) for at, array in arrays.items()},
-    lambda wanted: {at: _place(arrays[at], x) for at, x in wanted.items()},
-  )
+  entries = {at: Struct(array.shape, array.dtype) for at, array in arrays.items()}
+  return entries, lambda wanted: {at: _place(arrays[at], x) for at, x in wanted.items()}
 
 
 def _npz(path: Any) -> Checkpoint:
@@ -318,7 +308,7 @@ def _npz(path: Any) -> Checkpoint:
     with np.load(path, allow_pickle=False) as file:
       return {at: _place(file[at].view(entries[at].dtype), x) for at, x in wanted.items()}
 
-  return Checkpoint(entries, read)
+  return entries, read
 
 
 def _npy_header(file: zipfile.ZipFile, name: str) -> Struct:

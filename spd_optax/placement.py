@@ -54,16 +54,6 @@ def copy(value: Any, like: Any, dtype: Any) -> jax.Array:
   return placed
 
 
-def copied_like(value: Any, like: Any, dtype: Any) -> jax.Array:
-  """A copy with the sharding and kind of memory of another array.
-
-  An array that was put somewhere on purpose keeps its own sharding.
-  """
-  own = isinstance(value, jax.core.Tracer) or getattr(value, 'committed', False)
-  new = copy(value, value if own else like, dtype)
-  return on_host(new) if is_on_host(like) else new
-
-
 # The host's memory.
 
 

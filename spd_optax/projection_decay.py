@@ -1,4 +1,4 @@
-"""Selective Projection Decay of the gradients, as a link of a chain."""
+"""Links of a chain: Selective Projection Decay of the gradients, and L2-SP."""
 
 import functools
 from typing import Any
@@ -12,7 +12,7 @@ from spd_optax.anchors import Anchoring
 from spd_optax.engine import Engine, ProjectionDecayState, replaced
 from spd_optax.layers import Arrangement, AxisName, Group, StackAxis
 from spd_optax.leafwise import deviation, fusion_barrier, taken_back
-from spd_optax.rules import GradientTurn, Rule
+from spd_optax.rules import L2SP, GradientTurn, Rule
 
 
 def projection_decay(
@@ -98,7 +98,7 @@ def projection_decay(
     >>> optax.tree.get(state, 'condition')
     {'bias': Array(False, dtype=bool), 'kernel': Array(False, dtype=bool)}
   """
-  return link(
+  return _link(
     Engine(
       rules.chosen(rule, GradientTurn, margin),
       strength,
@@ -108,7 +108,44 @@ def projection_decay(
   )
 
 
-def link(engine: Engine) -> optax.GradientTransformationExtraArgs:
+def l2_sp(
+  anchor: optax.Params | None = None,
+  strength: optax.ScalarOrSchedule = 0.01,
+  *,
+  stack_axis: StackAxis = None,
+  group: Group = None,
+  axis_name: AxisName = None,
+  anchor_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""L2-SP: decay toward the anchor, for every layer at every step.
+
+      u' = u + λ (θ − θ_0)
+
+  First in a chain it is the gradient of the penalty λ/2 ‖θ − θ_0‖² (coupled);
+  behind `optax.scale_by_adam` and before the learning rate it is decoupled, as
+  `optax.add_decayed_weights` is, whose place it takes:
+
+      optax.chain(optax.scale_by_adam(), spd.l2_sp(anchor, 0.01),
+                  optax.scale_by_learning_rate(lr))
+
+  Args:
+    anchor: θ_0, a tree like the params or a prefix of it; see `projection_decay`.
+    strength: λ, a number ≥ 0 or a schedule of the step.
+    stack_axis, group, axis_name, anchor_dtype: see `projection_decay`; layers are for the reports.
+
+  Returns:
+    A transformation whose state is a `ProjectionDecayState`, with every `condition`
+    true where the gradient is finite.
+
+  References:
+    Li, Grandvalet, Davoine, `Explicit Inductive Bias for Transfer Learning with
+    Convolutional Networks <https://arxiv.org/abs/1802.01483>`_, 2018.
+  """
+  arrangement = Arrangement(stack_axis, group, axis_name)
+  return _link(Engine(L2SP(), strength, Anchoring(anchor, anchor_dtype), arrangement))
+
+
+def _link(engine: Engine) -> optax.GradientTransformationExtraArgs:
   """A link of a chain that changes the gradients of held layers."""
   if 'after' in engine.rule.needs:
     raise ValueError(

@@ -159,22 +159,12 @@ def adam_spd(
   anchor_memory_kind: str | None = None,
   anchor_ema: chex.Numeric | None = None,
 ) -> ProjectionDecayOptimizer:
-  r"""The paper's Adam-SPD: `with_projection_decay` around `optax.adam`.
+  """The paper's Adam-SPD (Algorithm 1): `with_projection_decay` around `optax.adam`.
 
   Change ``optax.adam(lr)`` or ``optax.adamw(lr)`` to ``spd.adam_spd(lr)``.
 
   `b1` to `nesterov` are those of `optax.adam`. All other arguments, what is returned and what is
   raised: see `with_projection_decay`.
-
-  References:
-    Tian et al., `Rethinking Weight Decay for Robust Fine-Tuning of Foundation
-    Models <https://arxiv.org/abs/2411.01713>`_, 2024, Algorithm 1.
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> import spd_optax as spd
-    >>> optimizer = spd.adam_spd(1e-3)
-    >>> state = optimizer.init({'kernel': jnp.ones((2, 3))})
   """
   checks.number_or_schedule('adam_spd(learning_rate, anchor): learning_rate', learning_rate)
   adam = optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)

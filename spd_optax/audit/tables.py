@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spd_optax import reports
-from spd_optax.audit.format import Anchor, Run
+from spd_optax.audit.format import Run
 
 POINTS = 240  # of a run in pictures
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
@@ -67,11 +67,15 @@ def printable(text: str) -> str:
 def facts(run: Run) -> Table:
   """What the header says, and how much was logged."""
   header, records = run.header, run.records
+  said = {True: 'captured: the params at the first update', False: 'passed', None: 'not said'}
+  zero = np.count_nonzero(run.norms == 0)
   rows = {
     'transform': header.transform,
     'hyperparameters': json.dumps(header.hyperparameters, ensure_ascii=False)[1:-1] or '–',
-    'anchor': _anchor(header.anchor, run.norms),
+    'anchor': said[header.anchor.captured],
     'its source': header.anchor.source or 'not named',
+    'anchor is zero': f'in {zero} of {len(run.layers)} layers' if zero else '',
+    'anchor moves': 'yes' if header.anchor.moving else '',
     'fingerprint': header.anchor.fingerprint,
     'started': header.started,
     'versions': ', '.join(f'{name} {version}' for name, version in header.versions.items()),
@@ -82,15 +86,6 @@ def facts(run: Run) -> Table:
     'torn': torn(run) if run.torn else '',
   }
   return _table(run.path.name, ['', ''], [row for row in rows.items() if row[1]])
-
-
-def _anchor(anchor: Anchor, norms: np.ndarray) -> str:
-  """Where the anchor is, by what the user said and the norms show."""
-  zero = np.count_nonzero(norms == 0)
-  said = {True: 'captured: the params at the first update', False: 'passed', None: ''}
-  of_zero = 'zero' if zero == len(norms) else f'zero in {zero} of {len(norms)} layers'
-  parts = [said[anchor.captured], of_zero * bool(zero), 'moving' * anchor.moving]
-  return '; '.join(filter(None, parts)) or 'not said whether captured or passed'
 
 
 def torn(run: Run) -> str:
