@@ -8,10 +8,8 @@ spd.adam_spd(lr, anchor)                                    # the same, with Ada
 from spd_optax.anchors import interpolate
 from spd_optax.audit import AuditLog
 from spd_optax.engine import ProjectionDecayState
-from spd_optax.exchange import drop_anchor, put_anchor, reanchor
-from spd_optax.fingerprints import DroppedLeaf, fingerprint
+from spd_optax.exchange import DroppedLeaf, drop_anchor, fingerprint, put_anchor, reanchor
 from spd_optax.loading import load_anchor
-from spd_optax.projection_decay import l2_sp, projection_decay
 from spd_optax.reports import LayerRecord, layer_report, scalars
 from spd_optax.rules import (
   L2SP,
@@ -21,10 +19,12 @@ from spd_optax.rules import (
   Rule,
   SignificantProjection,
 )
-from spd_optax.with_projection_decay import (
+from spd_optax.transforms import (
   ProjectionDecayOptimizer,
   WithProjectionDecayState,
   adam_spd,
+  l2_sp,
+  projection_decay,
   with_projection_decay,
 )
 

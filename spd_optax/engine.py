@@ -9,9 +9,6 @@ One step, from the gradients g, the params θ and the state:
    besides. This is the only reduction, and the only communication.
 4. From them the rule decides, per layer, whether it is held and how far it is taken back.
 5. A held layer is taken back: in a chain its gradient, around an optimizer its step.
-
-What is computed for one leaf or one layer is a jitted function of a module. So a second
-leaf of the same shape costs no second trace, and a step without jit compiles nothing anew.
 """
 
 import dataclasses

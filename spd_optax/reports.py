@@ -18,7 +18,7 @@ from jax.sharding import SingleDeviceSharding
 
 from spd_optax import checks, leafwise, placement, trees
 from spd_optax.engine import PER_LAYER, ProjectionDecayState, is_state
-from spd_optax.fingerprints import is_dropped
+from spd_optax.exchange import is_dropped
 from spd_optax.layers import Arrangement, Group, StackAxis, layer_key, layer_name, sum_of
 
 States = Sequence[ProjectionDecayState]

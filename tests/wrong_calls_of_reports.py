@@ -104,7 +104,6 @@ AUDIT: Table = [
   ('AuditLog.captured', lambda: log(captured='no'), TypeError, "captured: .*True.*'no'"),
   ('AuditLog.patience', lambda: log(patience=0), TypeError, 'patience: .*1 or more.*0'),
   ('AuditLog.patience', lambda: log(patience='x'), TypeError, "patience: .*1 or more.*'x'"),
-  ('AuditLog.record.metrics', lambda: record(metrics=[1.0]), TypeError, 'metrics: .*found list'),
   ('AuditLog.stack_axis', lambda: record(stack_axis=0), ValueError, r'head: .*0.*\(\)'),
   ('AuditLog.group', lambda: record(group='enc'), TypeError, "group: .*str 'enc'"),
   ('AuditLog.record.step', twice, ValueError, 'step 3 after step 3'),

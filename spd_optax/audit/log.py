@@ -20,7 +20,7 @@ import jax
 import msgspec
 import numpy as np
 
-from spd_optax import checks, fingerprints, reports
+from spd_optax import checks, exchange, reports
 from spd_optax.audit import format
 from spd_optax.audit.advice import PATIENCE, AuditWarning, Watcher
 from spd_optax.audit.format import Header, Record
@@ -119,11 +119,8 @@ class AuditLog:
     ]
     checks.raise_all(problems, 'AuditLog:', TypeError)
     self._run: dict[str, Any] = {'transform': transform, 'hyperparameters': plain}
-    self._anchor: dict[str, Any] = {
-      'source': source,
-      'captured': captured,
-      'moving': bool(moving_anchor),
-    }
+    moving = bool(moving_anchor)
+    self._anchor: dict[str, Any] = {'source': source, 'captured': captured, 'moving': moving}
     self._stack_axis, self._group = stack_axis, group
     self._patience, self._fsync = patience, fsync
     self._header: Header | None = None
@@ -230,14 +227,11 @@ class AuditLog:
 
   def _new_header(self, states: reports.States) -> Header:
     if not any(int(state.count) for state in states):
-      raise ValueError(
-        'AuditLog.record: record after the first update; before it the anchor may not be the '
-        'one that is captured, and there is nothing to log'
-      )
-    words = [fingerprints.words_of(state.anchor) for state in states]
+      raise ValueError('AuditLog.record: record after the first update, which may set the anchor')
+    words = [exchange.words_of(state.anchor) for state in states]
     norms = format.numbers(reports.anchor_norms(states, self._stack_axis, self._group))
     known = [None if self._anchor['moving'] or not isinstance(x, float) else x for x in norms]
-    fingerprint = fingerprints.as_text(np.add.reduce(words))
+    fingerprint = exchange.as_text(np.add.reduce(words))
     return Header(
       format=format.FORMAT,
       schema=format.SCHEMA,
@@ -327,10 +321,8 @@ def _close(log: weakref.ref[AuditLog]) -> None:
     found.close()
 
 
-def _plain_items(items: Any) -> tuple[dict[str, Any], list[str]]:
+def _plain_items(items: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
   """The items as JSON holds them, and what it cannot hold."""
-  if not isinstance(items, Mapping):
-    return {}, [f'hyperparameters: expected a dict, found {checks.kind_of(items)}']
 
   def plain(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value.tolist()
@@ -350,8 +342,6 @@ def _plain_items(items: Any) -> tuple[dict[str, Any], list[str]]:
 
 def _checked_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
   """A copy of the metrics; raises a TypeError that names all that are no numbers."""
-  if not isinstance(metrics, Mapping):
-    raise TypeError(f'AuditLog.record: metrics: expected a dict, found {checks.kind_of(metrics)}')
   problems = [
     f'{name!r}: {checks.kind_of(value)}'
     for name, value in metrics.items()

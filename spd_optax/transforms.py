@@ -1,4 +1,4 @@
-"""Selective Projection Decay around an optimizer."""
+"""The transformations: Selective Projection Decay as a link of a chain, and around an optimizer."""
 
 import dataclasses
 import functools
@@ -13,7 +13,166 @@ from spd_optax.anchors import Anchoring
 from spd_optax.engine import Engine, ProjectionDecayState, Step, check_state, replaced
 from spd_optax.layers import Arrangement, AxisName, Group, StackAxis
 from spd_optax.leafwise import at_least_float32, deviation, fusion_barrier, like_param, taken_back
-from spd_optax.rules import GradientTurn, Projection, Rule
+from spd_optax.rules import L2SP, GradientTurn, Projection, Rule
+
+_jit = functools.partial(jax.jit, static_argnames='axis')
+
+
+def projection_decay(
+  anchor: optax.Params | None = None,
+  strength: optax.ScalarOrSchedule = 1.0,
+  *,
+  margin: chex.Numeric = 0.05,
+  rule: Rule | None = None,
+  stack_axis: StackAxis = None,
+  group: Group = None,
+  axis_name: AxisName = None,
+  anchor_dtype: jax.typing.DTypeLike | None = None,
+  anchor_memory_kind: str | None = None,
+  anchor_ema: chex.Numeric | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Selective Projection Decay of the gradients: the first link of a chain.
+
+  Per layer, with gradient g, deviation d = θ − θ_0 from the anchor,
+  cos = ⟨g, d⟩ / (‖g‖ ‖d‖), strength λ and margin m:
+
+      g' = g + λ (cos + m) ‖g‖ d / ‖d‖     where cos > −m
+      g' = g                               otherwise
+
+  A layer moves freely while −g points clearly away from the anchor. The gradient of any
+  other layer is turned toward the anchor before the optimizer sees it. The rule is scale-free:
+  multiplying the loss changes only the scale of g', and ‖g'‖ ≤ (1 + λ (1 + m)) ‖g‖.
+
+  This is *not* the paper's rule, which projects the optimizer's output. `with_projection_decay`
+  is the paper's rule. Change ``optax.adam(lr)`` to
+  ``optax.chain(spd.projection_decay(), optax.adam(lr))``.
+
+  Args:
+    anchor: θ_0, a tree like the params or a prefix of it. An array leaf is the
+      anchor of that param. `0` is the zero anchor, for which nothing is stored. `None` at a
+      leaf or subtree leaves it free. A `jax.ShapeDtypeStruct` captures that param at the first
+      update. `None` as a whole captures all, so that pre-trained weights may be put in after
+      `init`. Arrays are copied into the state with the sharding of the params.
+    strength: λ ≥ 0, a number or a schedule of the step. 0 changes no bit, 0.3 is gentle, 1
+      counts the homeward part of a turned gradient twice, 10 holds firmly. At a step where a
+      schedule gives a negative number, infinity or NaN, no layer is held.
+    margin: m in [0, 1). 0 asks whether the gradient points back at all. A small margin, 0.05
+      or 0.1, also holds layers that walk out sideways. It holds a layer the more, the larger
+      the layer is and the noisier its gradients are.
+    rule: a `Rule` in place of `GradientTurn`, the equation above.
+    stack_axis: the axis that stacks layers in a leaf (nn.scan): an int, a prefix
+      tree of ints and None, or ``(path, leaf) -> int | None``. Each slice is a layer.
+    group: ``path -> key | None``; leaves with one key, a string or an int, are one layer. Paths
+      are '/'-joined, as in 'encoder/block_0/kernel'. 1 and '1' are the same key.
+    axis_name: inside `shard_map` or `pmap`, the mapped axes over which one layer is
+      split: a name, a tuple of names, or a prefix tree or function like
+      `stack_axis` where leaves differ. Leave out an axis over which a leaf is
+      replicated, or over which the layers of `stack_axis` are dealt out. Under `jit` nothing
+      is needed, because sums over sharded arrays are global there.
+    anchor_dtype: dtype to store the anchor in, such as `jnp.bfloat16`.
+    anchor_memory_kind: 'pinned_host' keeps the anchor in the host's memory and streams
+      it to the device in each step. A backend without such memory, as a CPU, warns, and the
+      anchor stays on the device. None: the memory of the params.
+    anchor_ema: β in [0, 1): the stored anchor follows the params slowly, for streams that
+      drift: θ_0 ← β θ_0 + (1 − β) θ after each step, with the params θ before it. An anchor of
+      zero stays there. `drop_anchor` is then of no use, because nothing but the state has the
+      anchor. `reanchor` moves it all at once.
+
+  Returns:
+    A transformation whose state is a `ProjectionDecayState`.
+
+  Raises:
+    ValueError, TypeError: for a bad argument; in `init` and `update`, at trace time, for trees
+      that do not fit the params. The message names every such leaf.
+
+  References:
+    Tian et al., `Rethinking Weight Decay for Robust Fine-Tuning of Foundation
+    Models <https://arxiv.org/abs/2411.01713>`_, 2024, for the condition.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> import spd_optax as spd
+    >>> pretrained = {'kernel': jnp.ones((2, 3)), 'bias': jnp.zeros(3)}
+    >>> optimizer = optax.chain(spd.projection_decay(), optax.adam(1e-3))
+    >>> state = optimizer.init(pretrained)
+    >>> gradients = jax.tree.map(jnp.ones_like, pretrained)
+    >>> updates, state = optimizer.update(gradients, state, pretrained)
+    >>> params = optax.apply_updates(pretrained, updates)
+    >>> optax.tree.get(state, 'condition')
+    {'bias': Array(False, dtype=bool), 'kernel': Array(False, dtype=bool)}
+  """
+  return _link(
+    Engine(
+      rules.chosen(rule, GradientTurn, margin),
+      strength,
+      Anchoring(anchor, anchor_dtype, anchor_memory_kind, anchor_ema),
+      Arrangement(stack_axis, group, axis_name),
+    )
+  )
+
+
+def l2_sp(
+  anchor: optax.Params | None = None,
+  strength: optax.ScalarOrSchedule = 0.01,
+  *,
+  stack_axis: StackAxis = None,
+  group: Group = None,
+  axis_name: AxisName = None,
+  anchor_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""L2-SP: decay toward the anchor, for every layer at every step.
+
+      u' = u + λ (θ − θ_0)
+
+  First in a chain it is the gradient of the penalty λ/2 ‖θ − θ_0‖² (coupled);
+  behind `optax.scale_by_adam` and before the learning rate it is decoupled, as
+  `optax.add_decayed_weights` is, whose place it takes:
+
+      optax.chain(optax.scale_by_adam(), spd.l2_sp(anchor, 0.01),
+                  optax.scale_by_learning_rate(lr))
+
+  Args:
+    anchor: θ_0, a tree like the params or a prefix of it; see `projection_decay`.
+    strength: λ, a number ≥ 0 or a schedule of the step.
+    stack_axis, group, axis_name, anchor_dtype: see `projection_decay`; layers are for the reports.
+
+  Returns:
+    A transformation whose state is a `ProjectionDecayState`, with every `condition`
+    true where the gradient is finite.
+
+  References:
+    Li, Grandvalet, Davoine, `Explicit Inductive Bias for Transfer Learning with
+    Convolutional Networks <https://arxiv.org/abs/1802.01483>`_, 2018.
+  """
+  arrangement = Arrangement(stack_axis, group, axis_name)
+  return _link(Engine(L2SP(), strength, Anchoring(anchor, anchor_dtype), arrangement))
+
+
+def _link(engine: Engine) -> optax.GradientTransformationExtraArgs:
+  """A link of a chain that changes the gradients of held layers."""
+  if 'after' in engine.rule.needs:
+    raise ValueError(
+      f"rule: {type(engine.rule).__name__} needs 'after', which a link of a chain never sees; "
+      'use with_projection_decay(optimizer, rule=…)'
+    )
+
+  def update(
+    updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+  ) -> tuple[optax.Updates, ProjectionDecayState]:
+    del extra_args
+    step, state = engine.decide(state, *engine.view(updates, state, params))
+    if not checks.is_zero(engine.strength):
+      updates = replaced(updates, step, step.view.gradients, _turned_back)
+    return updates, state
+
+  return optax.GradientTransformationExtraArgs(engine.init, update)
+
+
+@_jit
+def _turned_back(gradient, param, anchor, active, scale, *, axis):  # type: ignore[no-untyped-def]
+  """g + scale · d."""
+  gradient, active, scale = fusion_barrier(gradient, active, scale, platforms=('cpu',))
+  return taken_back(gradient, deviation(param, anchor), active, scale, axis)
 
 
 class WithProjectionDecayState(NamedTuple):
@@ -226,7 +385,6 @@ class _Around:
 
 
 BARRIERS = ('cpu', 'tpu')
-_jit = functools.partial(jax.jit, static_argnames='axis')
 
 
 @jax.jit
