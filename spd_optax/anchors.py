@@ -234,10 +234,9 @@ def is_stored(value: Any) -> bool:
 
 
 def _mismatch(leaf: Any, value: Any, anchor_dtype: Any) -> str | None:
-  if isinstance(value, bool) or not checks.is_array(value):
-    return f'found {checks.kind_of(value)}'
-  if not _is_captured(value) and (problem := checks.without_values(value)):
-    return f'found {problem}'
+  problem = None if _is_captured(value) else checks.without_values(value)
+  if problem or isinstance(value, bool):
+    return f'found {problem or checks.kind_of(value)}'
   number = isinstance(value, int | float | complex)
   both = f'anchor {checks.kind_of(value)}, param {checks.kind_of(leaf)}'
   if jnp.shape(value) != jnp.shape(leaf):

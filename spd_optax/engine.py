@@ -135,10 +135,8 @@ class Engine:
       'the shapes of their conditions differ:',
     )
     if set(state.rule_state) != set(self.rule.numbers):
-      raise ValueError(
-        f'the optimizer state is of another rule: {type(self.rule).__name__} keeps '
-        f'{sorted(self.rule.numbers)}, the state has {sorted(state.rule_state)}'
-      )
+      own, found = sorted(self.rule.numbers), sorted(state.rule_state)
+      raise ValueError(f'the optimizer state is of another rule: it has {found}, not {own}')
     return view, layers
 
   def decide(

@@ -77,10 +77,9 @@ def put_anchor(opt_state: State, anchor: optax.Params) -> State:
   Args:
     opt_state: a state whose anchor has been dropped.
     anchor: the same anchor: the pre-trained params, or what `load_anchor` gives. It may
-      have more leaves than the state asks for. Arrays are copied and keep their sharding. For a
-      model over several devices give JAX arrays that lie where they shall, not NumPy's. They
-      get the dtype that the anchor had in the state (`anchor_dtype`). An anchor of
-      `anchor_memory_kind` goes to the host at the next update.
+      have more leaves than the state asks for. Arrays are copied and keep their sharding, so for a
+      model over several devices give JAX arrays, not NumPy's. They get the dtype that the anchor
+      had in the state. An anchor of `anchor_memory_kind` goes to the host at the next update.
 
   Raises:
     ValueError: if its anchor has not been dropped; naming every leaf that the anchor lacks, or

@@ -64,8 +64,7 @@ def layer_report(
   Call it outside jit. With several processes, call it in all of them.
 
   Args:
-    opt_state: the state of any optimizer with SPD in it, at any depth. Several states of SPD in
-      it (`optax.partition`) are reported one after the other.
+    opt_state: the state of any optimizer with SPD in it, at any depth, also several times.
     stack_axis: the `stack_axis` of the transformation. Only the relative distance needs it, and
       only if two axes of a leaf are as long as its stack.
     group: the `group` of the transformation. Only the relative distance of groups needs it.
@@ -74,9 +73,8 @@ def layer_report(
     A record per layer. Names come in natural order ('block_2' before 'block_10').
 
   Raises:
-    TypeError: if `opt_state` holds no state of SPD, or under jit.
-    ValueError: if the state has a further axis (vmap, pmap), or if `stack_axis` and `group` are
-      not those of the transformation.
+    TypeError, ValueError: if `opt_state` holds no state of SPD; under jit; if the state has a
+      further axis (vmap, pmap); if `stack_axis` and `group` are not the transformation's.
 
   Example:
     >>> import jax.numpy as jnp
@@ -151,8 +149,7 @@ def scalars(
     found['relative_distance'] = float(overall(distance, norms))
   names = {record.name for record in records}
   for record in records:
-    base = record.name if record.slice is None else record.name.rpartition('[')[0]
-    spelled = f'{base}/{record.slice}'
+    spelled = f'{record.name.rpartition("[")[0]}/{record.slice}'
     name = record.name if record.slice is None or spelled in names else spelled
     found |= {f'{name}/{word}': float(getattr(record, word)) for word in WORDS}
     if record.relative_distance is not None:
@@ -166,11 +163,7 @@ def scalars(
 
 
 def states_in(opt_state: Any, name: str) -> States:
-  """Finds every `ProjectionDecayState` in an optimizer state; see `_plain`.
-
-  Raises a TypeError that begins with `name` if there is none, or no values in it; a ValueError
-  if one has a further axis.
-  """
+  """Finds every `ProjectionDecayState` in an optimizer state; see `_plain`."""
   found = [_plain(x) for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
   if not found:
     kind = checks.kind_of(opt_state)

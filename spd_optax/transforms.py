@@ -126,15 +126,12 @@ def l2_sp(
 
   First in a chain it is the gradient of the penalty λ/2 ‖θ − θ_0‖² (coupled);
   behind `optax.scale_by_adam` and before the learning rate it is decoupled, as
-  `optax.add_decayed_weights` is, whose place it takes:
-
-      optax.chain(optax.scale_by_adam(), spd.l2_sp(anchor, 0.01),
-                  optax.scale_by_learning_rate(lr))
+  `optax.add_decayed_weights` is, whose place it takes.
 
   Args:
-    anchor: θ_0, a tree like the params or a prefix of it; see `projection_decay`.
     strength: λ, a number ≥ 0 or a schedule of the step.
-    stack_axis, group, axis_name, anchor_dtype: see `projection_decay`; layers are for the reports.
+    anchor, stack_axis, group, axis_name, anchor_dtype: see `projection_decay`; layers are for the
+      reports.
 
   Returns:
     A transformation whose state is a `ProjectionDecayState`, with every `condition`
@@ -285,9 +282,7 @@ def with_projection_decay(
   if isinstance(optimizer, optax.MultiSteps):
     optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
   if isinstance(rule, GradientTurn):
-    raise ValueError(
-      'rule: GradientTurn changes gradients; use projection_decay(rule=…) in a chain'
-    )
+    raise ValueError('rule: GradientTurn changes gradients; use projection_decay(rule=…)')
   engine = Engine(
     rules.chosen(rule, Projection, margin),
     strength,

@@ -145,8 +145,7 @@ class AuditLog:
       TypeError: if there is no state of SPD; naming every metric that is no number.
       ValueError: before the first update; if the step does not increase; if the layers have
         changed; if the file is the log of another run, naming all that differs.
-      OSError: if the disk is full, or another process writes the file. The file then ends with
-        the last whole record.
+      OSError: if the disk is full, or another process writes the file.
       RuntimeError: in a process that was forked from the one that opened the file.
     """
     self._check_owner()
@@ -154,10 +153,8 @@ class AuditLog:
     metrics = _checked_metrics({} if metrics is None else metrics)
     step = operator.index(step)
     if self._last_step is not None and step <= self._last_step:
-      raise ValueError(
-        f'AuditLog.record: step {step} after step {self._last_step}; call close() after the run '
-        'went back to a checkpoint'
-      )
+      order = f'step {step} after step {self._last_step}'
+      raise ValueError(f'AuditLog.record: {order}; a run that goes back has to call close()')
     layout = [(reports.shapes(state), list(state.rule_state)) for state in states]
     if self._header is None:
       self._header, self._layout = self._new_header(states), layout
@@ -335,7 +332,7 @@ def _plain_items(items: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     except (TypeError, ValueError, KeyError, AttributeError, msgspec.DecodeError):
       problems.append(
         f'hyperparameters {name!r}: expected a finite number, a string, None, or a list or dict of '
-        f'them, by a name; found {checks.kind_of(value)} (describe a function in words)'
+        f'them, by a name; found {checks.kind_of(value)}'
       )
   return found, problems
 

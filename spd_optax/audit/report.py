@@ -41,11 +41,7 @@ SMALLEST = 1e-4  # distance shown, relative to the largest
 def show(
   runs: Sequence[Run], out: Path | None, html: Path | None, every: bool, patience: int
 ) -> None:
-  """Prints the tables of one or two runs, and writes the pictures; see `__main__`.
-
-  Raises:
-    AuditFileError: if a run has no records.
-  """
+  """Prints the tables of one or two runs, and writes the pictures; see `__main__`."""
   empty = [str(run.path) for run in runs if not (run.records and run.layers)]
   if empty:
     raise AuditFileError(f'no records yet, or no layers: {", ".join(empty)}')
