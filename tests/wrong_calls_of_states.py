@@ -302,7 +302,7 @@ LOADING: Table = [
     ValueError,
     "unknown .*'.py' & Orb",
   ),
-  ('load_anchor.like', lambda: spd.load_anchor(NPZ, None), ValueError, 'none of the params'),
+  ('load_anchor.like', lambda: spd.load_anchor(NPZ, None), ValueError, 'none of the params is'),
   ('load_anchor.like', lambda: spd.load_anchor(NPZ, every('x')), TypeError, f'like & {ALL} & str'),
   ('load_anchor.like', lambda: spd.load_anchor(NPZ, ADAM), TypeError, 'like & init: function'),
   ('load_anchor.like', lambda: spd.load_anchor(NPZ, TWICE), ValueError, f'{ALL} & does not fit'),

@@ -154,7 +154,7 @@ class AuditLog:
     step = operator.index(step)
     if self._last_step is not None and step <= self._last_step:
       order = f'step {step} after step {self._last_step}'
-      raise ValueError(f'AuditLog.record: {order}; a run that goes back has to call close()')
+      raise ValueError(f'AuditLog.record: {order}; call close() where a run goes back')
     layout = [(reports.shapes(state), list(state.rule_state)) for state in states]
     if self._header is None:
       self._header, self._layout = self._new_header(states), layout
