@@ -268,7 +268,7 @@ EXCHANGE: Table = [
     'interpolate.anchor',
     lambda: spd.interpolate(None, PARAMS, 0.5),
     TypeError,
-    'anchor with values',
+    'expected an anchor',
   ),
   ('interpolate.anchor', lambda: spd.interpolate(ADAM, PARAMS, 0.5), TypeError, 'anchor & optax'),
   (
