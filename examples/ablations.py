@@ -85,12 +85,11 @@ def projection(condition: Condition | None = None, ratio: float | None = None) -
   """The paper's rule with another condition, or with an r that is always the same."""
 
   class Changed(spd.Projection):
-    def condition(self, norms: Any) -> jax.Array:
-      return super().condition(norms) if condition is None else condition(norms)
-
-    def ratio(self, norms: Any) -> jax.Array:
-      whole = super().ratio(norms)
-      return whole if ratio is None else jnp.full_like(whole, ratio)
+    def decide(self, norms: Any, numbers: Any, strength: Any) -> spd.Decision:
+      held, whole, *_ = super().decide(norms, numbers, strength)
+      held = held if condition is None else condition(norms)
+      whole = whole if ratio is None else jnp.full_like(whole, ratio)
+      return spd.Decision(held, whole, strength * whole)
 
   return adam_spd(rule=Changed())
 
@@ -101,11 +100,14 @@ def turn(
   """The chain link's rule with another condition, or with another pull φ(cos)."""
 
   class Changed(spd.GradientTurn):
-    def condition(self, norms: Any) -> jax.Array:
-      return super().condition(norms) if condition is None else condition(norms)
-
-    def pull(self, cos: jax.Array) -> jax.Array:
-      return super().pull(cos) if pull is None else pull(cos)
+    def decide(self, norms: Any, numbers: Any, strength: Any) -> spd.Decision:
+      size, distance = norms['gradient_norm'], jnp.maximum(norms['distance'], 1e-30)
+      cos = jnp.clip(norms['inner'] / jnp.maximum(size, 1e-30) / distance, -1, 1)
+      held, *_ = super().decide(norms, numbers, strength)
+      held = held if condition is None else condition(norms)
+      size_of = pull or (lambda cos: jnp.maximum(cos + self.margin, 0))
+      ratio = jnp.where(held, size_of(cos), 0)
+      return spd.Decision(held, ratio, strength * ratio * size / distance)
 
   return chain(rule=Changed())
 

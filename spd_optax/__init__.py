@@ -5,19 +5,18 @@ spd.with_projection_decay(optax.adam(lr), anchor)           # the paper's rule
 spd.adam_spd(lr, anchor)                                    # the same, with Adam
 """
 
-from spd_optax.aliases import adam_spd
+from spd_optax.anchors import interpolate
 from spd_optax.audit import AuditLog
-from spd_optax.baselines import interpolate, l2_sp
 from spd_optax.engine import ProjectionDecayState
-from spd_optax.exchange import drop_anchor, put_anchor, reanchor
-from spd_optax.fingerprints import DroppedLeaf, fingerprint
+from spd_optax.exchange import DroppedLeaf, drop_anchor, fingerprint, put_anchor, reanchor
 from spd_optax.loading import load_anchor
-from spd_optax.projection_decay import projection_decay
+from spd_optax.projection_decay import l2_sp, projection_decay
 from spd_optax.reports import LayerRecord, layer_report, scalars
 from spd_optax.rules import L2SP, Decision, GradientTurn, Projection, Rule
 from spd_optax.with_projection_decay import (
   ProjectionDecayOptimizer,
   WithProjectionDecayState,
+  adam_spd,
   with_projection_decay,
 )
 

@@ -6,7 +6,7 @@ state's anchor tree ``optax.MaskedNode()`` stands where nothing is stored.
 """
 
 import dataclasses
-import sys
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,25 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from spd_optax import checks, leafwise, memory, shardings, trees
+from spd_optax import checks, leafwise, placement, trees
 
 
 class View(NamedTuple):
-  """The constrained leaves of one step, side by side, as they are given.
+  """The constrained leaves of one step, side by side, as they are given."""
 
-  Attributes:
-    flat: all params, taken apart.
-    at: where the constrained leaves stand among all.
-    gradients, params, anchors: the constrained leaves; an anchor is None where it is zero.
-    stored: the anchor tree for the next state.
-  """
-
-  flat: trees.Flat
-  at: list[int]
+  flat: trees.Flat  # all params
+  at: list[int]  # where the constrained leaves stand among all
   gradients: list[Any]
   params: list[Any]
-  anchors: list[Any]
-  stored: Any
+  anchors: list[Any]  # None is the zero anchor
+  stored: Any  # the anchor tree for the next state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +40,16 @@ class Anchoring:
   ema: chex.Numeric | None = None
 
   def __post_init__(self) -> None:
-    _check_no_module(self.anchor)
     if isinstance(self.anchor, optax.GradientTransformation) or checks.is_function(self.anchor):
       raise TypeError(
-        f'anchor: expected a tree of arrays, 0 or None, found {checks.kind_of(self.anchor)}. '
-        'To constrain an optimizer use with_projection_decay(optimizer, anchor); '
-        'projection_decay(anchor) is a link of its own in front of it.'
+        f'anchor: expected a tree of arrays, 0 or None, found {checks.kind_of(self.anchor)}; '
+        'around an optimizer there is with_projection_decay(optimizer, anchor)'
       )
-    checks.floating_dtype('anchor_dtype', self.dtype)
+    if self.dtype is not None and not checks.is_floating(self.dtype):
+      found = f'{self.dtype!r:.60}'
+      raise TypeError(
+        f'anchor_dtype: expected a floating dtype such as jnp.bfloat16, found {found}'
+      )
     if not (self.memory_kind is None or str(self.memory_kind) == 'pinned_host'):
       raise ValueError(
         f"anchor_memory_kind: expected 'pinned_host' or None, found {self.memory_kind!r:.60}"
@@ -67,9 +62,6 @@ class Anchoring:
 
     Goes by structure alone. Inside shard_map a param is a shard, and the shape of the
     anchor that the user gave says nothing; `init` has checked it.
-
-    Raises:
-      ValueError: naming every leaf that only the anchor or only the params have.
     """
     if self.anchor is None:
       values = [jax.ShapeDtypeStruct(jnp.shape(x), checks.dtype_of(x)) for x in params.leaves]
@@ -81,27 +73,17 @@ class Anchoring:
     ]
 
   def checked(self, params: trees.Flat) -> list[Any]:
-    """What is `given`, after a check against the params.
-
-    Raises:
-      ValueError: naming every leaf where anchor and params differ in
-        structure, shape or dtype.
-    """
+    """What is `given`, after a check against the params."""
     values = self.given(params)
     problems = [
       f'{trees.shown(path)}: {problem}'
       for path, leaf, value in zip(params.paths, params.leaves, values, strict=True)
       if is_stored(value) and (problem := _mismatch(leaf, value, self.dtype))
     ]
-    hint = ''
-    if isinstance(self.anchor, jax.Array) and self.anchor.ndim == 0:
-      hint = ' ' + checks.STATIC.format(name='anchor')
-    elif problems and any(shardings.is_shard(leaf) for leaf in params.leaves):
-      hint = '; in shard_map params are shards, so call init outside of it or capture'
-    trees.raise_all(
+    checks.raise_all(
       problems,
       'each leaf of the anchor must be an array like the param, its jax.ShapeDtypeStruct '
-      f'(captured), 0, or None (free){hint}:',
+      '(captured), 0, or None (free):',
     )
     return values
 
@@ -109,15 +91,15 @@ class Anchoring:
     """The anchor tree for the state: copies with the shardings of the params."""
     flat = flat_params(params)
     found = [
-      copy(leaf if _is_captured(value) else value, leaf, self._store_dtype(leaf))
+      placement.copy(leaf if _is_captured(value) else value, leaf, self._store_dtype(leaf))
       if is_stored(value)
       else optax.MaskedNode()
       for value, leaf in zip(self.checked(flat), flat.leaves, strict=True)
     ]
     stored = jax.tree.unflatten(flat.treedef, found)
-    if self.memory_kind is None or not memory.have_pinned_host(jax.tree.leaves(stored)):
+    if self.memory_kind is None or not placement.have_pinned_host(jax.tree.leaves(stored)):
       return stored
-    return jax.tree.map(memory.on_host, stored)
+    return jax.tree.map(placement.on_host, stored)
 
   def _store_dtype(self, leaf: Any) -> Any:
     dtype = checks.dtype_of(leaf)
@@ -128,11 +110,7 @@ class Anchoring:
     return self.dtype
 
   def view(self, gradients: Any, stored: Any, count: jax.Array, params: Any) -> View:
-    """Brings gradients, params and anchors together; checks that they fit.
-
-    Raises:
-      ValueError: naming every leaf that does not fit.
-    """
+    """Brings gradients, params and anchors together; checks that they fit."""
     if params is None:
       raise ValueError(
         'the params are compared with their anchor: call update(gradients, state, params)'
@@ -150,7 +128,7 @@ class Anchoring:
       gradients=[leafwise.like_param(gradient_leaves[i], flat.leaves[i]) for i in at],
       params=[flat.leaves[i] for i in at],
       anchors=[
-        None if a is None else shardings.explicitly_like(memory.on_device(a), flat.leaves[i])
+        None if a is None else placement.explicitly_like(placement.on_device(a), flat.leaves[i])
         for i, a in zip(at, found, strict=True)
       ],
       stored=stored,
@@ -158,24 +136,25 @@ class Anchoring:
 
   def _placed(self, stored: Any) -> Any:
     """In the host's memory again, after a checkpoint was restored onto the device."""
-    if self.memory_kind is None or 'pinned_host' not in memory.memory_kinds(jax.local_devices()[0]):
+    device = jax.local_devices()[0]
+    if self.memory_kind is None or 'pinned_host' not in placement.memory_kinds(device):
       return stored
-    return jax.tree.map(lambda a: a if memory.is_on_host(a) else memory.on_host(a), stored)
+    return jax.tree.map(placement.on_host, stored)
 
   def following(self, view: View) -> Any:
     """The anchor tree for the next state: 1 − β of the way to the params, where asked for.
 
     It does not follow a param that is not finite: it would never come back.
-
-    Raises:
-      ValueError: naming every leaf of the anchor that is too coarse to follow.
     """
     if self.ema is None:
       return view.stored
     flat = trees.flatten(view.stored)
-    narrow = {at: x.dtype for at, x in flat.by_path.items() if jnp.finfo(x).bits < 32}
-    trees.raise_all(
-      [f'{trees.shown(path)}: {dtype}' for path, dtype in narrow.items()],
+    checks.raise_all(
+      [
+        f'{trees.shown(path)}: {x.dtype}'
+        for path, x in flat.by_path.items()
+        if jnp.finfo(x).bits < 32
+      ],
       'anchor_ema: a slowly following anchor needs float32 or wider (anchor_dtype=jnp.float32):',
     )
     pairs = zip(view.at, view.params, view.anchors, strict=True)
@@ -197,8 +176,7 @@ class Anchoring:
       {path: jnp.shape(a) for path, a in flat.by_path.items()},
       {path: jnp.shape(leaf) for path, leaf, value in given if is_stored(value)},
       'the anchor in the optimizer state does not fit the params; was the state made by another '
-      'transformation, for other params, or has its anchor been dropped and is to be put back '
-      'by put_anchor?',
+      'transformation, for other params, or has its anchor been dropped (put_anchor)?',
     )
     starts = {path: leaf for path, leaf, value in given if _is_captured(value)}
     at = [i for i, path in enumerate(flat.paths) if path in starts]
@@ -209,8 +187,10 @@ class Anchoring:
       # A conditional leaves the anchor's buffers alone on every later step,
       # where a select would read and write a copy of the model each time.
       taken = jax.lax.cond(count == 0, _cast, _first, old, new)
+    elif count == 0:
+      taken = [placement.copy(p, p, a.dtype) for a, p in zip(old, new, strict=True)]
     else:
-      taken = [copy(p, p, a.dtype) for a, p in zip(old, new, strict=True)] if count == 0 else old
+      return stored
     leaves = dict(enumerate(flat.leaves)) | dict(zip(at, taken, strict=True))
     return jax.tree.unflatten(flat.treedef, leaves.values())
 
@@ -226,27 +206,11 @@ def _cast(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
   """The new arrays in the dtypes, and in the memory, of the old."""
   cast = [jnp.asarray(x, like.dtype) for like, x in zip(old, new, strict=True)]
   pairs = zip(old, cast, strict=True)
-  return [memory.on_host(x) if memory.is_on_host(like) else x for like, x in pairs]
-
-
-def _check_no_module(anchor: Any) -> None:
-  """Raises a TypeError for a model of flax.nnx where its params are expected."""
-  nnx = sys.modules.get('flax.nnx')
-  if nnx is None:
-    return
-  for node in jax.tree.leaves(anchor, is_leaf=lambda node: isinstance(node, nnx.Module)):
-    if isinstance(node, nnx.Module):
-      raise TypeError(
-        f'anchor: found the nnx module {type(node).__name__}; pass nnx.state(model, nnx.Param)'
-      )
+  return [placement.on_host(x) if placement.is_on_host(like) else x for like, x in pairs]
 
 
 def flat_params(params: Any) -> trees.Flat:
-  """The params, taken apart.
-
-  Raises:
-    TypeError: naming every leaf that is no array.
-  """
+  """The params, taken apart, after a check that they are arrays."""
   if params is None:
     raise TypeError('params: expected a tree of arrays, found None')
   flat = trees.flatten(params)
@@ -270,14 +234,9 @@ def is_stored(value: Any) -> bool:
 
 
 def _mismatch(leaf: Any, value: Any, anchor_dtype: Any) -> str | None:
-  if isinstance(value, optax.MaskedNode):
-    return (
-      'found MaskedNode, which stands in a state for a zero and for a free leaf; give 0 or None'
-    )
-  if isinstance(value, bool) or not checks.is_array(value):
-    return f'found {checks.kind_of(value)}'
-  if not _is_captured(value) and (problem := checks.without_values(value)):
-    return f'found {problem}'
+  problem = None if _is_captured(value) else checks.without_values(value)
+  if problem or isinstance(value, bool):
+    return f'found {problem or checks.kind_of(value)}'
   number = isinstance(value, int | float | complex)
   both = f'anchor {checks.kind_of(value)}, param {checks.kind_of(leaf)}'
   if jnp.shape(value) != jnp.shape(leaf):
@@ -289,26 +248,49 @@ def _mismatch(leaf: Any, value: Any, anchor_dtype: Any) -> str | None:
   return f'{both}; cast the anchor'
 
 
-def copied_like(value: Any, like: Any, dtype: Any) -> jax.Array:
-  """A copy with the sharding and kind of memory of another array.
+def interpolate(anchor: optax.Params, params: optax.Params, alpha: chex.Numeric) -> optax.Params:
+  r"""WiSE-FT: the weights between the anchor and the fine-tuned params.
 
-  An array that was put somewhere on purpose keeps its own sharding.
+      (1 − α) θ_0 + α θ
+
+  Args:
+    anchor: θ_0, a tree like the params or a prefix of it: arrays, 0 (zero), or
+      None where there is no anchor (θ is kept).
+    params: θ, the fine-tuned weights.
+    alpha: α; 0 is the anchor, 1 the fine-tuned params, both exactly.
+
+  Returns:
+    A tree like `params`, computed in float32 or wider, in the dtypes of `params`.
+
+  Raises:
+    ValueError: naming every leaf where anchor and params do not fit.
+    TypeError: if there is no anchor at all.
+
+  References:
+    Wortsman et al., `Robust fine-tuning of zero-shot models
+    <https://arxiv.org/abs/2109.01903>`_, 2022.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import spd_optax as spd
+    >>> spd.interpolate({'w': jnp.zeros(2)}, {'w': jnp.ones(2)}, 0.5)
+    {'w': Array([0.5, 0.5], dtype=float32)}
   """
-  own = isinstance(value, jax.core.Tracer) or getattr(value, 'committed', False)
-  new = copy(value, value if own else like, dtype)
-  return memory.on_host(new) if memory.is_on_host(like) else new
+  structs = (x for x in jax.tree.leaves(anchor) if isinstance(x, jax.ShapeDtypeStruct))
+  if anchor is None or any(structs):
+    raise TypeError('interpolate(anchor, params, alpha): expected an anchor with values')
+  checks.scalar('alpha', alpha, 'a number', math.isfinite)
+  flat = flat_params(params)
 
+  def between(start: Any, leaf: Any) -> Any:
+    if start is None:
+      return leaf
+    start = 0.0 if checks.is_zero(start) else leafwise.at_least_float32(start)
+    end = leafwise.at_least_float32(leaf)
+    mixed = (1 - alpha) * start + alpha * end
+    # 0 · ∞ is NaN.
+    exact = jnp.where(jnp.equal(alpha, 0), start, jnp.where(jnp.equal(alpha, 1), end, mixed))
+    return exact.astype(checks.dtype_of(leaf))
 
-def copy(value: Any, leaf: Any, dtype: Any) -> jax.Array:
-  """A new array with the sharding of the param; never an alias of what was passed."""
-  if value is leaf:
-    return jnp.array(value, dtype, copy=True)
-  if isinstance(leaf, jax.core.Tracer):
-    return shardings.sharded_like(jnp.array(value, dtype, copy=True), leaf)
-  if not getattr(leaf, 'committed', False):
-    return jnp.array(value, dtype, copy=True)
-  if not isinstance(value, jax.Array):
-    value = np.asarray(value)
-  # Straight to the shards: the whole array may not fit on one device.
-  placed: jax.Array = jax.device_put(value.astype(dtype), leaf.sharding, may_alias=False)
-  return placed
+  pairs = zip(Anchoring(anchor).checked(flat), flat.leaves, strict=True)
+  return jax.tree.unflatten(flat.treedef, [between(start, leaf) for start, leaf in pairs])

@@ -4,7 +4,7 @@ import inspect
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-STATIC = "(in optax.inject_hyperparams, name it in static_args=('{name}',))"
 ARRAYS = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 LIBRARIES = ('spd_optax', 'optax', 'jax', 'flax', 'chex', 'contextlib')
 
@@ -67,14 +66,12 @@ def is_function(value: Any) -> bool:
   return callable(value) and jax.tree_util.all_leaves([value])
 
 
-def accepts(name: str, function: Callable[..., Any], *arguments: str) -> None:
-  """Raises a TypeError unless the function can be called with these arguments."""
-  try:
-    inspect.signature(function).bind(*arguments)
-  except ValueError:  # some functions of C do not say what they take
-    return
-  except TypeError as error:
-    raise TypeError(f'{name}: expected a function of ({", ".join(arguments)}): {error}') from None
+def raise_all(
+  problems: Sequence[str], summary: str, error: type[TypeError | ValueError] = ValueError
+) -> None:
+  """Raises one error that lists every problem; none is left for the next run."""
+  if problems:
+    raise error(summary + '\n  ' + '\n  '.join(problems))
 
 
 def without_values(value: Any) -> str | None:
@@ -91,20 +88,10 @@ def without_values(value: Any) -> str | None:
 
 
 def arrays(name: str, leaves: Mapping[str, Any]) -> None:
-  """Every leaf, by path, is an array that can be computed with.
-
-  Raises:
-    TypeError: naming every other.
-  """
-  problems = [
-    f'{path or "(root)"}: {problem}'
-    for path, leaf in leaves.items()
-    if (problem := without_values(leaf))
-  ]
-  if problems:
-    raise TypeError(
-      f'{name}: expected a tree of arrays, of JAX or NumPy, found\n  ' + '\n  '.join(problems)
-    )
+  """Raises a TypeError that names every leaf, by path, that is no array to compute with."""
+  found = {path or '(root)': without_values(leaf) for path, leaf in leaves.items()}
+  problems = [f'{path}: {problem}' for path, problem in found.items() if problem]
+  raise_all(problems, f'{name}: expected a tree of arrays, of JAX or NumPy, found', TypeError)
 
 
 def scalar(name: str, value: Any, expected: str, in_range: Callable[[Any], bool]) -> None:
@@ -113,25 +100,17 @@ def scalar(name: str, value: Any, expected: str, in_range: Callable[[Any], bool]
   What is computed is known only at run time. Where it is out of range nothing is held.
   """
   message = f'{name}: expected {expected}, found {{}}'
-  real = is_array(value) and not isinstance(value, jax.ShapeDtypeStruct)
-  dtype = dtype_of(value) if real else None
-  if dtype is None or not (jnp.issubdtype(dtype, np.integer) or jnp.issubdtype(dtype, np.floating)):
+  dtype = dtype_of(value) if is_array(value) else bool
+  if not any(jnp.issubdtype(dtype, kind) for kind in (np.integer, np.floating)):
     raise TypeError(message.format(kind_of(value)))
   if jnp.ndim(value) or not (isinstance(value, jax.Array) or in_range(value)):
     raise ValueError(message.format(value))
 
 
-def non_negative(name: str, value: Any, otherwise: str = '') -> None:
-  """A finite number ≥ 0, or a computed one."""
-  scalar(name, value, f'a finite number ≥ 0{otherwise}', lambda v: 0 <= v < math.inf)
-
-
 def number_or_schedule(name: str, value: Any) -> None:
   """A finite number ≥ 0, a schedule, or a computed number."""
-  if callable(value):
-    accepts(name, value, 'step')
-  else:
-    non_negative(name, value, ' or a schedule')
+  if not callable(value):
+    scalar(name, value, 'a finite number ≥ 0 or a schedule', lambda v: 0 <= v < math.inf)
 
 
 def fraction(name: str, value: Any, otherwise: str = '') -> None:
@@ -139,21 +118,9 @@ def fraction(name: str, value: Any, otherwise: str = '') -> None:
   scalar(name, value, f'a number in [0, 1){otherwise}', lambda v: 0 <= v < 1)
 
 
-def floating_dtype(name: str, value: Any) -> None:
-  """A floating dtype, or None."""
+def is_floating(dtype: Any) -> bool:
+  """Whether it is a floating dtype, and no array that has one."""
   try:
-    is_array = isinstance(value, jax.Array | np.ndarray)
-    floating = value is None or (not is_array and jnp.issubdtype(np.dtype(value), jnp.floating))
+    return not isinstance(dtype, jax.Array) and bool(jnp.issubdtype(np.dtype(dtype), jnp.floating))
   except TypeError:
-    floating = False
-  if not floating:
-    raise TypeError(
-      f'{name}: expected a floating dtype such as jnp.bfloat16, found {value!r:.60} '
-      + STATIC.format(name=name)
-    )
-
-
-def is_count(value: Any) -> bool:
-  """Whether it is an integer of 1 or more."""
-  is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-  return is_integer and value >= 1
+    return False

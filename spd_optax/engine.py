@@ -9,14 +9,11 @@ One step, from the gradients g, the params θ and the state:
    besides. This is the only reduction, and the only communication.
 4. From them the rule decides, per layer, whether it is held and how far it is taken back.
 5. A held layer is taken back: in a chain its gradient, around an optimizer its step.
-
-What is computed for one leaf or one layer is a jitted function of a module. So a second
-leaf of the same shape costs no second trace, and a step without jit compiles nothing anew.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -24,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spd_optax import checks, formulas, leafwise, rules, trees
+from spd_optax import checks, formulas, leafwise, trees
 from spd_optax.anchors import Anchoring, View
 from spd_optax.layers import Arrangement, Layers, Sums, layer_name
 from spd_optax.rules import Decision, Rule
@@ -64,30 +61,18 @@ def is_state(node: Any) -> bool:
   return isinstance(node, ProjectionDecayState)
 
 
-class Outcome(NamedTuple):
-  """What one step decides for one layer; every array has shape [] or [L].
-
-  Attributes:
-    condition, ratio, distance, constrained, numbers: as in the next state.
-    scale: how far the layer is taken back.
-    active: bool, whether it is taken back at all.
-  """
-
-  condition: jax.Array
-  ratio: jax.Array
-  distance: jax.Array
-  constrained: jax.Array
-  numbers: dict[str, jax.Array]
-  scale: jax.Array
-  active: jax.Array
-
-
 PER_LAYER = ('condition', 'ratio', 'distance', 'constrained')
 TAKEN = {*ProjectionDecayState._fields, 'constrained_share', 'relative_distance', 'inner_state'}
 
 
+Outcome = tuple[dict[str, Any], jax.Array, jax.Array]
+
+
 class Step(NamedTuple):
-  """One step, decided: the constrained leaves, their layers, and what becomes of these."""
+  """One step, decided: the constrained leaves, their layers, and what becomes of these.
+
+  An outcome has the layer's entries in the next state, whether it is taken back, and how far.
+  """
 
   view: View
   layers: Layers
@@ -105,7 +90,9 @@ class Engine:
 
   def __post_init__(self) -> None:
     checks.number_or_schedule('strength', self.strength)
-    rules.check(self.rule, TAKEN)
+    if taken := sorted(TAKEN & set(self.rule.numbers)):
+      name = type(self.rule).__name__
+      raise ValueError(f'{name}.numbers: reports have numbers of these names already: {taken}')
 
   def init(self, params: optax.Params) -> ProjectionDecayState:
     """The state before the first update."""
@@ -148,10 +135,8 @@ class Engine:
       'the shapes of their conditions differ:',
     )
     if set(state.rule_state) != set(self.rule.numbers):
-      raise ValueError(
-        f'the optimizer state is of another rule: {type(self.rule).__name__} keeps '
-        f'{sorted(self.rule.numbers)}, the state has {sorted(state.rule_state)}'
-      )
+      own, found = sorted(self.rule.numbers), sorted(state.rule_state)
+      raise ValueError(f'the optimizer state is of another rule: it has {found}, not {own}')
     return view, layers
 
   def decide(
@@ -188,12 +173,14 @@ class Engine:
       )
       for key, sums in zip(layers.keys, layers.totals(per_leaf), strict=True)
     ]
+    fields = [fields for fields, _, _ in outcomes]
     next_state = ProjectionDecayState(
       count=optax.safe_increment(state.count),
       anchor=self.anchoring.following(view),
-      **{name: layers.by_key([getattr(one, name) for one in outcomes]) for name in PER_LAYER},
+      **{name: layers.by_key([one[name] for one in fields]) for name in PER_LAYER},
       rule_state={
-        name: layers.by_key([one.numbers[name] for one in outcomes]) for name in state.rule_state
+        name: layers.by_key([one['rule_state'][name] for one in fields])
+        for name in state.rule_state
       },
     )
     return Step(view, layers, outcomes), next_state
@@ -207,19 +194,11 @@ def check_state(value: Any, expected: type) -> None:
       f'expected the {name} that init returns, found {type(value).__name__}; '
       'restore checkpoints into the structure of init(params)'
     )
-  if not isinstance(value, ProjectionDecayState):
-    return
-  if (problem := checks.without_values(value.count)) or jnp.ndim(value.count):
+  conditions = value.condition if isinstance(value, ProjectionDecayState) else {}
+  if any(flag.dtype != bool for flag in conditions.values()):
     raise TypeError(
-      f'expected the {name} that init returns, found one whose count is '
-      f'{problem or checks.kind_of(value.count)}; a state of several runs needs vmap or pmap'
-    )
-  other = [key for key, flag in value.condition.items() if flag.dtype != bool]
-  if other:
-    raise TypeError(
-      f'expected the {name} that init returns, found one whose condition has the dtype '
-      f'{value.condition[other[0]].dtype}, not bool. optax.contrib.sam mixes the states of two '
-      'steps as if all numbers were floats; there pass opaque_mode=True'
+      f'expected the {name} that init returns, found a condition that is not bool; '
+      'in optax.contrib.sam pass opaque_mode=True'
     )
 
 
@@ -232,10 +211,8 @@ def _warn_of_narrow(params: dict[str, Any]) -> None:
     checks.warn(
       f'{len(narrow)} of {len(params)} constrained params are narrower than float32 (first: '
       f'{trees.shown(path)!r}, {dtype.name}). Adding an update to them rounds away steps below '
-      f'about {25 * float(jnp.finfo(dtype).eps):.2g} % of a weight, those of SPD among them: '
-      'layers drift or stand still, whatever `condition` and `ratio` say. Keep float32 params and '
-      'cast them inside the loss; anchor_dtype still stores the anchor in the dtype of the '
-      'checkpoint.'
+      f'about {25 * float(jnp.finfo(dtype).eps):.2g} % of a weight, those of SPD among them. '
+      'Keep float32 params, and cast them inside the loss.'
     )
 
 
@@ -261,21 +238,20 @@ def _outcome(
   decision = rule.decide(norms, numbers, jnp.where(usable, strength, 0.0))
   condition, ratio, scale, new = _per_layer(rule, decision, inner)
   condition = condition & usable & jnp.isfinite(inner)
-  return Outcome(
-    condition=condition,
-    ratio=ratio.astype(jnp.float32),
-    distance=norms['distance'].astype(jnp.float32),
-    constrained=jnp.where(condition, optax.safe_increment(constrained), constrained),
+  fields = {
+    'condition': condition,
+    'ratio': ratio.astype(jnp.float32),
+    'distance': norms['distance'].astype(jnp.float32),
+    'constrained': jnp.where(condition, optax.safe_increment(constrained), constrained),
     # A single NaN gradient must not stay in a running mean for good.
-    numbers={
+    'rule_state': {
       name: jnp.where(jnp.isfinite(x), x, numbers[name]).astype(jnp.float32)
       for name, x in new.items()
     },
-    scale=scale,
-    # scale == 0 (a schedule at 0, say) must leave every bit alone, also of a NaN or −0;
-    # a scale that is not finite comes from norms beyond the range of the dtype.
-    active=condition & (scale != 0) & jnp.isfinite(scale),
-  )
+  }
+  # scale == 0 (a schedule at 0, say) must leave every bit alone, also of a NaN or −0;
+  # a scale that is not finite comes from norms beyond the range of the dtype.
+  return fields, condition & (scale != 0) & jnp.isfinite(scale), scale
 
 
 def _per_layer(rule: Rule, decision: Any, like: jax.Array) -> Decision:
@@ -283,18 +259,18 @@ def _per_layer(rule: Rule, decision: Any, like: jax.Array) -> Decision:
   name = f'{type(rule).__name__}.decide'
   if not isinstance(decision, Decision):
     raise TypeError(f'{name}: expected an spd.Decision, found {checks.kind_of(decision)}')
-  numbers: Any = decision.numbers
-  if not isinstance(numbers, Mapping) or set(numbers) != set(rule.numbers):
-    shown = sorted(numbers) if isinstance(numbers, Mapping) else checks.kind_of(numbers)
-    raise ValueError(f'{name}: expected the numbers {sorted(rule.numbers)}, found {shown}')
+  numbers = decision.numbers
+  if set(numbers) != set(rule.numbers):
+    raise ValueError(
+      f'{name}: expected the numbers {sorted(rule.numbers)}, found {sorted(numbers)}'
+    )
 
   def broadcast(field: str, value: Any, kind: Any) -> jax.Array:
-    try:
-      if not jnp.can_cast(jnp.result_type(value), kind, 'same_kind'):
-        raise TypeError(f'expected {jnp.dtype(kind).name}, found {checks.kind_of(value)}')
-      return jnp.broadcast_to(jnp.asarray(value, kind), like.shape)
-    except (TypeError, ValueError) as error:
-      raise type(error)(f'{name}: {field}: {error}') from None
+    fits = checks.is_array(value) and jnp.shape(value) in ((), like.shape)
+    if not (fits and jnp.can_cast(jnp.result_type(value), kind, 'same_kind')):
+      expected = f'{jnp.dtype(kind).name}{list(like.shape)}'
+      raise TypeError(f'{name}: {field}: expected {expected}, found {checks.kind_of(value)}')
+    return jnp.broadcast_to(jnp.asarray(value, kind), like.shape)
 
   return Decision(
     broadcast('condition', decision.condition, bool),
@@ -310,6 +286,6 @@ def replaced(tree: Any, step: Step, leaves: list[jax.Array], function: Any) -> A
   view, layers = step.view, step.layers
   outcomes = [step.outcomes[i] for i in layers.layer_of]
   each = zip(view.at, leaves, view.params, view.anchors, outcomes, layers.stack_axes, strict=True)
-  for i, leaf, param, anchor, outcome, axis in each:
-    every[i] = function(leaf, param, anchor, outcome.active, outcome.scale, axis=axis)
+  for i, leaf, param, anchor, (_, active, scale), axis in each:
+    every[i] = function(leaf, param, anchor, active, scale, axis=axis)
   return jax.tree.unflatten(treedef, every)

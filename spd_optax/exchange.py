@@ -1,18 +1,39 @@
-"""The anchor in an optimizer state: taken out, put back, or replaced by another."""
+"""The anchor in an optimizer state: taken out, put back, or replaced by another; fingerprints."""
 
+import hashlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
-from spd_optax import anchors, checks, fingerprints, trees
+from spd_optax import anchors, checks, placement, trees
 from spd_optax.engine import is_state
-from spd_optax.fingerprints import DroppedLeaf, is_dropped
 
 State = TypeVar('State')
+
+
+class DroppedLeaf(NamedTuple):
+  """What stands in a state for an array of the anchor that was dropped.
+
+  Attributes:
+    fingerprint: uint32[4], see `fingerprint`.
+    zero: a 0 of the array's dtype.
+    dimensions: uint32[1 + n], their number n and the length of each. (Not the lengths alone, for
+      Orbax saves no empty array.)
+  """
+
+  fingerprint: jax.Array
+  zero: jax.Array
+  dimensions: jax.Array
+
+
+def is_dropped(node: Any) -> bool:
+  """Whether this node of an anchor in a state was dropped."""
+  return isinstance(node, DroppedLeaf)
 
 
 def drop_anchor(opt_state: State) -> State:
@@ -20,16 +41,11 @@ def drop_anchor(opt_state: State) -> State:
 
   Change ``save(opt_state)`` to ``save(spd.drop_anchor(opt_state))``. On resuming put the
   pre-trained weights back by `put_anchor`; the run goes on bit for bit. In place of each
-  array its fingerprint, dtype and shape are kept (`DroppedLeaf`).
+  array its fingerprint, dtype and shape are kept (`DroppedLeaf`). The structure to restore into
+  is ``jax.eval_shape(spd.drop_anchor, jax.eval_shape(tx.init, params))``.
 
   Args:
-    opt_state: the state of any optimizer with SPD or `l2_sp` in it, at any depth. It may be of
-      `jax.ShapeDtypeStruct`, for the structure to restore into:
-      ``jax.eval_shape(spd.drop_anchor, jax.eval_shape(tx.init, params))``.
-
-  Returns:
-    A state like it. It cannot be used for an update. Zero and free anchors are not stored
-    in the first place, and stay as they are.
+    opt_state: the state of any optimizer with SPD or `l2_sp` in it, at any depth.
 
   Raises:
     TypeError: if there is no such state.
@@ -47,7 +63,7 @@ def drop_anchor(opt_state: State) -> State:
   def dropped(path: str, leaf: Any) -> DroppedLeaf:
     if is_dropped(leaf):
       raise ValueError('drop_anchor(opt_state): its anchor has been dropped already')
-    words = fingerprints.of_leaf(path, leaf)
+    words = of_leaf(path, leaf)
     zero = words[0] & 0  # on all the leaf's devices, and so is what is made of it
     dimensions = np.array([leaf.ndim, *leaf.shape], np.uint32)
     return DroppedLeaf(words, zero.astype(leaf.dtype), zero + dimensions)
@@ -61,13 +77,9 @@ def put_anchor(opt_state: State, anchor: optax.Params) -> State:
   Args:
     opt_state: a state whose anchor has been dropped.
     anchor: the same anchor: the pre-trained params, or what `load_anchor` gives. It may
-      have more leaves than the state asks for. Arrays are copied and keep their sharding. For a
-      model over several devices give JAX arrays that lie where they shall, not NumPy's. They
-      get the dtype that the anchor had in the state (`anchor_dtype`). An anchor of
-      `anchor_memory_kind` goes to the host at the next update.
-
-  Returns:
-    The state as it was.
+      have more leaves than the state asks for. Arrays are copied and keep their sharding, so for a
+      model over several devices give JAX arrays, not NumPy's. They get the dtype that the anchor
+      had in the state. An anchor of `anchor_memory_kind` goes to the host at the next update.
 
   Raises:
     ValueError: if its anchor has not been dropped; naming every leaf that the anchor lacks, or
@@ -75,34 +87,23 @@ def put_anchor(opt_state: State, anchor: optax.Params) -> State:
     TypeError: if there is no state of SPD or `l2_sp`; under jit.
   """
   leaves = trees.flatten(anchor).by_path
-  problems: list[str] = []
-  if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((opt_state, anchor))):
-    raise TypeError('put_anchor(opt_state, anchor): call it outside jit and vmap')
   checks.arrays('put_anchor(opt_state, anchor): anchor', leaves)
+  given = jax.tree.leaves((opt_state, anchor))
+  if any(isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in given):
+    raise TypeError('put_anchor(opt_state, anchor): call it outside jit, with a state of values')
 
   def put(path: str, leaf: Any) -> Any:
     if not is_dropped(leaf):
-      raise ValueError(
-        'put_anchor(opt_state, anchor): the state has its anchor; '
-        'reanchor(opt_state, params) gives it another'
-      )
-    checks.arrays('put_anchor(opt_state, anchor): fingerprints', {path: leaf.fingerprint})
+      raise ValueError('put_anchor(opt_state, anchor): the state has an anchor; see reanchor')
     given = leaves.get(path)
     if problem := _problem(path, given, leaf):
-      problems.append(problem)
-      return leaf
-    value = anchors.copy(given, given, leaf.zero.dtype)
-    if not np.array_equal(fingerprints.of_leaf(path, value), leaf.fingerprint):
-      problems.append(f'{path or "(root)"}: {checks.kind_of(given)} with other values')
-    return value
+      return problem
+    value = placement.copy(given, given, leaf.zero.dtype)
+    same = np.array_equal(of_leaf(path, value), leaf.fingerprint)
+    return value if same else f'{trees.shown(path)}: {checks.kind_of(given)} with other values'
 
-  found = _with_anchors('put_anchor', opt_state, put)
-  trees.raise_all(
-    problems,
-    'put_anchor(opt_state, anchor): this is not the anchor that was dropped, by fingerprint; '
-    'reanchor(opt_state, params) starts from another on purpose:',
-  )
-  return found
+  unlike = 'this is not the anchor that was dropped, by fingerprint (reanchor takes another):'
+  return _with_anchors('put_anchor', opt_state, put, f'put_anchor(opt_state, anchor): {unlike}')
 
 
 def reanchor(opt_state: State, params: optax.Params) -> State:
@@ -117,9 +118,6 @@ def reanchor(opt_state: State, params: optax.Params) -> State:
   Args:
     opt_state: the state of any optimizer with SPD or `l2_sp` in it, at any depth.
     params: the new anchor, a tree like the params. It may have more leaves than are stored.
-
-  Returns:
-    A state of the structure, shapes and dtypes that it had before an anchor was dropped.
 
   Raises:
     ValueError: naming every leaf that `params` lacks, or that has another shape or complex
@@ -137,7 +135,6 @@ def reanchor(opt_state: State, params: optax.Params) -> State:
     {'kernel': Array([1., 1., 1.], dtype=float32)}
   """
   leaves = anchors.flat_params(params).by_path
-  problems: list[str] = []
   stored = 0
 
   def replaced(path: str, leaf: Any) -> Any:
@@ -145,13 +142,16 @@ def reanchor(opt_state: State, params: optax.Params) -> State:
     stored += 1
     new = leaves.get(path)
     if problem := _problem(path, new, leaf):
-      problems.append(problem)
-      return leaf
-    like, dtype = (new, leaf.zero.dtype) if is_dropped(leaf) else (leaf, leaf.dtype)
-    return anchors.copied_like(new, like, dtype)
+      return problem
+    if is_dropped(leaf):
+      return placement.copy(new, new, leaf.zero.dtype)
+    # An array that was put somewhere on purpose keeps its own sharding.
+    own = isinstance(new, jax.core.Tracer) or getattr(new, 'committed', False)
+    array = placement.copy(new, new if own else leaf, leaf.dtype)
+    return placement.on_host(array) if placement.is_on_host(leaf) else array
 
-  found = _with_anchors('reanchor', opt_state, replaced)
-  trees.raise_all(problems, 'reanchor(opt_state, params): the params do not fit the anchor:')
+  unlike = 'reanchor(opt_state, params): the params do not fit the anchor:'
+  found = _with_anchors('reanchor', opt_state, replaced, unlike)
   if not stored:
     raise ValueError('reanchor(opt_state, params): the state stores no anchor, only zero or free')
   return found
@@ -163,13 +163,13 @@ def _problem(path: str, new: Any, old: Any) -> str | None:
   dtype, shape = (old.zero.dtype, _lengths(old)) if dropped else (old.dtype, old.shape)
   was = f'in the state {dtype}{list(shape)}{", dropped" * dropped}'
   if new is None:
-    return f'{path or "(root)"}: nothing, {was}'
+    return f'{trees.shown(path)}: nothing, {was}'
   kind, here = jnp.result_type(new), jnp.shape(new)
   same = len(here) == len(shape) and all(b in (a, '?') for a, b in zip(here, shape, strict=True))
   complex_too = jnp.issubdtype(kind, jnp.inexact) and jnp.issubdtype(dtype, jnp.complexfloating)
   if same and (jnp.issubdtype(kind, jnp.floating) or complex_too):
     return None
-  return f'{path or "(root)"}: {checks.kind_of(new)}, {was}'
+  return f'{trees.shown(path)}: {checks.kind_of(new)}, {was}'
 
 
 def _lengths(leaf: DroppedLeaf) -> tuple[int | str, ...]:
@@ -180,9 +180,12 @@ def _lengths(leaf: DroppedLeaf) -> tuple[int | str, ...]:
   return (*leaf.zero.shape, *own)  # the zero has the axes of vmap
 
 
-def _with_anchors(name: str, opt_state: State, change: Callable[[str, Any], Any]) -> State:
-  """The state with every array of every anchor in it changed."""
+def _with_anchors(
+  name: str, opt_state: State, change: Callable[[str, Any], Any], summary: str = ''
+) -> State:
+  """The state with every array of every anchor in it changed; `change` may return a problem."""
   found = 0
+  problems: list[str] = []
 
   def changed(node: Any) -> Any:
     nonlocal found
@@ -191,12 +194,113 @@ def _with_anchors(name: str, opt_state: State, change: Callable[[str, Any], Any]
     found += 1
     flat = trees.flatten(node.anchor, is_dropped)
     leaves = [change(path, leaf) for path, leaf in flat.by_path.items()]
+    problems.extend(x for x in leaves if isinstance(x, str))
     return node._replace(anchor=jax.tree.unflatten(flat.treedef, leaves))
 
   result: State = jax.tree.map(changed, opt_state, is_leaf=is_state)
   if not found:
-    raise TypeError(
-      f'{name}: expected the state of an optimizer with projection_decay, with_projection_decay, '
-      f'adam_spd or l2_sp in it, found {checks.kind_of(opt_state)}'
-    )
+    kind = checks.kind_of(opt_state)
+    raise TypeError(f'{name}: expected the state of an optimizer with SPD in it, found {kind}')
+  checks.raise_all(problems, summary)
   return result
+
+
+# Each element contributes a hash of its bits and its index. The contributions are added modulo
+# 2³², and integer sums do not depend on the order of their terms. So a fingerprint is the same for
+# every sharding and on every backend. It is computed where the array lies, and nothing is gathered.
+
+WORDS = 4  # of 32 bits
+
+
+def fingerprint(anchor: optax.Params) -> str:
+  """A fingerprint of an anchor: 32 hexadecimal digits.
+
+  It depends on the path, shape, dtype and every bit of each array, and on nothing else:
+  not on sharding, backend, tree type or the order of the leaves. Leaves that are not stored
+  in a state (None, `0`, integers, empty arrays) do not count. Without 64-bit mode float64
+  counts as the float32 that JAX makes of it. It is no defence against somebody who wants two
+  anchors to agree.
+
+  Args:
+    anchor: a tree of arrays, as passed to `projection_decay` or found in its state, where it
+      may have been dropped.
+
+  Raises:
+    TypeError: under jit, where there are no values, and for a leaf that is no array.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import spd_optax as spd
+    >>> spd.fingerprint({'kernel': jnp.ones((2, 3)), 'head': None})
+    '8166681abccecf0956171050ebb7c4b0'
+  """
+  if any(map(is_state, jax.tree.leaves(anchor, is_leaf=is_state))):
+    raise TypeError(
+      "fingerprint(anchor): of an optimizer state give optax.tree.get(state, 'anchor')"
+    )
+  return as_text(words_of(anchor))
+
+
+def words_of(anchor: optax.Params) -> np.ndarray:
+  """The fingerprint of an anchor as uint32[4]; those of anchors of other leaves may be added."""
+  leaves = trees.flatten(anchor, is_dropped).by_path
+  dropped = {path: x.fingerprint for path, x in leaves.items() if is_dropped(x)}
+  checks.arrays('fingerprint(anchor)', leaves | dropped)
+  words = np.zeros(WORDS, np.uint32)
+  for path, leaf in leaves.items():
+    if path in dropped:
+      words += np.asarray(dropped[path])
+    elif anchors.is_stored(leaf) and not anchors.never_held(leaf):
+      words += np.asarray(of_leaf(path, leaf))
+  return words
+
+
+def as_text(words: np.ndarray) -> str:
+  """32 hexadecimal digits."""
+  return words.astype('>u4').tobytes().hex()
+
+
+def of_leaf(path: str, array: Any) -> jax.Array:
+  """The fingerprint of one array at a path: uint32[4]; also under jit."""
+  array = placement.on_device(jnp.asarray(array))
+  described = f'{path} {array.dtype.name} {list(array.shape)}'.encode()
+  seeds = np.frombuffer(hashlib.sha256(described).digest(), '<u4')[:WORDS]
+  words: jax.Array = _hash(array, jnp.asarray(seeds))
+  return words
+
+
+@jax.jit
+def _hash(array: jax.Array, seeds: jax.Array) -> jax.Array:
+  bits = _bits(array)
+  position = _mixed(_positions(bits.shape))
+  sums = [
+    jnp.sum(_mixed(_mixed(bits ^ seed) + position), dtype=jnp.uint32)
+    for seed in seeds  # one after the other: TPU and CUDA then need no temporaries
+  ]
+  return _mixed(jnp.stack(sums) ^ seeds)
+
+
+def _bits(array: jax.Array) -> jax.Array:
+  """The bits as uint32, in an array of the same shape or with one more axis."""
+  if jnp.iscomplexobj(array):
+    array = jnp.stack([array.real, array.imag], -1)
+  width = jnp.dtype(array.dtype).itemsize
+  unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(width, jnp.uint32)
+  return lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
+
+
+def _positions(shape: tuple[int, ...]) -> jax.Array:
+  """The row-major index of each element, modulo 2³²."""
+  at = jnp.zeros(shape, jnp.uint32)
+  stride = 1
+  for axis in reversed(range(len(shape))):
+    at = at + lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
+    stride *= shape[axis]
+  return at
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+  """MurmurHash3's finalizer (Appleby): every bit of x changes half the bits of the result."""
+  x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)

@@ -5,7 +5,6 @@ per layer have shape ``[]``, or ``[L]`` where the leaves stack L layers.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,12 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from spd_optax import checks, shardings, trees
+from spd_optax import checks, placement, trees
 
 StackAxis = Any  # an int, None, a prefix tree of them, or (path, leaf) -> int | None
 AxisName = Any  # a name, a tuple of names, None, a prefix tree, or (path, leaf) -> names
 Group = Callable[[str], Any] | None
-PerLayer = list[jax.Array]
 Sums = dict[str, jax.Array]  # over one leaf or layer, by name
 
 SEPARATOR = '~'  # of paths in the keys of the state; writers of checkpoints join theirs by / or .
@@ -36,21 +34,15 @@ def layer_name(key: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-  """The layers of a list of leaves, all known at trace time.
+  """The layers of a list of leaves, all known at trace time."""
 
-  Attributes:
-    keys: one per layer, its key in the optimizer state.
-    layer_of: for each leaf, the index of its layer in `keys`.
-    stack_axes: for each leaf, the axis that stacks layers, or None.
-    axis_names: for each leaf, the mapped axes that it is sharded over.
-    shapes: for each layer, the shape of its values: () or (L,).
-  """
-
+  # For each layer its key in the optimizer state, and the shape of its values: () or (L,).
   keys: tuple[str, ...]
+  shapes: tuple[tuple[int, ...], ...]
+  # For each leaf the index of its layer, its axis that stacks layers, and its mapped axes.
   layer_of: tuple[int, ...]
   stack_axes: tuple[int | None, ...]
   axis_names: tuple[tuple[str, ...], ...]
-  shapes: tuple[tuple[int, ...], ...]
 
   def totals(self, per_leaf: Sequence[Sums]) -> list[Sums]:
     """The sums over each layer, of the sums over each leaf.
@@ -59,7 +51,6 @@ class Layers:
     """
     per_leaf = list(per_leaf)
     for axes in sorted(set(self.axis_names) - {()}):
-      _check_bound(axes)
       here = [i for i, names in enumerate(self.axis_names) if names == axes]
       reduced = jax.lax.psum([per_leaf[i] for i in here], axes)
       for i, sums in zip(here, reduced, strict=True):
@@ -70,20 +61,21 @@ class Layers:
       found[layer] = {name: before[name] + x if before else x for name, x in sums.items()}
     return found
 
-  def zeros(self, leaves: Sequence[Any]) -> PerLayer:
+  def zeros(self, leaves: Sequence[Any]) -> list[jax.Array]:
     """A float32 zero for each layer, of the type that sums over it have.
 
     On an explicit mesh the type has a sharding, in shard_map the axes over which values vary.
     """
-    if not any(shardings.is_explicit(leaf) or shardings.is_shard(leaf) for leaf in leaves):
+    mapped = any(map(placement.is_shard, leaves))
+    if not mapped and not any(map(placement.is_explicit, leaves)):
       return [jnp.zeros(shape, jnp.float32) for shape in self.shapes]
+    here = self if mapped else dataclasses.replace(self, axis_names=((),) * len(leaves))
 
     def summed(leaves: Sequence[jax.Array]) -> list[Sums]:
-      here = tuple(names if _is_bound(names) else () for names in self.axis_names)
       # The compiler knows these for zeros, and does not read the leaves.
       zeros = [jnp.where(x == x, 0.0, 0.0) for x in leaves]
-      per_leaf = [{'zero': sum_of(x, axis)} for x, axis in zip(zeros, self.stack_axes, strict=True)]
-      return dataclasses.replace(self, axis_names=here).totals(per_leaf)
+      each = zip(zeros, self.stack_axes, strict=True)
+      return here.totals([{'zero': sum_of(x, axis)} for x, axis in each])
 
     return [sums['zero'].astype(jnp.float32) for sums in jax.jit(summed)(list(leaves))]
 
@@ -101,31 +93,12 @@ def broadcast_to_leaf(value: jax.Array, leaf: jax.Array, stack_axis: int | None)
   """A layer's value, shaped to broadcast against a leaf of it."""
   if stack_axis is None:
     return value
-  if shardings.is_explicit(leaf):
+  if placement.is_explicit(leaf):
     # The other leaves of a group may be split otherwise.
     sharding = jax.typeof(leaf).sharding
     spec = PartitionSpec(sharding.spec[stack_axis])
     value = jax.sharding.reshard(value, NamedSharding(sharding.mesh, spec))
   return jax.lax.expand_dims(value, [i for i in range(leaf.ndim) if i != stack_axis])
-
-
-def _is_bound(names: tuple[str, ...]) -> bool:
-  """Whether all these axes are mapped over here."""
-  try:
-    for name in names:
-      jax.lax.axis_size(name)
-  except NameError:
-    return False
-  return True
-
-
-def _check_bound(names: tuple[str, ...]) -> None:
-  for name in names:
-    if not _is_bound((name,)):
-      raise ValueError(
-        f'axis_name: no mapped axis is called {name!r} here. It is for shard_map and pmap alone, '
-        'around the update; under jit leave it out: sums over sharded arrays are global'
-      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,22 +110,12 @@ class Arrangement:
   axis_name: AxisName = None
 
   def __post_init__(self) -> None:
-    if self.group is not None:
-      if not checks.is_function(self.group):
-        raise TypeError(
-          'group: expected a function path -> key or None, '
-          f'found {type(self.group).__name__} {self.group!r:.60} '
-          + checks.STATIC.format(name='group')
-        )
-      checks.accepts('group', self.group, 'path')
+    if self.group is not None and not checks.is_function(self.group):
+      found = checks.kind_of(self.group)
+      raise TypeError(f'group: expected a function path -> key or None, found {found}')
 
   def find_layers(self, params: trees.Flat, at: Sequence[int]) -> Layers:
-    """Arranges the leaves of the params at these places into layers.
-
-    Raises:
-      ValueError: naming every leaf whose stack axis does not exist, and every
-        group whose leaves have unequal numbers of slices.
-    """
+    """Arranges the leaves of the params at these places into layers."""
     paths = [params.paths[i] for i in at]
     axes = trees.values_for(self.stack_axis, params, 'stack_axis', _is_axis)
     mapped = trees.values_for(self.axis_name, params, 'axis_name', _is_axis_name)
@@ -164,10 +127,15 @@ class Arrangement:
       for i, axis in zip(at, stacked, strict=True)
     ]
     return Layers(
-      keys=_keys(tuple(order)),
+      keys=tuple(
+        trees.told_apart(
+          {name: layer_key(name) for name in order},
+          f"'{SEPARATOR}' stands for '/' in the keys of the optimizer state; rename one of each:",
+        )
+      ),
       layer_of=tuple(order[name] for name in names),
       stack_axes=tuple(stacked),
-      axis_names=tuple(_axis_names(mapped[i]) for i in at),
+      axis_names=tuple((x,) if isinstance(x := mapped[i], str) else tuple(x or ()) for i in at),
       shapes=_layer_shapes(names, paths, counts),
     )
 
@@ -182,42 +150,14 @@ def _is_axis_name(value: Any) -> bool:
   )
 
 
-def _axis_names(value: Any) -> tuple[str, ...]:
-  if value is None:
-    return ()
-  if not _is_axis_name(value):
-    raise TypeError(f'axis_name: a name or a tuple of names of mapped axes, not {value!r}')
-  return (value,) if isinstance(value, str) else value
-
-
-@functools.lru_cache(maxsize=64)
-def _keys(names: tuple[str, ...]) -> tuple[str, ...]:
-  by_key: dict[str, list[str]] = {}
-  for name in names:
-    by_key.setdefault(layer_key(name), []).append(name)
-  trees.raise_all(
-    [' and '.join(same) for same in by_key.values() if len(same) > 1],
-    f"'{SEPARATOR}' stands for '/' in the keys of the optimizer state; rename one of each:",
-  )
-  return tuple(by_key)
-
-
 def _layer_names(group: Group, paths: Sequence[str]) -> list[str]:
   """For each leaf the name of its layer: the key of its group, else its own path."""
   if group is None:
     return list(paths)
   keys = [group(path) for path in paths]
-  trees.raise_all(
-    [
-      f'{trees.shown(path)}: {checks.kind_of(key)}'
-      for path, key in zip(paths, keys, strict=True)
-      if not isinstance(key, str | int | None) or isinstance(key, bool)
-    ],
-    'group: a key must be a string or an int, or None for a leaf that is a layer by itself; found',
-  )
   alone = {path for path, key in zip(paths, keys, strict=True) if key is None}
   taken = sorted(alone & {str(key) for key in keys if key is not None})
-  trees.raise_all(
+  checks.raise_all(
     [f'{key}: a leaf, and a key of `group`' for key in taken],
     'a group needs a key that is no ungrouped leaf; return that key for the leaf, too, to join it:',
   )
@@ -230,15 +170,14 @@ def _stack_axes(
   found = [
     (path, jnp.shape(leaf), axis) for path, leaf, axis in zip(paths, leaves, axes, strict=True)
   ]
-  trees.raise_all(
+  checks.raise_all(
     [
       f'{trees.shown(path)}: stack axis {axis!r}, shape {shape}'
       for path, shape, axis in found
       if axis is not None and not (_is_axis(axis) and -len(shape) <= axis < len(shape))
     ],
     'stack_axis must be an existing axis, given as an int, or None where a leaf stacks no layers '
-    "(pass a prefix tree such as {'layers': 0, 'head': None}, or (path, leaf) -> int | None; "
-    "in optax.inject_hyperparams, static_args=('stack_axis',)):",
+    "(a prefix tree such as {'layers': 0, 'head': None}, or (path, leaf) -> int | None):",
   )
   return [axis if axis is None else axis % len(shape) for _, shape, axis in found]
 
@@ -246,16 +185,15 @@ def _stack_axes(
 def _layer_shapes(
   names: Sequence[str], paths: Sequence[str], counts: Sequence[tuple[int, ...]]
 ) -> tuple[tuple[int, ...], ...]:
-  members: dict[str, dict[str, tuple[int, ...]]] = {}
-  for name, path, count in zip(names, paths, counts, strict=True):
-    members.setdefault(name, {})[path] = count
-  problems = []
-  for name, found in members.items():
-    if len(set(found.values())) > 1:
-      each = [f'{trees.shown(p)}: {c[0] if c else "not stacked"}' for p, c in found.items()]
-      problems.append(f'group {name!r}: {", ".join(each)}')
-  trees.raise_all(
-    problems,
+  each = list(zip(names, paths, counts, strict=True))
+  shapes = dict(zip(names, counts, strict=True))
+  uneven = dict.fromkeys(name for name, _, count in each if count != shapes[name])
+  of_paths = {
+    group: [f'{trees.shown(p)}: {c[0] if c else "not stacked"}' for n, p, c in each if n == group]
+    for group in uneven
+  }
+  checks.raise_all(
+    [f'group {group!r}: {", ".join(found)}' for group, found in of_paths.items()],
     'the leaves of a group must stack the same number of layers; change `group` or `stack_axis`:',
   )
-  return tuple(next(iter(found.values())) for found in members.values())
+  return tuple(shapes.values())

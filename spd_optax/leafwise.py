@@ -11,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from spd_optax import checks, shardings
+from spd_optax import checks, placement
 from spd_optax.layers import Sums, broadcast_to_leaf, sum_of
 
 
@@ -95,7 +95,7 @@ def fusion_barrier(*arrays: jax.Array, platforms: tuple[str, ...]) -> tuple[jax.
   """
   branches = dict.fromkeys(platforms, jax.lax.optimization_barrier)
   # All results of one barrier vary over the mapped axes of any operand of it.
-  apart = any(map(shardings.is_shard, arrays))
+  apart = any(map(placement.is_shard, arrays))
   groups = [(array,) for array in arrays] if apart else [arrays]
   kept = [jax.lax.platform_dependent(x, **branches, default=tuple) for x in groups]
   return tuple(array for group in kept for array in group)

@@ -1,6 +1,5 @@
-"""Selective Projection Decay of the gradients, as a link of a chain."""
+"""Selective Projection Decay of the gradients, as a link of a chain; and L2-SP, its peer."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -13,7 +12,7 @@ from spd_optax.anchors import Anchoring
 from spd_optax.engine import Engine, ProjectionDecayState, replaced
 from spd_optax.layers import Arrangement, AxisName, Group, StackAxis
 from spd_optax.leafwise import deviation, fusion_barrier, taken_back
-from spd_optax.rules import GradientTurn, Rule
+from spd_optax.rules import L2SP, GradientTurn, Rule
 
 
 def projection_decay(
@@ -80,9 +79,8 @@ def projection_decay(
     A transformation whose state is a `ProjectionDecayState`.
 
   Raises:
-    ValueError, TypeError: at construction for a bad argument; in `init` and `update`, at trace
-      time, for an anchor, gradients, `stack_axis` or `group` that do not fit the params. The
-      message names every such leaf.
+    ValueError, TypeError: for a bad argument; in `init` and `update`, at trace time, for trees
+      that do not fit the params. The message names every such leaf.
 
   References:
     Tian et al., `Rethinking Weight Decay for Robust Fine-Tuning of Foundation
@@ -100,7 +98,7 @@ def projection_decay(
     >>> optax.tree.get(state, 'condition')
     {'bias': Array(False, dtype=bool), 'kernel': Array(False, dtype=bool)}
   """
-  return link(
+  return _link(
     Engine(
       rules.chosen(rule, GradientTurn, margin),
       strength,
@@ -110,34 +108,58 @@ def projection_decay(
   )
 
 
-def link(engine: Engine) -> optax.GradientTransformationExtraArgs:
+def l2_sp(
+  anchor: optax.Params | None = None,
+  strength: optax.ScalarOrSchedule = 0.01,
+  *,
+  stack_axis: StackAxis = None,
+  group: Group = None,
+  axis_name: AxisName = None,
+  anchor_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""L2-SP: decay toward the anchor, for every layer at every step.
+
+      u' = u + λ (θ − θ_0)
+
+  First in a chain it is the gradient of the penalty λ/2 ‖θ − θ_0‖² (coupled);
+  behind `optax.scale_by_adam` and before the learning rate it is decoupled, as
+  `optax.add_decayed_weights` is, whose place it takes.
+
+  Args:
+    strength: λ, a number ≥ 0 or a schedule of the step.
+    anchor, stack_axis, group, axis_name, anchor_dtype: see `projection_decay`; layers are for the
+      reports.
+
+  Returns:
+    A transformation whose state is a `ProjectionDecayState`, with every `condition`
+    true where the gradient is finite.
+
+  References:
+    Li, Grandvalet, Davoine, `Explicit Inductive Bias for Transfer Learning with
+    Convolutional Networks <https://arxiv.org/abs/1802.01483>`_, 2018.
+  """
+  arrangement = Arrangement(stack_axis, group, axis_name)
+  return _link(Engine(L2SP(), strength, Anchoring(anchor, anchor_dtype), arrangement))
+
+
+def _link(engine: Engine) -> optax.GradientTransformationExtraArgs:
   """A link of a chain that changes the gradients of held layers."""
   if 'after' in engine.rule.needs:
     raise ValueError(
-      f"rule: {type(engine.rule).__name__} needs 'after', the weights after the optimizer's step. "
-      'A link of a chain never sees them; use with_projection_decay(optimizer, rule=…)'
+      f"rule: {type(engine.rule).__name__} needs 'after', which a link of a chain never sees; "
+      'use with_projection_decay(optimizer, rule=…)'
     )
-  return optax.GradientTransformationExtraArgs(engine.init, _Link(engine).update)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Link:
-  """A link of a chain: changes the gradients of held layers."""
-
-  engine: Engine
 
   def update(
-    self,
-    updates: optax.Updates,
-    state: ProjectionDecayState,
-    params: optax.Params | None = None,
-    **extra_args: Any,
+    updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
   ) -> tuple[optax.Updates, ProjectionDecayState]:
     del extra_args
-    step, state = self.engine.decide(state, *self.engine.view(updates, state, params))
-    if not checks.is_zero(self.engine.strength):
+    step, state = engine.decide(state, *engine.view(updates, state, params))
+    if not checks.is_zero(engine.strength):
       updates = replaced(updates, step, step.view.gradients, _turned_back)
     return updates, state
+
+  return optax.GradientTransformationExtraArgs(engine.init, update)
 
 
 @functools.partial(jax.jit, static_argnames='axis')

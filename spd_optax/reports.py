@@ -16,9 +16,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
-from spd_optax import checks, leafwise, memory, trees
+from spd_optax import checks, leafwise, placement, trees
 from spd_optax.engine import PER_LAYER, ProjectionDecayState, is_state
-from spd_optax.fingerprints import is_dropped
+from spd_optax.exchange import is_dropped
 from spd_optax.layers import Arrangement, Group, StackAxis, layer_key, layer_name, sum_of
 
 States = Sequence[ProjectionDecayState]
@@ -64,8 +64,7 @@ def layer_report(
   Call it outside jit. With several processes, call it in all of them.
 
   Args:
-    opt_state: the state of any optimizer with SPD in it, at any depth. Several states of SPD in
-      it (`optax.partition`) are reported one after the other.
+    opt_state: the state of any optimizer with SPD in it, at any depth, also several times.
     stack_axis: the `stack_axis` of the transformation. Only the relative distance needs it, and
       only if two axes of a leaf are as long as its stack.
     group: the `group` of the transformation. Only the relative distance of groups needs it.
@@ -74,9 +73,8 @@ def layer_report(
     A record per layer. Names come in natural order ('block_2' before 'block_10').
 
   Raises:
-    TypeError: if `opt_state` holds no state of SPD, or under jit.
-    ValueError: if the state has a further axis (vmap, pmap), or if `stack_axis` and `group` are
-      not those of the transformation.
+    TypeError, ValueError: if `opt_state` holds no state of SPD; under jit; if the state has a
+      further axis (vmap, pmap); if `stack_axis` and `group` are not the transformation's.
 
   Example:
     >>> import jax.numpy as jnp
@@ -134,17 +132,12 @@ def scalars(
   brackets: 'layers/kernel[3]' is spelled 'layers/kernel/3', unless another layer is called that.
 
   Args:
-    opt_state: see `layer_report`.
     prefix: the first part of each key, in the place of 'spd'; '' for none.
-    stack_axis: see `layer_report`.
-    group: see `layer_report`.
+    opt_state, stack_axis, group: see `layer_report`.
 
   Raises:
-    TypeError: if `prefix` is no string; and as `layer_report`.
-    ValueError: as `layer_report`.
+    TypeError, ValueError: as `layer_report`.
   """
-  if not isinstance(prefix, str):
-    raise TypeError(f'prefix: expected a string, found {checks.kind_of(prefix)}')
   records, norms = _records(states_in(opt_state, 'scalars'), stack_axis, group)
   distance = np.array([record.distance for record in records])
   found = {
@@ -156,8 +149,7 @@ def scalars(
     found['relative_distance'] = float(overall(distance, norms))
   names = {record.name for record in records}
   for record in records:
-    base = record.name if record.slice is None else record.name.rpartition('[')[0]
-    spelled = f'{base}/{record.slice}'
+    spelled = f'{record.name.rpartition("[")[0]}/{record.slice}'
     name = record.name if record.slice is None or spelled in names else spelled
     found |= {f'{name}/{word}': float(getattr(record, word)) for word in WORDS}
     if record.relative_distance is not None:
@@ -171,23 +163,14 @@ def scalars(
 
 
 def states_in(opt_state: Any, name: str) -> States:
-  """Finds every `ProjectionDecayState` in an optimizer state; see `_plain`.
-
-  Raises a TypeError that begins with `name` if there is none, or no values in it; a ValueError
-  if one has a further axis.
-  """
+  """Finds every `ProjectionDecayState` in an optimizer state; see `_plain`."""
   found = [_plain(x) for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
   if not found:
-    raise TypeError(
-      f'{name}: expected the state of an optimizer with projection_decay, with_projection_decay '
-      f'or adam_spd in it, found {type(opt_state).__name__} without one (of an nnx.Optimizer pass '
-      'optimizer.opt_state)'
-    )
+    kind = checks.kind_of(opt_state)
+    raise TypeError(f'{name}: expected the state of an optimizer with SPD in it, found {kind}')
   for state in found:
-    if isinstance(state.count, jax.core.Tracer):
+    if isinstance(state.count, jax.core.Tracer | jax.ShapeDtypeStruct):
       raise TypeError(f'{name}: call it outside jit, with the state that a step returned')
-    if isinstance(state.count, jax.ShapeDtypeStruct):
-      raise TypeError(f'{name}: found shapes without values in opt_state')
     if shape := jnp.shape(state.count):
       raise ValueError(
         f'{name}: its count has the shape {shape}: the state has a further axis '
@@ -320,7 +303,7 @@ def anchor_norms(states: States, stack_axis: StackAxis = None, group: Group = No
     # A layer without members has the zero anchor, which is not stored.
     squares = {key: np.full(shape, 0 if known else np.nan) for key, shape in layers.items()}
     if known:
-      sums = [_square(memory.on_device(x), at) for x, at in zip(flat.leaves, axes, strict=True)]
+      sums = [_square(placement.on_device(x), at) for x, at in zip(flat.leaves, axes, strict=True)]
       found = jax.device_get(list(map(_whole, sums)))
       for key, axis, square in zip(keys, axes, found, strict=True):
         squares[key] = squares[key] + (np.nan if axis == UNKNOWN else square)

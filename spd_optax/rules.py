@@ -6,8 +6,8 @@ for each layer, and decides from both. The engine does everything else.
 
 import dataclasses
 import inspect
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, dataclass_transform
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple, dataclass_transform
 
 import chex
 import jax
@@ -55,28 +55,18 @@ class Rule:
       new value is not finite, as after a NaN gradient, the old one stays.
 
   Example:
-    Hold a layer while the running mean of ⟨g, d⟩ / ‖d‖ is not below −z standard errors:
+    Pull a layer toward its anchor while the running mean of ⟨g, d⟩ is positive:
 
-    >>> import jax.numpy as jnp, optax
+    >>> import optax
     >>> import spd_optax as spd
-    >>> class NotSignificantlyOutward(spd.Rule):
-    ...   z: float = 2.0
-    ...   needs = ('after',)
-    ...   numbers = {'mean': 0.0, 'square': 0.0}
+    >>> class PulledOnAverage(spd.Rule):
+    ...   decay: float = 0.9
+    ...   numbers = {'mean': 0.0}
     ...
     ...   def decide(self, norms, numbers, strength):
-    ...     outward = norms['inner'] / jnp.maximum(norms['distance'], 1e-30)
-    ...     mean = 0.95 * numbers['mean'] + 0.05 * outward
-    ...     square = 0.95 * numbers['square'] + 0.05 * outward**2
-    ...     error = jnp.sqrt(square * 0.05 / 1.95)
-    ...     growth = jnp.maximum(norms['after'] - norms['distance'], 0)
-    ...     ratio = growth / jnp.maximum(norms['after'], 1e-30)
-    ...     held = mean > -self.z * error
-    ...     return spd.Decision(held, ratio, strength * ratio, {'mean': mean, 'square': square})
-    >>> optimizer = spd.with_projection_decay(optax.adam(1e-3), rule=NotSignificantlyOutward(z=1.0))
-    >>> state = optimizer.init({'kernel': jnp.ones((2, 3))})
-    >>> optax.tree.get(state, 'square')
-    {'kernel': Array(0., dtype=float32)}
+    ...     mean = self.decay * numbers['mean'] + (1 - self.decay) * norms['inner']
+    ...     return spd.Decision(mean > 0, mean, strength, {'mean': mean})
+    >>> optimizer = optax.chain(spd.projection_decay(rule=PulledOnAverage()), optax.adam(1e-3))
   """
 
   needs: ClassVar[Sequence[str]] = ()
@@ -92,9 +82,7 @@ class Rule:
       raise TypeError(f'{cls.__name__}: {fields} are no hyperparameters; leave out the annotation')
     jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
-  def decide(
-    self, norms: Mapping[str, jax.Array], numbers: Numbers, strength: chex.Numeric
-  ) -> Decision:
+  def decide(self, norms: Numbers, numbers: Numbers, strength: chex.Numeric) -> Decision:
     """Decides for one layer, or for the slices of a stacked one.
 
     Args:
@@ -104,15 +92,6 @@ class Rule:
       strength: λ ≥ 0.
     """
     raise NotImplementedError(f'{type(self).__name__} must define decide')
-
-
-def _condition(norms: Mapping[str, jax.Array], margin: chex.Numeric) -> jax.Array:
-  """c < m ‖g‖ ‖d‖, or where ‖g‖ is not known, c < 0."""
-  if 'gradient_norm' not in norms:
-    return formulas.turned_back(norms['inner'])
-  return formulas.not_clearly_outward(
-    norms['inner'], norms['gradient_norm'], norms['distance'], margin
-  )
 
 
 class Projection(Rule):
@@ -131,19 +110,15 @@ class Projection(Rule):
   def needs(self) -> Sequence[str]:  # type: ignore[override]  # depends on the margin
     return ('after',) if checks.is_zero(self.margin) else ('after', 'gradient_norm')
 
-  def decide(
-    self, norms: Mapping[str, jax.Array], numbers: Numbers, strength: chex.Numeric
-  ) -> Decision:
-    ratio = self.ratio(norms)
-    return Decision(self.condition(norms), ratio, strength * ratio)
-
-  def condition(self, norms: Mapping[str, jax.Array]) -> jax.Array:
-    """Whether a layer is held."""
-    return _condition(norms, self.margin)
-
-  def ratio(self, norms: Mapping[str, jax.Array]) -> jax.Array:
-    """r."""
-    return formulas.projection_ratio(norms['distance'], norms['after'])
+  def decide(self, norms: Numbers, numbers: Numbers, strength: chex.Numeric) -> Decision:
+    inner, distance = norms['inner'], norms['distance']
+    if 'gradient_norm' in norms:
+      size = norms['gradient_norm']
+      condition = formulas.not_clearly_outward(inner, size, distance, self.margin)
+    else:
+      condition = formulas.turned_back(inner)
+    ratio = formulas.projection_ratio(distance, norms['after'])
+    return Decision(condition, ratio, strength * ratio)
 
 
 class GradientTurn(Rule):
@@ -158,61 +133,31 @@ class GradientTurn(Rule):
   margin: chex.Numeric = 0.05
   needs = ('gradient_norm',)
 
-  def decide(
-    self, norms: Mapping[str, jax.Array], numbers: Numbers, strength: chex.Numeric
-  ) -> Decision:
-    size, distance = norms['gradient_norm'], norms['distance']
-    condition = self.condition(norms)
-    ratio = jnp.where(condition, self.pull(formulas.cosine(norms['inner'], size, distance)), 0)
+  def decide(self, norms: Numbers, numbers: Numbers, strength: chex.Numeric) -> Decision:
+    inner, size, distance = norms['inner'], norms['gradient_norm'], norms['distance']
+    condition = formulas.not_clearly_outward(inner, size, distance, self.margin)
+    pull = formulas.pull(formulas.cosine(inner, size, distance), self.margin)
+    ratio = jnp.where(condition, pull, 0)
     return Decision(condition, ratio, strength * ratio * formulas.divide(size, distance))
-
-  def condition(self, norms: Mapping[str, jax.Array]) -> jax.Array:
-    """Whether a layer is held."""
-    return _condition(norms, self.margin)
-
-  def pull(self, cos: jax.Array) -> jax.Array:
-    """The pull toward the anchor relative to ‖g‖, at strength 1."""
-    return formulas.pull(cos, self.margin)
 
 
 class L2SP(Rule):
   """L2-SP: every layer is always pulled, g' = g + λ d."""
 
-  def decide(
-    self, norms: Mapping[str, jax.Array], numbers: Numbers, strength: chex.Numeric
-  ) -> Decision:
+  def decide(self, norms: Numbers, numbers: Numbers, strength: chex.Numeric) -> Decision:
     ones = jnp.ones_like(norms['distance'])
     return Decision(ones > 0, ones, strength * ones)
 
 
-def check(rule: Any, taken: Collection[str]) -> None:
-  """Raises an error unless it is a rule whose numbers have names that are not taken."""
-  if not isinstance(rule, Rule):
-    found = checks.kind_of(rule)
-    if isinstance(rule, type) and issubclass(rule, Rule):
-      found = f'the class {rule.__name__}; write {rule.__name__}()'
-    raise TypeError(f'rule: expected an spd.Rule, found {found}')
-  name, numbers = type(rule).__name__, rule.numbers
-  if isinstance(rule.needs, str) or set(rule.needs) - {'gradient_norm', 'after'}:
-    raise ValueError(
-      f"{name}.needs: expected a tuple of 'gradient_norm' or 'after', found {rule.needs!r}"
-    )
-  values = numbers.values() if isinstance(numbers, Mapping) else [None]
-  if not all(isinstance(x, int | float) for x in values):
-    raise TypeError(f'{name}.numbers: expected numbers by name, found {numbers!r:.60}')
-  if both := sorted(set(numbers) & set(taken)):
-    raise ValueError(f'{name}.numbers: reports have numbers of these names already: {both}')
-
-
-def chosen(rule: Rule | None, default: type[Rule], margin: chex.Numeric) -> Rule:
+def chosen(
+  rule: Rule | None, default: type[Projection | GradientTurn], margin: chex.Numeric
+) -> Rule:
   """The rule that was passed, or the default with its margin; checks the margin."""
-  first = default.margin  # type: ignore[attr-defined]
-  if rule is not None and isinstance(margin, int | float) and margin != first:
-    raise TypeError(
-      f'margin={margin!r} belongs to the default rule; give it to the rule that you pass, as in '
-      f'rule=spd.{default.__name__}(margin={margin!r})'
-    )
-  found = default(margin=margin) if rule is None else rule  # type: ignore[call-arg]
+  if rule is not None and isinstance(margin, int | float) and margin != default.margin:
+    raise TypeError(f'margin={margin!r} belongs to the default rule; give it to the one of rule=')
+  found = default(margin) if rule is None else rule
+  if not isinstance(found, Rule):
+    raise TypeError(f'rule: expected an instance of spd.Rule, found {checks.kind_of(found)}')
   if isinstance(found, Projection | GradientTurn):
     checks.fraction('margin', found.margin)
   return found

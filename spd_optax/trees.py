@@ -8,7 +8,7 @@ fits FrozenDict, dataclass, Equinox or ``nnx.State`` params. Transformations tha
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,19 +23,12 @@ Keys = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Flat:
-  """A tree taken apart.
+  """A tree taken apart."""
 
-  Attributes:
-    keys: the path of each leaf, as a tuple of strings.
-    leaves: the leaves.
-    treedef: the structure, to put the tree together again.
-    holes: paths of the nodes without leaves that stand for something left out.
-  """
-
-  keys: tuple[Keys, ...]
+  keys: tuple[Keys, ...]  # the path of each leaf
   leaves: list[Any]
   treedef: Any
-  holes: tuple[Keys, ...]
+  holes: tuple[Keys, ...]  # paths of nodes without leaves, which stand for what is left out
 
   @functools.cached_property
   def paths(self) -> list[str]:
@@ -90,11 +83,7 @@ def is_placeholder(params: Any) -> bool:
 
 
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] = lambda node: False) -> Flat:
-  """Takes a tree apart; leaves are what `jax.tree.leaves` gives.
-
-  Raises:
-    ValueError: if two leaves have the same path, as in {'a': {'b/c': 1}, 'a/b': {'c': 2}}.
-  """
+  """Takes a tree apart; leaves are what `jax.tree.leaves` gives."""
   found = _entries(tree, lambda node: _is_hole(node) or is_leaf(node))
   full = [(keys, leaf) for keys, leaf in found if not _is_hole(leaf)]
   flat = Flat(
@@ -103,16 +92,19 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] = lambda node: False) -> F
     treedef=jax.tree.structure(tree, is_leaf=is_leaf),
     holes=tuple(keys for keys, leaf in found if _is_hole(leaf)),
   )
-  if len(flat.by_path) < len(flat.paths):
+  if len(flat.by_path) < len(flat.paths):  # as of {'a': {'b/c': 1}, 'a/b': {'c': 2}}
     twice = sorted(path for path, count in Counter(flat.paths).items() if count > 1)
     raise ValueError(f'several leaves have the same path, rename one of each: {", ".join(twice)}')
   return flat
 
 
-def raise_all(problems: Sequence[str], summary: str) -> None:
-  """Raises one ValueError that lists every problem; none is left for the next run."""
-  if problems:
-    raise ValueError(summary + '\n  ' + '\n  '.join(problems))
+def told_apart(keys: Mapping[str, str], summary: str) -> dict[str, str]:
+  """Names by key, from keys by name; raises a ValueError that lists all names that share one."""
+  found: dict[str, list[str]] = {}
+  for name, key in keys.items():
+    found.setdefault(key, []).append(name)
+  checks.raise_all([', '.join(same) for same in found.values() if len(same) > 1], summary)
+  return {key: same[0] for key, same in found.items()}
 
 
 def match_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], summary: str) -> None:
@@ -125,7 +117,7 @@ def match_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], summary:
     for name in sorted(found.keys() | expected.keys())
     if found.get(name) != expected.get(name)
   ]
-  raise_all(problems, summary)
+  checks.raise_all(problems, summary)
 
 
 def prefix_values(
@@ -135,10 +127,6 @@ def prefix_values(
 
   None and `optax.MaskedNode` are values, and so are nodes for which `is_value` holds.
   Entries for parts that `params` leaves out (holes made by `optax.masked`, …) are passed over.
-
-  Raises:
-    ValueError: naming every leaf of the params without a value, and every
-      entry of `prefix` without params.
   """
   found = _entries(prefix, lambda node: _is_hole(node) or is_value(node))
   entries = dict(found)
@@ -150,7 +138,7 @@ def prefix_values(
     for keys in entries.keys() - set(used.values()) - {()}
     if _covering(left_out, keys) is None and not any(h[: len(keys)] == keys for h in left_out)
   }
-  raise_all(
+  checks.raise_all(
     sorted(
       [f'{shown(keys)}: in the params, missing in {name}' for keys in missing]
       + [f'{shown(keys)}: in {name}, missing in the params' for keys in unknown]
@@ -173,7 +161,6 @@ def values_for(rule: Any, params: Flat, name: str, is_value: Callable[[Any], boo
   if rule is None or is_value(rule):
     return [rule] * len(params.leaves)
   if checks.is_function(rule):
-    checks.accepts(name, rule, 'path', 'leaf')
     return [rule(path, leaf) for path, leaf in zip(params.paths, params.leaves, strict=True)]
   return prefix_values(rule, params, name, is_value)
 
@@ -190,13 +177,7 @@ def _fits(update: Any, param: Any) -> bool:
 
 
 def leaves_like(updates: Any, params: Flat, name: str) -> list[Any]:
-  """The leaves of the updates, in the order of the params, after a check that they fit.
-
-  Raises:
-    TypeError: naming every leaf that is no array.
-    ValueError: naming every leaf that only one of them has, every shape that differs, and every
-      integer or complex update of a floating param.
-  """
+  """The leaves of the updates, in the order of the params, after a check that they fit."""
   flat = flatten(updates)
   checks.arrays(name, flat.by_path)
   ours, theirs = params.by_path, flat.by_path
@@ -208,13 +189,8 @@ def leaves_like(updates: Any, params: Flat, name: str) -> list[Any]:
     if at in ours and not _fits(leaf, ours[at])
   ]
   if not problems and flat.paths != params.paths:
-    pairs = zip(flat.paths, params.paths, strict=True)
-    here, there = next((a, b) for a, b in pairs if a != b)
-    problems = [
-      f'{shown(here)}: in the place of {shown(there)} of the params; the leaves come in another '
-      'order (are keys strings in one tree, and numbers in the other?)'
-    ]
-  raise_all(
+    problems = ['the leaves come in another order: keys may be strings here, and numbers there']
+  checks.raise_all(
     sorted(problems), f'the {name} must have the structure, shapes and kinds of the params:'
   )
   return flat.leaves

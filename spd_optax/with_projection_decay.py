@@ -15,14 +15,11 @@ from spd_optax.layers import Arrangement, AxisName, Group, StackAxis
 from spd_optax.leafwise import at_least_float32, deviation, fusion_barrier, like_param, taken_back
 from spd_optax.rules import GradientTurn, Projection, Rule
 
+_jit = functools.partial(jax.jit, static_argnames='axis')
+
 
 class WithProjectionDecayState(NamedTuple):
-  """State of `with_projection_decay`.
-
-  Attributes:
-    projection_decay: its own `ProjectionDecayState`.
-    inner_state: the inner optimizer's.
-  """
+  """State of `with_projection_decay`: its own, and the inner optimizer's."""
 
   projection_decay: ProjectionDecayState
   inner_state: optax.OptState
@@ -41,16 +38,8 @@ class ProjectionDecayOptimizer(optax.GradientTransformationExtraArgs):  # type: 
     """`update` and `optax.apply_updates` in one.
 
     It computes θ̃ − λ r (θ̃ − θ_0) instead of θ + (u − λ r (θ̃ − θ_0)). The two are equal but
-    for rounding, and `apply` stores no copy of the params on the way.
-
-    Args:
-      gradients: g, a tree like the params.
-      state: what `init`, or the last step, returned.
-      params: θ.
-      **extra_args: for the inner optimizer.
-
-    Returns:
-      The next params and the next state.
+    for rounding, and `apply` stores no copy of the params on the way. It returns the next params
+    and the next state.
     """
     around = getattr(self.update, '__self__', None)
     if isinstance(around, _Around):
@@ -95,7 +84,6 @@ def with_projection_decay(
     optimizer: the inner optimizer, complete with its learning rate: `optax.adam`,
       `optax.lion`, a chain with clipping, … Extra arguments of `update` reach it.
       `optax.MultiSteps` belongs around the result: inside, c would be of one micro-batch.
-    anchor: θ_0, a tree like the params or a prefix of it; see `projection_decay`.
     strength: λ ≥ 0, a number or a schedule of the step. 0 is the inner optimizer,
       bit for bit. Up to 1 the distance never exceeds that of θ̃. Where λ r is above 1 the
       layer goes past its anchor. At a step where a schedule gives a negative number, infinity
@@ -103,12 +91,8 @@ def with_projection_decay(
     margin: m in [0, 1): a layer is held where c < m ‖g‖ ‖θ − θ_0‖. 0 is the paper's
       condition.
     rule: a `Rule` in place of `Projection`, the equations above.
-    stack_axis: the axis that stacks layers in a leaf; see `projection_decay`.
-    group: which leaves are one layer; see `projection_decay`.
-    axis_name: mapped axes that the leaves are sharded over; see `projection_decay`.
-    anchor_dtype: dtype to store the anchor in; see `projection_decay`.
-    anchor_memory_kind: see `projection_decay`.
-    anchor_ema: see `projection_decay`.
+    anchor, stack_axis, group, axis_name, anchor_dtype, anchor_memory_kind, anchor_ema: see
+      `projection_decay`.
 
   Returns:
     A `ProjectionDecayOptimizer` whose state is a `WithProjectionDecayState`.
@@ -137,17 +121,14 @@ def with_projection_decay(
     [ 1.29 -0.71] True
   """
   if not all(callable(getattr(optimizer, name, None)) for name in ('init', 'update')):
-    advice = '; call it: optax.adam(1e-3), say' if callable(optimizer) else ''
     raise TypeError(
-      'with_projection_decay(optimizer, anchor): expected an optax optimizer first, '
-      f'found {checks.kind_of(optimizer)}{advice}'
+      'with_projection_decay(optimizer, anchor): expected an optax optimizer first, such as '
+      f'optax.adam(1e-3), found {checks.kind_of(optimizer)}'
     )
   if isinstance(optimizer, optax.MultiSteps):
     optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
   if isinstance(rule, GradientTurn):
-    raise ValueError(
-      'rule: GradientTurn changes gradients; use projection_decay(rule=…) in a chain'
-    )
+    raise ValueError('rule: GradientTurn changes gradients; use projection_decay(rule=…)')
   engine = Engine(
     rules.chosen(rule, Projection, margin),
     strength,
@@ -156,6 +137,50 @@ def with_projection_decay(
   )
   around = _Around(engine, optax.with_extra_args_support(optimizer))
   return ProjectionDecayOptimizer(around.init, around.update)
+
+
+def adam_spd(
+  learning_rate: optax.ScalarOrSchedule,
+  anchor: optax.Params | None = None,
+  strength: optax.ScalarOrSchedule = 1.0,
+  *,
+  b1: chex.Numeric = 0.9,
+  b2: chex.Numeric = 0.999,
+  eps: chex.Numeric = 1e-8,
+  eps_root: chex.Numeric = 0.0,
+  mu_dtype: jax.typing.DTypeLike | None = None,
+  nesterov: bool = False,
+  margin: chex.Numeric = 0.0,
+  rule: Rule | None = None,
+  stack_axis: StackAxis = None,
+  group: Group = None,
+  axis_name: AxisName = None,
+  anchor_dtype: jax.typing.DTypeLike | None = None,
+  anchor_memory_kind: str | None = None,
+  anchor_ema: chex.Numeric | None = None,
+) -> ProjectionDecayOptimizer:
+  """The paper's Adam-SPD (Algorithm 1): `with_projection_decay` around `optax.adam`.
+
+  Change ``optax.adam(lr)`` or ``optax.adamw(lr)`` to ``spd.adam_spd(lr)``.
+
+  `b1` to `nesterov` are those of `optax.adam`. All other arguments, what is returned and what is
+  raised: see `with_projection_decay`.
+  """
+  checks.number_or_schedule('adam_spd(learning_rate, anchor): learning_rate', learning_rate)
+  adam = optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
+  return with_projection_decay(
+    adam,
+    anchor,
+    strength,
+    margin=margin,
+    rule=rule,
+    stack_axis=stack_axis,
+    group=group,
+    axis_name=axis_name,
+    anchor_dtype=anchor_dtype,
+    anchor_memory_kind=anchor_memory_kind,
+    anchor_ema=anchor_ema,
+  )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -181,11 +206,7 @@ class _Around:
     return step, updates, moved, WithProjectionDecayState(own, inner_state)
 
   def update(
-    self,
-    updates: optax.Updates,
-    state: WithProjectionDecayState,
-    params: optax.Params | None = None,
-    **extra_args: Any,
+    self, updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
   ) -> tuple[optax.Updates, WithProjectionDecayState]:
     step, updates, _, state = self._decide(updates, state, params, extra_args)
     if not checks.is_zero(self.engine.strength):
@@ -195,11 +216,7 @@ class _Around:
     return updates, state
 
   def apply(
-    self,
-    gradients: optax.Updates,
-    state: WithProjectionDecayState,
-    params: optax.Params,
-    **extra_args: Any,
+    self, gradients: optax.Updates, state: Any, params: optax.Params, **extra_args: Any
   ) -> tuple[optax.Params, WithProjectionDecayState]:
     step, updates, moved, state = self._decide(gradients, state, params, extra_args)
     after = optax.apply_updates(params, updates)
@@ -209,7 +226,6 @@ class _Around:
 
 
 BARRIERS = ('cpu', 'tpu')
-_jit = functools.partial(jax.jit, static_argnames='axis')
 
 
 @jax.jit

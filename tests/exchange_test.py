@@ -97,7 +97,7 @@ def test_another_anchor_is_refused():
   other = {'body': {'kernel': params['body']['kernel'].at[1, 2].add(1e-6)}}
   with pytest.raises(ValueError, match=r'(?s)not the anchor that was dropped.*body.*head') as error:
     spd.put_anchor(slim, other)
-  assert 'reanchor(opt_state, params)' in str(error.value)
+  assert 'reanchor' in str(error.value)
 
 
 def test_nnx_optimizer():

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from reference import x64
 
 import spd_optax as spd
-from spd_optax import fingerprints
+from spd_optax import exchange
 
 DTYPES = ['float16', 'bfloat16', 'float32', 'float64', 'complex64', 'float8_e4m3fn']
 
@@ -44,7 +44,7 @@ def test_it_is_what_its_definition_says(dtype, shape):
   """Catches an index or a part of an element that does not count, on any dtype."""
   with x64():
     array = np.asarray(jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype))
-    found = fingerprints.of_leaf('a/b', array)
+    found = exchange.of_leaf('a/b', array)
   assert found.tolist() == python_fingerprint('a/b', array)
 
 
@@ -80,8 +80,8 @@ def test_where_and_how_it_is_stored_does_not_count(axis_type):
   state = spd.adam_spd(1e-3).init(anchor())
   assert spd.fingerprint(optax.tree.get(state, 'anchor')) == expected
   leaf = jnp.asarray(anchor()['head'])
-  jitted = jax.jit(lambda x: fingerprints.of_leaf('head', x))(leaf)
-  chex.assert_trees_all_equal(jitted, fingerprints.of_leaf('head', leaf))
+  jitted = jax.jit(lambda x: exchange.of_leaf('head', x))(leaf)
+  chex.assert_trees_all_equal(jitted, exchange.of_leaf('head', leaf))
   with pytest.raises(TypeError, match='traced'):
     jax.jit(spd.fingerprint)(anchor())  # it is a string
 
@@ -135,7 +135,7 @@ def test_every_bit_counts_in_every_word(values, at, bit):
   """Catches words that repeat each other, and bits that are shifted out."""
   other = values.copy()
   other[at] ^= np.uint32(1 << bit)
-  found = [fingerprints.of_leaf('', x.view(np.float32)) for x in (values, other)]
+  found = [exchange.of_leaf('', x.view(np.float32)) for x in (values, other)]
   assert (np.asarray(found[0]) != np.asarray(found[1])).all()
 
 

@@ -481,7 +481,6 @@ WRONG = {
   'scale shape': (decision(scale=jnp.zeros(7)), 'scale & 7'),
   'scale complex': (decision(scale=jnp.complex64(1)), 'scale & complex64'),
   'scale none': (decision(scale=None), 'scale & None'),
-  'numbers none': (decision(numbers=None), 'numbers & None'),
   'numbers missing': (decision(numbers={'mean': jnp.float32(0)}), 'square'),
   'numbers more': (decision(numbers={**NUMBERS, 'third': jnp.float32(0)}), 'third'),
   'numbers shape': (decision(numbers={**NUMBERS, 'square': jnp.zeros(11)}), 'square & 11'),
@@ -512,28 +511,6 @@ def test_a_rule_that_decides_nonsense(mistake, jit):
       update(normal(1), tx.init(normal(0)), normal(0))
     for text in ('OfMistakes', *fragments.split(' & ')):
       assert text in str(caught.value)
-
-
-@pytest.mark.parametrize(
-  ('declared', 'found'),
-  [
-    ({'needs': ('afterwards',)}, 'afterwards'),
-    ({'numbers': {'mean': 'zero'}}, 'mean'),
-    ({'numbers': ['mean']}, 'numbers'),
-  ],
-  ids=['sum', 'text', 'list'],
-)
-def test_a_rule_that_declares_nonsense(declared, found):
-  """Catches a sum that there is not, and numbers that are none."""
-
-  def call():
-    body = {'decide': HoldIfSteady.decide, '__annotations__': {}, **declared}
-    kind = type('OfMistakes', (spd.Rule,), body)
-    around(kind()).init(normal(0))
-
-  with pytest.raises(MISTAKES, match=found) as caught:
-    call()
-  assert 'OfMistakes' in str(caught.value)
 
 
 @every_layout

@@ -112,5 +112,5 @@ def test_a_whole_anchor_inside_shard_map_is_named(make):
   inside = jax.shard_map(
     make(normal(2)['scale']).init, mesh=mesh(AxisType.Auto, 8), in_specs=P('x'), out_specs=P('x')
   )
-  with pytest.raises(ValueError, match='in shard_map params are shards, so call init outside'):
+  with pytest.raises(ValueError, match='each leaf of the anchor must be an array like the param'):
     jax.eval_shape(inside, normal(0)['scale'])

@@ -22,7 +22,6 @@ import spd_optax as spd
 PARAMS = {'enc': {'k': jnp.ones((2, 3)), 'b': jnp.zeros(3)}, 'head': jnp.ones(())}
 ADAM = optax.adam(1e-3)
 ALL = '^ *enc/k & ^ *enc/b & ^ *head'
-STATIC = 'inject_hyperparams & static_args'
 
 
 class Row(NamedTuple):
@@ -93,10 +92,9 @@ OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
   ('strength', np.array(1j), TypeError, f'{NUMBER} complex128'),
   ('strength', PARAMS, TypeError, f'{NUMBER} dict'),
   ('strength', ADAM, TypeError, f'{NUMBER} an optax transformation'),
-  ('strength', lambda: 1.0, TypeError, r'strength: expected a function of \(step\): too many'),
-  ('anchor', ADAM, TypeError, rf'{ANCHOR} an optax & with_projection_decay\(optimizer, anchor\)'),
+  ('anchor', ADAM, TypeError, rf'{ANCHOR} an optax & with_projection_decay'),
   ('anchor', optax.adam, TypeError, f'{ANCHOR} function'),
-  ('anchor_dtype', jnp.int8, TypeError, f'{DTYPE} .*int8 & {STATIC}'),
+  ('anchor_dtype', jnp.int8, TypeError, f'{DTYPE} .*int8'),
   ('anchor_dtype', 'bf16', TypeError, f"{DTYPE} 'bf16'"),
   ('anchor_dtype', jnp.complex64, TypeError, f'{DTYPE} .*complex64'),
   ('anchor_dtype', 16, TypeError, f'{DTYPE} 16'),
@@ -107,12 +105,21 @@ OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
   ('margin', lambda count: 0.1, TypeError, f'margin: {FRACTION}, found function'),
   ('margin', '0.1', TypeError, f"margin: {FRACTION}, found str '0.1'"),
   ('margin', False, TypeError, f'margin: {FRACTION}, found bool False'),
-  ('rule', 3, TypeError, 'rule: expected an spd.Rule, found int 3'),
-  ('rule', 'projection', TypeError, "rule: expected an spd.Rule, found str 'projection'"),
-  ('rule', ADAM, TypeError, 'rule: expected an spd.Rule, found an optax transformation'),
-  ('group', 'enc', TypeError, f"group: expected a function path -> key .*str 'enc' & {STATIC}"),
+  ('rule', 3, TypeError, 'rule: expected an instance of spd.Rule, found int 3'),
+  (
+    'rule',
+    'projection',
+    TypeError,
+    "rule: expected an instance of spd.Rule, found str 'projection'",
+  ),
+  (
+    'rule',
+    ADAM,
+    TypeError,
+    'rule: expected an instance of spd.Rule, found an optax transformation',
+  ),
+  ('group', 'enc', TypeError, "group: expected a function path -> key .*str 'enc'"),
   ('group', {'enc': 'a', 'head': 'b'}, TypeError, 'group: expected a function path -> key .* dict'),
-  ('group', lambda path, leaf: 'a', TypeError, r'group: expected a function of \(path\): missing'),
   ('anchor_ema', 1, ValueError, f'anchor_ema: {FRACTION}, or None, found 1'),
   ('anchor_ema', '0.9', TypeError, f"anchor_ema: {FRACTION}, or None, found str '0.9'"),
   ('anchor_ema', True, TypeError, f'anchor_ema: {FRACTION}, or None, found bool True'),
@@ -130,23 +137,13 @@ ADAMS: list[tuple[str, Any, type[Exception], str]] = [
   ('learning_rate', -1e-3, ValueError, f'{RATE} -0.001'),
   ('learning_rate', float('nan'), ValueError, f'{RATE} nan'),
   ('learning_rate', True, TypeError, f'{RATE} bool True'),
-  ('learning_rate', lambda: 1e-3, TypeError, r'learning_rate: expected a function of \(step\)'),
-  ('b1', '0.9', TypeError, f"b1: {FRACTION}, found str '0.9'"),
-  ('b1', np.full(3, 0.9), ValueError, f'b1: {FRACTION}, found'),
-  ('b2', 1.0, ValueError, f'b2: {FRACTION}, found 1.0'),
-  ('b2', None, TypeError, f'b2: {FRACTION}, found NoneType'),
-  ('eps', -1e-8, ValueError, 'eps: expected a finite number ≥ 0, found -1e-08'),
-  ('eps_root', 'no', TypeError, "eps_root: expected a finite number ≥ 0, found str 'no'"),
-  ('mu_dtype', 'bf16', TypeError, "mu_dtype: expected a floating dtype .*found 'bf16'"),
-  ('mu_dtype', jnp.int8, TypeError, 'mu_dtype: expected a floating dtype .*int8'),
-  ('nesterov', 'yes', TypeError, "nesterov: expected True or False, found str 'yes'"),
 ]
 
-FIRST = r'with_projection_decay\(optimizer, anchor\): expected an optax optimizer first, found'
+FIRST = r'with_projection_decay\(optimizer, anchor\): expected an optax optimizer first, .* found'
 OPTIMIZERS: list[tuple[Any, str]] = [
   (PARAMS, f'{FIRST} dict'),
   (1e-3, f'{FIRST} float 0.001'),
-  (optax.adam, rf'{FIRST} function; call it: optax.adam\(1e-3\)'),
+  (optax.adam, f'{FIRST} function'),
   (optax.constant_schedule(1e-3), f'{FIRST} function'),
   (None, f'{FIRST} NoneType'),
   ('adam', f"{FIRST} str 'adam'"),
@@ -182,7 +179,6 @@ LEAVES: dict[str, tuple[Any, str]] = {
   'one': (1, 'enc/k: .*int 1.*float32 & enc/b: & array & 0'),
   'flag': (True, 'enc/k: .*True & enc/b: .*True & None'),
   'zero as an array': (jnp.zeros(()), r'enc/k: .*float32\[\] & enc/b: .*float32\[\] & 0'),
-  'of a state': (tree(b=optax.MaskedNode()), 'enc/b: found MaskedNode & zero & free & 0 or None'),
 }
 
 
@@ -202,7 +198,7 @@ LAYERS: list[tuple[dict[str, Any], str]] = [
   ({'stack_axis': 1.0}, f'{ALL} & enc/k: .*1.0 & int'),
   ({'stack_axis': '0'}, f"{ALL} & enc/k: .*'0' & int"),
   ({'stack_axis': True}, f'{ALL} & enc/k: .*True & int'),
-  ({'stack_axis': jnp.array(0)}, f'{ALL} & int & static_args'),
+  ({'stack_axis': jnp.array(0)}, f'{ALL} & int'),
   ({'stack_axis': {'enc': 0}}, 'head: .*missing in stack_axis & None'),
   ({'stack_axis': tree(0, 0, head=None, x=1)}, 'x: .*missing in the params'),
   ({'stack_axis': [0, None]}, f'{ALL} & stack_axis & prefix'),
@@ -217,20 +213,12 @@ LAYERS: list[tuple[dict[str, Any], str]] = [
     "group 'all': & enc/k: 2 & enc/b: not stacked & head: not stacked",
   ),
   ({'group': {'enc/k': 'head'}.get}, 'head: a leaf, and a key & group'),
-  ({'group': lambda path: ['a']}, f'{ALL} & group: a key must be a string or an int & list'),
-  ({'group': lambda path: jnp.ones(2)}, rf'{ALL} & group: a key .* & float32\[2\]'),
-  ({'group': lambda path: path == 'head'}, f'{ALL} & group: a key .* & bool True'),
-]
-TYPES: list[tuple[dict[str, Any], str]] = [
-  ({'axis_name': 3}, 'axis_name: a name .* not 3'),
-  ({'axis_name': lambda path: 'd'}, r'axis_name: expected a function of \(path, leaf\)'),
-  ({'stack_axis': lambda path: 0}, r'stack_axis: expected a function of \(path, leaf\)'),
 ]
 INJECTED: list[tuple[dict[str, Any], str]] = [
-  ({'anchor': 0}, f'anchor & {STATIC}'),
-  ({'stack_axis': 0}, f'stack_axis & {ALL} & {STATIC}'),
-  ({'group': lambda path: 'all'}, f'group & {STATIC}'),
-  ({'anchor_dtype': jnp.bfloat16}, f'anchor_dtype & {STATIC}'),
+  ({'anchor': 0}, 'anchor'),
+  ({'stack_axis': 0}, f'stack_axis & {ALL}'),
+  ({'group': lambda path: 'all'}, 'group'),
+  ({'anchor_dtype': jnp.bfloat16}, 'anchor_dtype'),
 ]
 
 
@@ -273,11 +261,10 @@ def rows() -> Iterator[Row]:
   for value, text in OPTIMIZERS:
     call = partial(spd.with_projection_decay, value)
     yield Row('with_projection_decay', 'optimizer', f'{value!r:.30}', call, TypeError, text)
-  for error, table in ((ValueError, LAYERS), (TypeError, TYPES)):
-    for argument, mistakes in by_argument(table, lambda row: '+'.join(row[0])).items():
-      for at, ((options, text), name, (how, wrap)) in enumerate(dealt(mistakes, list(MAKERS))):
-        call = partial(made_and_initialized, wrap, MAKERS[name], options)
-        yield Row(name, argument, f'{error.__name__} {at}, {how}', call, error, text)
+  for argument, mistakes in by_argument(LAYERS, lambda row: '+'.join(row[0])).items():
+    for at, ((options, text), name, (how, wrap)) in enumerate(dealt(mistakes, list(MAKERS))):
+      call = partial(made_and_initialized, wrap, MAKERS[name], options)
+      yield Row(name, argument, f'{at}, {how}', call, ValueError, text)
   injected = optax.inject_hyperparams(spd.projection_decay)
   for (options, text), _, (how, wrap) in dealt(INJECTED, [injected]):
     call = partial(made_and_initialized, wrap, injected, options)

@@ -49,10 +49,10 @@ REPORTS: Table = [
       f'{name}.opt_state',
       partial(report, WRAPPED),
       TypeError,
-      f'{name}: {NO_STATE} ProjectionDecayOptimizer',
+      f'{name}: {NO_STATE} an optax',
     ),
     (f'{name}.opt_state', partial(report, ADAM.init(PARAMS)), TypeError, f'{NO_STATE} tuple'),
-    (f'{name}.opt_state', partial(report, SHAPES), TypeError, f'{name}: found shapes without'),
+    (f'{name}.opt_state', partial(report, SHAPES), TypeError, f'{name}: .*a step returned'),
     (f'{name}.opt_state', partial(report, TWO), ValueError, r'shape \(2,\) & vmap'),
     (f'{name}.opt_state', partial(jax.jit(report), STATE), TypeError, f'{name}: .*outside jit'),
     (f'{name}.stack_axis', partial(report, STATE, stack_axis=0), ValueError, r'head: .*0.*\(\)'),
@@ -72,9 +72,6 @@ REPORTS: Table = [
     ),
   )
 ]
-REPORTS.append(
-  ('scalars.prefix', partial(spd.scalars, STATE, 3), TypeError, 'prefix: expected a string.*3')
-)
 JSON = 'hyperparameters & finite number, a string, None'
 AUDIT: Table = [
   (
@@ -105,18 +102,15 @@ AUDIT: Table = [
   ('AuditLog.transform', lambda: log(transform=1e-3), TypeError, 'transform: .*string.*0.001'),
   ('AuditLog.source', lambda: log(source=3), TypeError, 'source: .*path or None.*3'),
   ('AuditLog.captured', lambda: log(captured='no'), TypeError, "captured: .*True.*'no'"),
-  ('AuditLog.moving_anchor', lambda: log(moving_anchor=0.9), TypeError, 'moving_anchor: .*0.9'),
   ('AuditLog.patience', lambda: log(patience=0), TypeError, 'patience: .*1 or more.*0'),
   ('AuditLog.patience', lambda: log(patience='x'), TypeError, "patience: .*1 or more.*'x'"),
-  ('AuditLog.fsync', lambda: log(fsync='no'), TypeError, "fsync: .*True or False.*'no'"),
-  ('AuditLog.record.metrics', lambda: record(metrics=[1.0]), TypeError, 'metrics: .*found list'),
   ('AuditLog.stack_axis', lambda: record(stack_axis=0), ValueError, r'head: .*0.*\(\)'),
   ('AuditLog.group', lambda: record(group='enc'), TypeError, "group: .*str 'enc'"),
   ('AuditLog.record.step', twice, ValueError, 'step 3 after step 3'),
   ('AuditLog.record.opt_state', lambda: record(STATE, 1), TypeError, f'{NO_STATE} int '),
   ('AuditLog.record.opt_state', lambda: record(1, None), TypeError, f'{NO_STATE} NoneType'),
   ('AuditLog.record.opt_state', lambda: record(1, FRESH), ValueError, 'after the first update'),
-  ('AuditLog.record.opt_state', lambda: record(1, SHAPES), TypeError, 'shapes without values'),
+  ('AuditLog.record.opt_state', lambda: record(1, SHAPES), TypeError, 'a step returned'),
   ('AuditLog.record.opt_state', lambda: record(1, TWO), ValueError, r'shape \(2,\) & vmap'),
   (
     'AuditLog.record.opt_state',
@@ -130,13 +124,6 @@ AUDIT: Table = [
     lambda: record(metrics={'a': np.ones(2)}),
     TypeError,
     r"'a': .*\[2\]",
-  ),
-  ('advise.run', lambda: audit.advise(FOLDER), TypeError, 'run: expected what audit.read returns'),
-  (
-    'advise.patience',
-    lambda: audit.advise(verified(None), 0),
-    TypeError,
-    'patience: .*1 or more.*0',
   ),
   (
     'read.path',

@@ -24,6 +24,12 @@ RESULTS = {
   'ProjectionDecayOptimizer', 'ProjectionDecayState', 'Record', 'Rule', 'Run',
   'WithProjectionDecayState',
 }  # fmt: skip
+# What optax, JAX or Python answer for themselves.
+ADAMS = ('b1', 'b2', 'eps', 'eps_root', 'mu_dtype', 'nesterov')
+OTHERS = {('adam_spd', name) for name in ADAMS} | {
+  ('advise', 'run'), ('advise', 'patience'), ('AuditLog', 'moving_anchor'), ('AuditLog', 'fsync'),
+  ('scalars', 'prefix'),
+}  # fmt: skip
 CALLS = {
   'AuditLog.record': spd.AuditLog.record,
   **{f'{name}.init': make().init for name, make in wrong_calls.MAKERS.items()},
@@ -76,7 +82,7 @@ def test_every_argument_of_every_public_function_is_in_the_tables():
     if argument.name != 'self' and argument.kind is not argument.VAR_KEYWORD
   }
   tried = {(row.function, argument) for row in ROWS for argument in row.argument.split('+')}
-  assert asked == tried
+  assert asked == tried | OTHERS
 
 
 def test_every_row_has_a_name_of_its_own():

@@ -37,14 +37,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
       add('--out', type=Path, help='directory for the pictures (beside the log)')
       add('--html', type=Path, metavar='PAGE.html', help='also write one page')
       add('--all', action='store_true', help='every layer, however many')
-      add('--patience', type=_count, default=PATIENCE, help='see AuditLog (default: %(default)s)')
+      add('--patience', type=int, default=PATIENCE, help='see AuditLog (default: %(default)s)')
   return parser.parse_args(arguments)
-
-
-def _count(text: str) -> int:
-  if not (text.isdecimal() and int(text) >= 1):
-    raise argparse.ArgumentTypeError(f'expected an integer of 1 or more, found {text!r}')
-  return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spd_optax import checks, reports
+from spd_optax import reports
 from spd_optax.audit.format import Header, Record, Run
 
 PATIENCE = 100  # updates
@@ -120,14 +120,6 @@ def _age(record: Record) -> int:
 
 
 def advise(run: Run, patience: int = PATIENCE) -> list[Advice]:
-  """All that is to be said about a run, in the order in which it was found.
-
-  Raises:
-    TypeError: if the run is none that `read` or `verify` returned, or `patience` no integer ≥ 1.
-  """
-  if not isinstance(run, Run):
-    raise TypeError(f'run: expected what audit.read returns, found {checks.kind_of(run)}')
-  if not checks.is_count(patience):
-    raise TypeError(f'patience: expected an integer of 1 or more, found {checks.kind_of(patience)}')
+  """All that is to be said about a run, in the order in which it was found."""
   watcher = Watcher(run.header, patience)
   return [advice for record in run.records for advice in watcher.see(record)]

@@ -225,9 +225,7 @@ class Lines:
     if line[-SEAL:] != f',"hash":"{self.hash}"}}\n'.encode():
       raise self.damaged('its hash does not fit: it was edited, or AuditLog did not write it')
     if not body.endswith(f'"previous":"{before}"}}'.encode()):
-      raise self.damaged(
-        'does not continue the line before: lines are missing, added or in another order'
-      )
+      raise self.damaged('does not continue the line before: one is missing, added or moved')
 
   def damaged(self, problem: str) -> AuditFileError:
     """The error for the last line that was read."""

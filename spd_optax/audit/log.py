@@ -20,7 +20,7 @@ import jax
 import msgspec
 import numpy as np
 
-from spd_optax import checks, fingerprints, reports, trees
+from spd_optax import checks, exchange, reports
 from spd_optax.audit import format
 from spd_optax.audit.advice import PATIENCE, AuditWarning, Watcher
 from spd_optax.audit.format import Header, Record
@@ -59,7 +59,7 @@ class AuditLog:
   The end of a `with` block, of the last reference to the log, or of the process closes it. A forked
   process does not write. With several processes, make the log in all of them, after
   `jax.distributed.initialize`, and call `record` and `close` in all. Only process 0 touches the
-  path, and raises its errors, after all communication of the call, so they may be caught.
+  path, and raises its errors, so they may be caught.
 
   Args:
     path: the file; a new one, or one that an AuditLog has written.
@@ -110,21 +110,19 @@ class AuditLog:
       ('transform', transform, 'a string', isinstance(transform, str)),
       ('source', source, 'a string, a path or None', isinstance(source, str | None)),
       ('captured', captured, 'True, False or None', isinstance(captured, bool | None)),
-      ('moving_anchor', moving_anchor, 'True or False', isinstance(moving_anchor, bool)),
-      ('patience', patience, 'an integer of 1 or more', checks.is_count(patience)),
-      ('fsync', fsync, 'True or False', isinstance(fsync, bool)),
+      ('patience', patience, 'an integer of 1 or more', isinstance(patience, int) and patience > 0),
     )
     problems += [
       f'{name}: expected {what}, found {checks.kind_of(value)}'
       for name, value, what, is_right in expected
       if not is_right
     ]
-    if problems:
-      raise TypeError('AuditLog:\n  ' + '\n  '.join(problems))
+    checks.raise_all(problems, 'AuditLog:', TypeError)
     self._run: dict[str, Any] = {'transform': transform, 'hyperparameters': plain}
-    self._anchor: dict[str, Any] = {'source': source, 'captured': captured, 'moving': moving_anchor}
+    moving = bool(moving_anchor)
+    self._anchor: dict[str, Any] = {'source': source, 'captured': captured, 'moving': moving}
     self._stack_axis, self._group = stack_axis, group
-    self._patience, self._fsync = operator.index(patience), fsync
+    self._patience, self._fsync = patience, fsync
     self._header: Header | None = None
     self._last_step: int | None = None  # of a record that was taken
     self._written, self._resumed = -math.inf, False  # step of the last record written
@@ -147,8 +145,7 @@ class AuditLog:
       TypeError: if there is no state of SPD; naming every metric that is no number.
       ValueError: before the first update; if the step does not increase; if the layers have
         changed; if the file is the log of another run, naming all that differs.
-      OSError: if the disk is full, or another process writes the file. The file then ends with
-        the last whole record.
+      OSError: if the disk is full, or another process writes the file.
       RuntimeError: in a process that was forked from the one that opened the file.
     """
     self._check_owner()
@@ -156,10 +153,8 @@ class AuditLog:
     metrics = _checked_metrics({} if metrics is None else metrics)
     step = operator.index(step)
     if self._last_step is not None and step <= self._last_step:
-      raise ValueError(
-        f'AuditLog.record: step {step} after step {self._last_step}; call close() after the run '
-        'went back to a checkpoint'
-      )
+      order = f'step {step} after step {self._last_step}'
+      raise ValueError(f'AuditLog.record: {order}; call close() where a run goes back')
     layout = [(reports.shapes(state), list(state.rule_state)) for state in states]
     if self._header is None:
       self._header, self._layout = self._new_header(states), layout
@@ -229,14 +224,11 @@ class AuditLog:
 
   def _new_header(self, states: reports.States) -> Header:
     if not any(int(state.count) for state in states):
-      raise ValueError(
-        'AuditLog.record: record after the first update; before it the anchor may not be the '
-        'one that is captured, and there is nothing to log'
-      )
-    words = [fingerprints.words_of(state.anchor) for state in states]
+      raise ValueError('AuditLog.record: record after the first update, which may set the anchor')
+    words = [exchange.words_of(state.anchor) for state in states]
     norms = format.numbers(reports.anchor_norms(states, self._stack_axis, self._group))
     known = [None if self._anchor['moving'] or not isinstance(x, float) else x for x in norms]
-    fingerprint = fingerprints.as_text(np.add.reduce(words))
+    fingerprint = exchange.as_text(np.add.reduce(words))
     return Header(
       format=format.FORMAT,
       schema=format.SCHEMA,
@@ -326,10 +318,8 @@ def _close(log: weakref.ref[AuditLog]) -> None:
     found.close()
 
 
-def _plain_items(items: Any) -> tuple[dict[str, Any], list[str]]:
+def _plain_items(items: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
   """The items as JSON holds them, and what it cannot hold."""
-  if not isinstance(items, Mapping):
-    return {}, [f'hyperparameters: expected a dict, found {checks.kind_of(items)}']
 
   def plain(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value.tolist()
@@ -342,22 +332,19 @@ def _plain_items(items: Any) -> tuple[dict[str, Any], list[str]]:
     except (TypeError, ValueError, KeyError, AttributeError, msgspec.DecodeError):
       problems.append(
         f'hyperparameters {name!r}: expected a finite number, a string, None, or a list or dict of '
-        f'them, by a name; found {checks.kind_of(value)} (describe a function in words)'
+        f'them, by a name; found {checks.kind_of(value)}'
       )
   return found, problems
 
 
 def _checked_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
   """A copy of the metrics; raises a TypeError that names all that are no numbers."""
-  if not isinstance(metrics, Mapping):
-    raise TypeError(f'AuditLog.record: metrics: expected a dict, found {checks.kind_of(metrics)}')
   problems = [
     f'{name!r}: {checks.kind_of(value)}'
     for name, value in metrics.items()
     if not isinstance(name, str) or not checks.is_array(value) or np.ndim(value)
   ]
-  if problems:
-    raise TypeError('AuditLog.record: metrics must be numbers by name:\n  ' + '\n  '.join(problems))
+  checks.raise_all(problems, 'AuditLog.record: metrics must be numbers by name:', TypeError)
   # Arrays of NumPy may change, and those of JAX be donated, before the record is written.
   return {
     name: jax.numpy.copy(x) if isinstance(x, jax.Array) else float(x) for name, x in metrics.items()
@@ -367,7 +354,7 @@ def _checked_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
 def _compare(path: Path, in_file: Header, now: Header) -> None:
   """Raises a ValueError that lists all facts of the headers that differ."""
   old, new = _facts(in_file), _facts(now)
-  trees.raise_all(
+  checks.raise_all(
     [
       f'{name}: {old.get(name, "nothing")!r} in the file, {new.get(name, "nothing")!r} now'
       for name in old | new

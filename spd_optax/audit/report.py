@@ -34,18 +34,14 @@ PAGE = """<!doctype html>
 """
 TEXT = '<pre>{code}</pre>\n'
 LABELS = 48  # layers' names along an axis
-CURVES = 12  # layers with a curve of their own color
+CURVES = 10  # layers with a curve of their own color
 SMALLEST = 1e-4  # distance shown, relative to the largest
 
 
 def show(
   runs: Sequence[Run], out: Path | None, html: Path | None, every: bool, patience: int
 ) -> None:
-  """Prints the tables of one or two runs, and writes the pictures; see `__main__`.
-
-  Raises:
-    AuditFileError: if a run has no records.
-  """
+  """Prints the tables of one or two runs, and writes the pictures; see `__main__`."""
   empty = [str(run.path) for run in runs if not (run.records and run.layers)]
   if empty:
     raise AuditFileError(f'no records yet, or no layers: {", ".join(empty)}')
@@ -85,10 +81,9 @@ def _page(
 
 
 def _tables(runs: Sequence[Series], every: bool) -> list[Table]:
-  """The metrics; then every layer, or of many layers blocks and the first of them."""
+  """The metrics; then every layer, or of many layers the first of them."""
   most = None if every or len(runs[0].layers) <= ROWS else FIRST
-  blocks = [tables.of_blocks(runs[0], ROWS)] if len(runs) == 1 else []
-  return [tables.metrics(runs), *blocks, tables.layers(runs, most)]
+  return [tables.metrics(runs), tables.layers(runs, most)]
 
 
 def _console(width: int | None, **options: Any) -> Console:
@@ -144,13 +139,9 @@ def held(runs: Sequence[Series]) -> Figure:
 
 
 def _name_layers(axes: Axes, layers: Sequence[str]) -> None:
-  """Names each layer, or each block of layers where there are many, left of the axes."""
-  named: dict[float, str] = {}
-  for name, begin, end in tables.blocks(layers, LABELS):
-    middle = (begin + end) / 2
-    if not named or middle - max(named) >= 0.7 * len(layers) / LABELS:  # else names would overlap
-      named[middle] = _text(name)
-  axes.set_yticks(list(named), list(named.values()), fontsize=8 if len(named) <= 30 else 7)
+  """Names the layers left of the axes; of many as many as there is room for."""
+  at = range(0, len(layers), math.ceil(len(layers) / LABELS))
+  axes.set_yticks([i + 0.5 for i in at], [_text(layers[i]) for i in at], fontsize=7)
   axes.tick_params(axis='y', length=0)
 
 
@@ -192,12 +183,10 @@ def _layer_curves(axes: Axes, series: Series, values: np.ndarray) -> None:
     lines = axes.plot(steps, values[:, rest], color='0.75', lw=0.5, marker=marker, zorder=1)[:1]
     lines += axes.plot(steps, middle, 'k--')
     names = [f'the other {len(rest)} layers', 'median of all layers', *names]
-  lines += axes.plot(steps, values[:, shown[:10]], marker=marker, lw=1.3)
-  lines += axes.plot(steps, values[:, shown[10:]], '--', marker=marker, lw=1.3)
+  lines += axes.plot(steps, values[:, shown], marker=marker, lw=1.3)
   beside: dict[str, Any] = {'loc': 'center left', 'bbox_to_anchor': (1.01, 0.5), 'frameon': False}
-  legend = axes.legend(lines, [''] * len(lines), fontsize=7, **beside)
-  for text, name in zip(legend.get_texts(), names, strict=True):
-    text.set_text(name)  # a label that begins with '_' would be left out
+  labels = [f' {name}' for name in names]  # one that begins with '_' would be left out
+  axes.legend(lines, labels, fontsize=7, **beside)
 
 
 def metrics(runs: Sequence[Series]) -> Figure:

@@ -1,15 +1,13 @@
 """A run over time, and the tables of a report as rows of strings."""
 
 import json
-import math
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from spd_optax import reports
-from spd_optax.audit.format import Anchor, Run
+from spd_optax.audit.format import Run
 
 POINTS = 240  # of a run in pictures
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
@@ -48,21 +46,6 @@ class Series:
       self.metrics[metric] = np.array([x for x, _ in found]), np.array([x for _, x in found])
 
 
-def blocks(names: Sequence[str], most: int) -> list[tuple[str, int, int]]:
-  """Name, begin and end of each layer; of more than `most`, of runs whose paths begin alike.
-
-  Names without common beginnings make runs of equal length, each named after its first layer.
-  """
-  parts = [name.replace('[', '/[').split('/') for name in names]
-  for depth in range(max(map(len, parts)), 0, -1):
-    starts = ['/'.join(path[:depth]).replace('/[', '[') for path in parts]
-    runs = [list(run) for _, run in groupby(range(len(names)), starts.__getitem__)]
-    if 1 < len(runs) <= most:
-      return [(starts[run[0]], run[0], run[-1] + 1) for run in runs]
-  size = math.ceil(len(names) / most)
-  return [(names[i], i, min(i + size, len(names))) for i in range(0, len(names), size)]
-
-
 class Table(NamedTuple):
   """A title, a header, and rows of as many cells."""
 
@@ -84,11 +67,15 @@ def printable(text: str) -> str:
 def facts(run: Run) -> Table:
   """What the header says, and how much was logged."""
   header, records = run.header, run.records
+  said = {True: 'captured: the params at the first update', False: 'passed', None: 'not said'}
+  zero = np.count_nonzero(run.norms == 0)
   rows = {
     'transform': header.transform,
     'hyperparameters': json.dumps(header.hyperparameters, ensure_ascii=False)[1:-1] or '–',
-    'anchor': _anchor(header.anchor, run.norms),
+    'anchor': said[header.anchor.captured],
     'its source': header.anchor.source or 'not named',
+    'anchor is zero': f'in {zero} of {len(run.layers)} layers' if zero else '',
+    'anchor moves': 'yes' if header.anchor.moving else '',
     'fingerprint': header.anchor.fingerprint,
     'started': header.started,
     'versions': ', '.join(f'{name} {version}' for name, version in header.versions.items()),
@@ -99,15 +86,6 @@ def facts(run: Run) -> Table:
     'torn': torn(run) if run.torn else '',
   }
   return _table(run.path.name, ['', ''], [row for row in rows.items() if row[1]])
-
-
-def _anchor(anchor: Anchor, norms: np.ndarray) -> str:
-  """Where the anchor is, by what the user said and the norms show."""
-  zero = np.count_nonzero(norms == 0)
-  said = {True: 'captured: the params at the first update', False: 'passed', None: ''}
-  of_zero = 'zero' if zero == len(norms) else f'zero in {zero} of {len(norms)} layers'
-  parts = [said[anchor.captured], of_zero * bool(zero), 'moving' * anchor.moving]
-  return '; '.join(filter(None, parts)) or 'not said whether captured or passed'
 
 
 def torn(run: Run) -> str:
@@ -132,8 +110,7 @@ def layers(runs: Sequence[Series], most: int | None = None) -> Table:
     first, second = [*shares, {}][:2]
     names = sorted(names, key=lambda x: -abs(first.get(x, 0) - second.get(x, 0)))[:most]
   cells: list[dict[str, dict[str, str]]] = [
-    {name: _cells(series, slice(i, i + 1)) for i, name in enumerate(series.layers)}
-    for series in runs
+    {name: _cells(series, i) for i, name in enumerate(series.layers)} for series in runs
   ]
   keys = list(dict.fromkeys(key for by_name in cells for row in by_name.values() for key in row))
   rows = [[x, *(c.get(x, {}).get(key, '–') for key in keys for c in cells)] for x in names]
@@ -143,24 +120,16 @@ def layers(runs: Sequence[Series], most: int | None = None) -> Table:
   return _table(title, ['layer', *keys], rows)
 
 
-def of_blocks(series: Series, most: int) -> Table:
-  """A row per block of layers; none if there are at most so many layers."""
-  found = blocks(series.layers, most) if len(series.layers) > most else []
-  rows = [[name, *_cells(series, slice(begin, end)).values()] for name, begin, end in found]
-  return _table('Blocks of layers', ['block', *_cells(series, slice(1))], rows)
-
-
-def _cells(series: Series, part: slice) -> dict[str, str]:
-  """The cells of a layer or of several, by the header of their column."""
+def _cells(series: Series, i: int) -> dict[str, str]:
+  """The cells of a layer, by the header of their column."""
   last = series.last
-  held, distance = last.condition[part], last.distance[part]
   return {
-    'held now': f'{sum(held)} of {len(held)}' if len(held) > 1 else 'yes' if held.all() else '',
-    'held, %': _number(100 * np.mean(series.share[part]), '.1f'),
-    'ratio': _number(np.mean(last.ratio[part])),
-    'distance': _number(np.linalg.norm(distance)),
-    '% of ‖θ₀‖': _number(100 * reports.overall(distance, series.norms[part]), '.1f'),
-    **{name: _number(np.mean(values[part])) for name, values in last.rule_state.items()},
+    'held now': 'yes' if last.condition[i] else '',
+    'held, %': _number(100 * series.share[i], '.1f'),
+    'ratio': _number(last.ratio[i]),
+    'distance': _number(last.distance[i]),
+    '% of ‖θ₀‖': _number(100 * reports.relative(last.distance[i], series.norms[i]), '.1f'),
+    **{name: _number(values[i]) for name, values in last.rule_state.items()},
   }
 
 
