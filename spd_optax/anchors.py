@@ -7,6 +7,7 @@ state's anchor tree ``optax.MaskedNode()`` stands where nothing is stored.
 
 import dataclasses
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -40,6 +41,11 @@ class Anchoring:
   ema: chex.Numeric | None = None
 
   def __post_init__(self) -> None:
+    module = getattr(sys.modules.get('flax.nnx'), 'Module', ())
+    for node in jax.tree.leaves(self.anchor, is_leaf=lambda x: isinstance(x, module)):
+      if isinstance(node, module):
+        found = type(node).__name__
+        raise TypeError(f'anchor: found the nnx module {found}; pass nnx.state(model, nnx.Param)')
     if isinstance(self.anchor, optax.GradientTransformation) or checks.is_function(self.anchor):
       raise TypeError(
         f'anchor: expected a tree of arrays, 0 or None, found {checks.kind_of(self.anchor)}; '
@@ -49,6 +55,7 @@ class Anchoring:
       found = f'{self.dtype!r:.60}'
       raise TypeError(
         f'anchor_dtype: expected a floating dtype such as jnp.bfloat16, found {found}'
+        + checks.STATIC.format('anchor_dtype')
       )
     if not (self.memory_kind is None or str(self.memory_kind) == 'pinned_host'):
       raise ValueError(
@@ -80,10 +87,11 @@ class Anchoring:
       for path, leaf, value in zip(params.paths, params.leaves, values, strict=True)
       if is_stored(value) and (problem := _mismatch(leaf, value, self.dtype))
     ]
+    injected = isinstance(self.anchor, jax.Array) and not self.anchor.ndim
     checks.raise_all(
       problems,
       'each leaf of the anchor must be an array like the param, its jax.ShapeDtypeStruct '
-      '(captured), 0, or None (free):',
+      f'(captured), 0, or None (free){checks.STATIC.format("anchor") if injected else ""}:',
     )
     return values
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+STATIC = "; in optax.inject_hyperparams name it in static_args=('{}',)"
 ARRAYS = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 LIBRARIES = ('spd_optax', 'optax', 'jax', 'flax', 'chex', 'contextlib')
 

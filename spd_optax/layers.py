@@ -112,7 +112,10 @@ class Arrangement:
   def __post_init__(self) -> None:
     if self.group is not None and not checks.is_function(self.group):
       found = checks.kind_of(self.group)
-      raise TypeError(f'group: expected a function path -> key or None, found {found}')
+      raise TypeError(
+        f'group: expected a function path -> key or None, found {found}'
+        + checks.STATIC.format('group')
+      )
 
   def find_layers(self, params: trees.Flat, at: Sequence[int]) -> Layers:
     """Arranges the leaves of the params at these places into layers."""
@@ -177,7 +180,8 @@ def _stack_axes(
       if axis is not None and not (_is_axis(axis) and -len(shape) <= axis < len(shape))
     ],
     'stack_axis must be an existing axis, given as an int, or None where a leaf stacks no layers '
-    "(a prefix tree such as {'layers': 0, 'head': None}, or (path, leaf) -> int | None):",
+    "(a prefix tree such as {'layers': 0, 'head': None}, or (path, leaf) -> int | None)"
+    f'{checks.STATIC.format("stack_axis")}:',
   )
   return [axis if axis is None else axis % len(shape) for _, shape, axis in found]
 

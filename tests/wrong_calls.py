@@ -22,6 +22,7 @@ import spd_optax as spd
 PARAMS = {'enc': {'k': jnp.ones((2, 3)), 'b': jnp.zeros(3)}, 'head': jnp.ones(())}
 ADAM = optax.adam(1e-3)
 ALL = '^ *enc/k & ^ *enc/b & ^ *head'
+STATIC = 'inject_hyperparams & static_args'
 
 
 class Row(NamedTuple):
@@ -94,7 +95,7 @@ OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
   ('strength', ADAM, TypeError, f'{NUMBER} an optax transformation'),
   ('anchor', ADAM, TypeError, rf'{ANCHOR} an optax & with_projection_decay'),
   ('anchor', optax.adam, TypeError, f'{ANCHOR} function'),
-  ('anchor_dtype', jnp.int8, TypeError, f'{DTYPE} .*int8'),
+  ('anchor_dtype', jnp.int8, TypeError, f'{DTYPE} .*int8 & {STATIC}'),
   ('anchor_dtype', 'bf16', TypeError, f"{DTYPE} 'bf16'"),
   ('anchor_dtype', jnp.complex64, TypeError, f'{DTYPE} .*complex64'),
   ('anchor_dtype', 16, TypeError, f'{DTYPE} 16'),
@@ -118,7 +119,7 @@ OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
     TypeError,
     'rule: expected an instance of spd.Rule, found an optax transformation',
   ),
-  ('group', 'enc', TypeError, "group: expected a function path -> key .*str 'enc'"),
+  ('group', 'enc', TypeError, f"group: expected a function path -> key .*str 'enc' & {STATIC}"),
   ('group', {'enc': 'a', 'head': 'b'}, TypeError, 'group: expected a function path -> key .* dict'),
   ('anchor_ema', 1, ValueError, f'anchor_ema: {FRACTION}, or None, found 1'),
   ('anchor_ema', '0.9', TypeError, f"anchor_ema: {FRACTION}, or None, found str '0.9'"),
@@ -198,7 +199,7 @@ LAYERS: list[tuple[dict[str, Any], str]] = [
   ({'stack_axis': 1.0}, f'{ALL} & enc/k: .*1.0 & int'),
   ({'stack_axis': '0'}, f"{ALL} & enc/k: .*'0' & int"),
   ({'stack_axis': True}, f'{ALL} & enc/k: .*True & int'),
-  ({'stack_axis': jnp.array(0)}, f'{ALL} & int'),
+  ({'stack_axis': jnp.array(0)}, f'{ALL} & int & static_args'),
   ({'stack_axis': {'enc': 0}}, 'head: .*missing in stack_axis & None'),
   ({'stack_axis': tree(0, 0, head=None, x=1)}, 'x: .*missing in the params'),
   ({'stack_axis': [0, None]}, f'{ALL} & stack_axis & prefix'),
@@ -215,10 +216,10 @@ LAYERS: list[tuple[dict[str, Any], str]] = [
   ({'group': {'enc/k': 'head'}.get}, 'head: a leaf, and a key & group'),
 ]
 INJECTED: list[tuple[dict[str, Any], str]] = [
-  ({'anchor': 0}, 'anchor'),
-  ({'stack_axis': 0}, f'stack_axis & {ALL}'),
-  ({'group': lambda path: 'all'}, 'group'),
-  ({'anchor_dtype': jnp.bfloat16}, 'anchor_dtype'),
+  ({'anchor': 0}, f'anchor & {STATIC}'),
+  ({'stack_axis': 0}, f'stack_axis & {ALL} & {STATIC}'),
+  ({'group': lambda path: 'all'}, f'group & {STATIC}'),
+  ({'anchor_dtype': jnp.bfloat16}, f'anchor_dtype & {STATIC}'),
 ]
 
 
