@@ -271,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
   parser.add_argument('--out', type=Path, default=Path('runs/noisy_quadratic'))
   args = parser.parse_args(arguments)
   found = panels(args.runs, args.steps)
-  results = {'held': table(found), 'sizes': sizes(args.runs // 5, CASES[: args.sizes])}
+  results = {'held': table(found), 'sizes': sizes(max(args.runs // 10, 1), CASES[: args.sizes])}
   for title, each in results.items():
     reporting.show(title, each)
   settings = {name: str(value) for name, value in vars(args).items()}
