@@ -2,8 +2,10 @@
 
 The number of devices of a process is fixed once JAX has started, so the workers of pytest-xdist
 share the tests: those with an even number (gw0, gw2, ...) have eight CPU devices, the others one.
-A test that is to run on both is two tests, `test_x[1-device]` and `test_x[8-devices]`; one that
-needs eight is `test_x[8-devices]`; any other runs once, on whichever worker is free.
+A test that is to run on both is two tests, `test_x[1-device]` and `test_x[8-devices]`. If it has
+several cases, they take turns: one runs on eight, the next on one, and the other halves are slow
+tests. A test that needs eight is `test_x[8-devices]`; any other runs once, on whichever worker is
+free.
 
     python -m pytest                                        # at least two workers
     python -m pytest -n 0                                   # one process with eight devices
@@ -15,6 +17,7 @@ In one process the tests for another number of devices are skipped.
 import os
 import re
 import tempfile
+import zlib
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
@@ -78,8 +81,11 @@ def pytest_generate_tests(metafunc):
   else:
     counts = [1, 8] if module in ON_BOTH else [1] if module in ON_ONE else []
   if counts:
-    names = ['8-devices' if count == 8 else '1-device' for count in counts]
+    names = [COUNTS[count] for count in counts]
     metafunc.parametrize('device_count', counts, ids=names, indirect=True, scope='session')
+
+
+COUNTS = {1: '1-device', 8: '8-devices'}
 
 
 def _asked_by(item):
@@ -87,8 +93,24 @@ def _asked_by(item):
   return callspec and callspec.params.get('device_count')
 
 
+def _take_turns(items):
+  """Marks as slow half of the tests that come in two: of each case one of the two."""
+  cases = {}
+  for item in items:
+    if item.module.__name__ in ON_BOTH and (asked := _asked_by(item)):
+      case = item.callspec.id.removeprefix(COUNTS[asked]).removesuffix(COUNTS[asked])
+      cases.setdefault((item.parent, item.originalname), {}).setdefault(case, {})[asked] = item
+  for by_case in cases.values():
+    # In an order of chance, so that no parameter goes with one of the counts.
+    for i, case in enumerate(sorted(by_case, key=lambda case: zlib.crc32(case.encode()))):
+      if len(by_case) > 1 and len(by_case[case]) > 1:
+        by_case[case][8 if i % 2 else 1].add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
   """Leaves out, on one device, what only a parameter of the test says is for eight."""
+  _take_turns(items)
   out = [x for x in items if _asked_by(x) == 1 and x.get_closest_marker('eight_devices')]
   if out:
     config.hook.pytest_deselected(items=out)
