@@ -97,7 +97,7 @@ def _take_turns(items):
   """Marks as slow half of the tests that come in two: of each case one of the two."""
   cases = {}
   for item in items:
-    if item.module.__name__ in ON_BOTH and (asked := _asked_by(item)):
+    if (asked := _asked_by(item)) and item.module.__name__ in ON_BOTH:
       case = item.callspec.id.removeprefix(COUNTS[asked]).removesuffix(COUNTS[asked])
       cases.setdefault((item.parent, item.originalname), {}).setdefault(case, {})[asked] = item
   for by_case in cases.values():
