@@ -12,7 +12,8 @@ in the tables is chosen on in-distribution validation data alone; *oracle* colum
 show the configuration with the best mean of both test scores, which no one can choose.
 
 The real models are loaded from packages. Each seed has its own examples, batch order and linear
-probe to start from; there are five rates from 1e-5 to 1e-3, three seeds, and a cosine decay.
+probe to start from. There are three seeds, five rates (3e-6 to 3e-4, of EfficientNet 3e-5 to 6e-4),
+and a cosine decay.
 
 Writes to `--out`: `records.jsonl`, a line for each configuration of each task; `results.json`
 and `README.md`, the tables; `pareto.png` and `ranks.png`.
@@ -60,6 +61,7 @@ DEFAULTS = {
 }
 
 ALL = TASKS | REAL
+METHODS = dict.fromkeys((*methods.METHODS, *real.METHODS))
 Result = dict[str, Any]  # title, before, records of a task
 
 
@@ -143,13 +145,16 @@ def publish(args: argparse.Namespace, results: dict[str, Result]) -> None:
   records = {name: result['records'] for name, result in results.items()}
   run = {record['method'] for found in records.values() for record in found}
   defaults = {method: setting for method, setting in DEFAULTS.items() if method in run}
+  if args.real:
+    defaults = {}  # most have one setting
   best = {name: choice.chosen(found, defaults) for name, found in records.items()}
   found = tables.all_of(records, before, best, defaults)
   sizes = {name: result['sizes'] for name, result in results.items() if 'sizes' in result}
   if sizes:
+    del found['rates'], found['settings']  # tasks have their own rates, most methods one setting
     found = {
-      'fronts': fronts.table(records, defaults),
-      'sizes': tables.by_size(records, sizes, defaults),
+      'fronts': fronts.table(records, {}),
+      'sizes': tables.by_size(records, sizes, DEFAULTS),
     } | found
   for name, table in found.items():
     reporting.show(titles.get(name, name), table)
@@ -180,7 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
   parser.add_argument('--quick', action='store_true', help='three tasks, a few steps, two seeds')
   parser.add_argument('--real', action='store_true', help='real pre-trained models')
   parser.add_argument('--tasks', nargs='+', choices=ALL, metavar='TASK', help=', '.join(ALL))
-  parser.add_argument('--methods', nargs='+', metavar='METHOD', help='default: all')
+  parser.add_argument(
+    '--methods', nargs='+', choices=METHODS, metavar='METHOD', help='Adam and some; default: all'
+  )
   parser.add_argument('--seeds', type=int, help='default: 5, of real models 3')
   parser.add_argument('--workers', type=int, default=os.cpu_count(), help='tasks at a time')
   parser.add_argument(
@@ -189,10 +196,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
   parser.add_argument('--out', type=Path, help='default: runs/compare, of real models runs/real')
   args = parser.parse_args(arguments)
   args.tasks = args.tasks or list(REAL if args.real else QUICK if args.quick else TASKS)
+  if {name in REAL for name in args.tasks} != {args.real}:
+    parser.error('tasks on real models need --real, and other tasks are not compared with them')
+  if choice.PEER not in (args.methods or [choice.PEER]):
+    parser.error(f'--methods: all are compared with {choice.PEER}, so name it, too')
   args.seeds = args.seeds or (2 if args.quick else 3 if args.real else 5)
   args.out = args.out or Path('runs', 'real' if args.real else 'compare')
   suite_rates = () if args.real else methods.RATES
   args.rates = suite_rates[1:3] if args.quick else suite_rates
+  for name in args.tasks if args.real else ():
+    maker(name)()  # builds its files here, before several processes need them
   results = each_task(run_task, args)
   publish(args, results)
   print(f'Results: {args.out}/README.md, results.json, records.jsonl, pareto.png, ranks.png')

@@ -19,11 +19,12 @@ def files(tmp_path, monkeypatch):
   """A model that knows nothing, and a task of three texts."""
   monkeypatch.setattr(packages, 'FOLDER', tmp_path)
   params = minilm.MiniLM(3, 9).init(jax.random.key(0), TOKENS)['params']
-  flat = traverse_util.flatten_dict({k: v for k, v in params.items() if k != 'head'}, sep='/')
-  np.savez(tmp_path / 'minilm.npz', **flat)
+  body = {k: v for k, v in params.items() if k != 'head'}
+  flat = traverse_util.flatten_dict({'params': body}, sep='/')
   labelled = {'tokens': TOKENS, 'labels': np.array([0, 1, 0])}
-  sets = {f'{name}/{key}': x for name in ('pool', 'test') for key, x in labelled.items()}
-  np.savez(tmp_path / 'tense.npz', **sets, **{'same/queries': TOKENS, 'same/answers': TOKENS})
+  sets = {f'tense/{name}/{key}': x for name in ('pool', 'test') for key, x in labelled.items()}
+  pairs = {'tense/same/queries': TOKENS, 'tense/same/answers': TOKENS}
+  np.savez(tmp_path / 'minilm.npz', **flat, **sets, **pairs)
 
 
 @pytest.mark.usefixtures('files')

