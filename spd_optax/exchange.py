@@ -234,9 +234,9 @@ def fingerprint(anchor: optax.Params) -> str:
     >>> spd.fingerprint({'kernel': jnp.ones((2, 3)), 'head': None})
     '8166681abccecf0956171050ebb7c4b0'
   """
-  if any(map(is_state, jax.tree.leaves(anchor, is_leaf=is_state))):
+  if anchor is None or any(map(is_state, jax.tree.leaves(anchor, is_leaf=is_state))):
     raise TypeError(
-      "fingerprint(anchor): of an optimizer state give optax.tree.get(state, 'anchor')"
+      "fingerprint(anchor): expected arrays; of a state give optax.tree.get(state, 'anchor')"
     )
   return as_text(words_of(anchor))
 

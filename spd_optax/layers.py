@@ -122,6 +122,10 @@ class Arrangement:
     paths = [params.paths[i] for i in at]
     axes = trees.values_for(self.stack_axis, params, 'stack_axis', _is_axis)
     mapped = trees.values_for(self.axis_name, params, 'axis_name', _is_axis_name)
+    checks.raise_all(
+      [f'{params.paths[i]}: {checks.kind_of(mapped[i])}' for i in at if not _names_axes(mapped[i])],
+      'axis_name: a name or a tuple of names of mapped axes, or None; found',
+    )
     stacked = _stack_axes(paths, [params.leaves[i] for i in at], [axes[i] for i in at])
     names = _layer_names(self.group, paths)
     order = {name: i for i, name in enumerate(dict.fromkeys(names))}
@@ -151,6 +155,10 @@ def _is_axis_name(value: Any) -> bool:
   return isinstance(value, str) or (
     isinstance(value, tuple) and bool(value) and all(isinstance(name, str) for name in value)
   )
+
+
+def _names_axes(value: Any) -> bool:
+  return value is None or _is_axis_name(value)
 
 
 def _layer_names(group: Group, paths: Sequence[str]) -> list[str]:

@@ -106,6 +106,25 @@ def test_results_have_all_tables_and_pictures(run: Any) -> None:
     assert (out / name).read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (['--tasks', 'handwriting'], '--real'),
+    (['--real', '--tasks', 'handwriting', 'tumours'], '--real'),
+    (['--methods', 'L2-SP'], 'Adam'),
+    (['--methods', 'Adam', 'L2SP'], 'invalid choice'),
+  ],
+  ids=['real without --real', 'mixed', 'without Adam', 'typing error'],
+)
+def test_what_cannot_be_compared(
+  arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """Catches hours of training before a table that cannot be made."""
+  with pytest.raises(SystemExit):
+    compare.main(arguments)
+  assert message in capsys.readouterr().err
+
+
 # The cache.
 
 

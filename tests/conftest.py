@@ -110,11 +110,11 @@ def _take_turns(items):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
   """Leaves out, on one device, what only a parameter of the test says is for eight."""
-  _take_turns(items)
   out = [x for x in items if _asked_by(x) == 1 and x.get_closest_marker('eight_devices')]
   if out:
     config.hook.pytest_deselected(items=out)
     items[:] = [item for item in items if item not in set(out)]
+  _take_turns(items)
 
 
 def pytest_runtest_setup(item):

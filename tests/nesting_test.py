@@ -18,7 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import spd_optax as spd
 
 every_public = pytest.mark.parametrize('case', PUBLIC.values(), ids=PUBLIC)
-every_anchor = pytest.mark.parametrize('explicit', [False, True], ids=['captured', 'tree'])
+tree = pytest.param(True, id='tree', marks=pytest.mark.slow)
+every_anchor = pytest.mark.parametrize('explicit', [pytest.param(False, id='captured'), tree])
 WHOLE = {'body': True, 'head': True}
 
 # Wrappers that change nothing for these gradients.

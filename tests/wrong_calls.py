@@ -192,6 +192,8 @@ def first_part(path: str) -> str:
 
 
 LAYERS: list[tuple[dict[str, Any], str]] = [
+  ({'axis_name': 3}, f'{ALL} & axis_name: a name .* & int 3'),
+  ({'axis_name': lambda path, leaf: 0}, f'{ALL} & axis_name: a name .* & int 0'),
   ({'stack_axis': 2}, rf'{ALL} & enc/k: .*2.*\(2, 3\) & None'),
   ({'stack_axis': -3}, rf'{ALL} & enc/k: .*-3.*\(2, 3\)'),
   ({'stack_axis': 0}, r'head: .*0.*\(\) & None'),

@@ -260,6 +260,7 @@ EXCHANGE: Table = [
   ('reanchor.params', lambda: spd.reanchor(STATE, as_type(complex)), ValueError, ALL),
   ('reanchor.params', lambda: spd.reanchor(STATE, every('x')), TypeError, f'{NO_ARRAYS} & {ALL}'),
   ('reanchor.params', lambda: spd.reanchor(STATE, STRUCTS), TypeError, f'{ALL} & without values'),
+  ('fingerprint.anchor', lambda: spd.fingerprint(None), TypeError, 'expected arrays'),
   ('fingerprint.anchor', lambda: spd.fingerprint(STATE), TypeError, 'state give optax.tree.get'),
   ('fingerprint.anchor', lambda: spd.fingerprint({'a': 'x'}), TypeError, "a: str 'x'"),
   ('fingerprint.anchor', lambda: spd.fingerprint({'a': Tensor()}), TypeError, 'a: .*Tensor'),
