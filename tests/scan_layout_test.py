@@ -122,8 +122,13 @@ FORMS = {
   'exact': (lambda anchor, **kw: spd.with_projection_decay(ADAM, anchor, **kw), update),
   'exact, apply': (lambda anchor, **kw: spd.with_projection_decay(ADAM, anchor, **kw), apply),
 }
-RUNS = [(form, anchored) for form in ('in the chain', 'exact') for anchored in (False, True)]
-RUNS.append(('exact, apply', True))
+RUNS = [
+  ('in the chain', False),
+  pytest.param('in the chain', True, marks=pytest.mark.slow),
+  pytest.param('exact', False, marks=pytest.mark.slow),
+  ('exact', True),
+  ('exact, apply', True),
+]
 every_run = pytest.mark.parametrize(('form', 'anchored'), RUNS)
 every_axis = pytest.mark.parametrize('axis', [0, 1])
 
