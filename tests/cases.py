@@ -164,7 +164,7 @@ def assert_same_kind(*trees: Any) -> None:
 
 FORMS = {
   'in the chain': lambda anchor=None, **kw: optax.chain(spd.projection_decay(anchor, **kw), ADAM),
-  'exact': lambda anchor=None, **kw: spd.with_projection_decay(ADAM, anchor, **kw),
+  'around': lambda anchor=None, **kw: spd.with_projection_decay(ADAM, anchor, **kw),
 }
 every_form = pytest.mark.parametrize('make', FORMS.values(), ids=FORMS)
 

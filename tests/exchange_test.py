@@ -30,9 +30,12 @@ def in_chain(anchor=None, **options):
 
 def twice(anchor=None, **options):
   """Two states with an anchor, each with a part of the params."""
-  kinds = {'body': 'exact', 'head': 'uniform'}
+  kinds = {'body': 'projection', 'head': 'uniform'}
   return optax.partition(
-    {'exact': spd.with_projection_decay(ADAM, anchor, **options), 'uniform': spd.l2_sp(anchor)},
+    {
+      'projection': spd.with_projection_decay(ADAM, anchor, **options),
+      'uniform': spd.l2_sp(anchor),
+    },
     kinds,
   )
 

@@ -34,8 +34,10 @@ class Form(NamedTuple):
 
 
 FORMS = {
-  'form 1': Form(lambda anchor=None: optax.chain(spd.projection_decay(anchor, 3.0), ADAM)),
-  'form 2': Form(lambda anchor=None: spd.with_projection_decay(ADAM, anchor)),
+  'projection_decay': Form(
+    lambda anchor=None: optax.chain(spd.projection_decay(anchor, 3.0), ADAM)
+  ),
+  'with_projection_decay': Form(lambda anchor=None: spd.with_projection_decay(ADAM, anchor)),
   'apply': Form(lambda anchor=None: spd.with_projection_decay(ADAM, anchor), applies=True),
   'l2_sp': Form(lambda anchor=None: optax.chain(spd.l2_sp(anchor), ADAM)),
 }
@@ -183,14 +185,14 @@ def test_a_bad_step_that_is_skipped_never_was(form, bad):
 
 def test_a_step_that_a_loss_scale_takes_back_never_was():
   """Catches a state that cannot be chosen leaf by leaf, as a loss scale does it."""
-  tx, step = compiled(FORMS['form 2'])
+  tx, step = compiled(FORMS['with_projection_decay'])
 
   found = (START, tx.init(START))
   for gradients in (scaled_too_far(0), noise(0), scaled_too_far(1), noise(1)):
     finite = all(np.isfinite(g).all() for g in gradients.values())
     taken_back = functools.partial(jnp.where, finite)
     found = jax.tree.map(taken_back, step(*found, gradients), found)
-  assert bits(found) == bits(trained(FORMS['form 2'], 2))
+  assert bits(found) == bits(trained(FORMS['with_projection_decay'], 2))
 
 
 @every_spd
@@ -288,7 +290,9 @@ def test_a_following_anchor_does_not_follow_params_that_are_not_finite():
   np.testing.assert_array_equal(found, np.where(mask, usual, old))
 
 
-@pytest.mark.parametrize('make', [spd.projection_decay, around_sgd], ids=['form 1', 'form 2'])
+@pytest.mark.parametrize(
+  'make', [spd.projection_decay, around_sgd], ids=['projection_decay', 'with_projection_decay']
+)
 def test_a_strength_that_is_not_finite_holds_nothing(make):
   """Catches NaN from a schedule that reaches the params."""
   tx, plain = make(START, lambda count: jnp.array([NAN, INF])[count]), make(START, 0.0)
@@ -302,7 +306,7 @@ def test_a_strength_that_is_not_finite_holds_nothing(make):
 def test_counters_saturate():
   """Catches a count that wraps around to 0 after 2³¹ steps: None would be captured again."""
   largest = np.iinfo(np.int32).max
-  form = FORMS['form 2']
+  form = FORMS['with_projection_decay']
   params, state = trained(form)
   state = optax.tree.set(state, count=jnp.int32(largest - 1))
   constrained = {name: jnp.int32(largest - 1) for name in 'ab'}

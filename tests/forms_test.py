@@ -106,7 +106,7 @@ def ratios(report: dict[str, reference.Held]) -> dict[str, Any]:
 
 @given(problems())
 def test_with_projection_decay_is_the_reference(problem: Problem) -> None:
-  """Catches a wrong sum, slice, group, sign, margin or anchor in form 2, on any tree."""
+  """Catches a wrong sum, slice, group, sign, margin or anchor, on any tree."""
   p = problem
   after, report = reference.with_projection_decay(
     p.params, p.gradients, p.updates, p.anchors, p.strength, **p.layout
@@ -123,7 +123,7 @@ def test_with_projection_decay_is_the_reference(problem: Problem) -> None:
 
 @given(problems())
 def test_projection_decay_is_the_reference(problem: Problem) -> None:
-  """Catches a wrong sum, slice, group, sign, margin or anchor in form 1, on any tree."""
+  """Catches a wrong sum, slice, group, sign, margin or anchor, on any tree."""
   p = problem
   with x64():
     turned, report = reference.projection_decay(
@@ -212,7 +212,7 @@ def test_the_first_step_from_the_anchor_is_free(form: str, anchor: Any) -> None:
   assert not optax.tree.get(state, 'condition')['w']
 
 
-def test_form_1_reports_no_pull_where_there_is_none() -> None:
+def test_projection_decay_reports_no_pull_where_there_is_none() -> None:
   """Catches a ratio ("the size of the pull") of `margin` at the anchor and without a gradient."""
   params, gradients = {'w': jnp.ones(3), 'z': jnp.ones(3)}, {'w': jnp.ones(3), 'z': jnp.zeros(3)}
   tx = spd.projection_decay({'w': jnp.ones(3), 'z': jnp.zeros(3)}, margin=0.1)

@@ -93,7 +93,7 @@ def test_margin_by_hand():
 
 @given(layers(), margins)
 def test_margin_means_cosine_above_minus_margin(layer, margin):
-  """Catches a condition and a cosine that disagree: form 1 needs both."""
+  """Catches a condition and a cosine that disagree: `projection_decay` needs both."""
   inner, gradient_norm, distance = layer
   with x64():
     held = formulas.not_clearly_outward(*arrays(inner, gradient_norm, distance), margin)

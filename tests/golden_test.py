@@ -53,7 +53,7 @@ def load(case: str) -> Golden:
 
 
 def wrapper(golden: Golden) -> optax.GradientTransformationExtraArgs:
-  """Form 2."""
+  """`with_projection_decay`."""
   strength = golden.hyper['strength']
   return spd.with_projection_decay(optax.adam(**golden.adam), golden.anchor, strength)
 

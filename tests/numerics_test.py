@@ -279,7 +279,9 @@ def test_a_step_can_be_differentiated(form: Any) -> None:
 
 CHAINS = {
   'in the chain': lambda anchor: optax.chain(spd.projection_decay(anchor), optax.sgd(0.1)),
-  'exact': lambda anchor: spd.with_projection_decay(optax.sgd(0.1, momentum=0.9), anchor),
+  'with_projection_decay': lambda anchor: spd.with_projection_decay(
+    optax.sgd(0.1, momentum=0.9), anchor
+  ),
 }
 
 

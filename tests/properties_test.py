@@ -33,13 +33,13 @@ class Step(NamedTuple):
   updates: Any  # of the inner optimizer
 
 
-def form1(step: Step, strength: Any = 1.0, margin: Any = 0.0, **options: Any) -> Any:
+def in_chain(step: Step, strength: Any = 1.0, margin: Any = 0.0, **options: Any) -> Any:
   """g', and SPD's state."""
   tx = spd.projection_decay(step.anchor, strength, margin=margin, **options)
   return tx.update(step.gradients, tx.init(step.params), step.params)
 
 
-def form2(step: Step, strength: Any = 1.0, **options: Any) -> Any:
+def around(step: Step, strength: Any = 1.0, **options: Any) -> Any:
   """The update after SPD, and SPD's state."""
   tx = spd.with_projection_decay(GIVEN, step.anchor, strength, **options)
   state = tx.init(step.params)
@@ -55,7 +55,7 @@ def applied(step: Step, strength: Any = 1.0, **options: Any) -> Any:
   return found, state.projection_decay
 
 
-every_form = pytest.mark.parametrize('form', [form1, form2])
+every_form = pytest.mark.parametrize('form', [in_chain, around])
 
 
 @functools.cache
@@ -132,8 +132,8 @@ POWERS = st.integers(-30, 30)
 def test_scaling(form, margin, seed, of_loss, of_params):
   """Catches an ε in a denominator, and c or r that depend on a unit: to the bit.
 
-  Scaled by powers of two, of the loss and of the params: form 1 gives the gradient in the
-  one scale, form 2 the update in the other.
+  Scaled by powers of two, of the loss and of the params: `projection_decay` gives the gradient in
+  the one scale, `with_projection_decay` the update in the other.
   """
   step = drawn(seed)
   loss, weights = np.float32(2.0**of_loss), np.float32(2.0**of_params)
@@ -144,7 +144,7 @@ def test_scaling(form, margin, seed, of_loss, of_params):
     )
   )
   (found, state), (expected, usual) = (jitted(form, ('margin', margin))(s) for s in (scaled, step))
-  scale = loss if form is form1 else weights
+  scale = loss if form is in_chain else weights
   assert bits(found) == bits(each(lambda x: x * scale, expected))
   assert bits((state.condition, state.ratio)) == bits((usual.condition, usual.ratio))
   assert bits(state.distance) == bits(each(lambda x: x * weights, usual.distance))
@@ -167,7 +167,7 @@ def test_the_radius(apply, seed, margin, strengths):
   """
   with x64():
     step = drawn(seed, dtype=np.float64)
-    one = jitted(applied if apply else form2)
+    one = jitted(applied if apply else around)
     before = radius(step.params, step.anchor)
     last = inner = radius(each(np.add, step.params, step.updates), step.anchor)
     for strength in [0.0, *sorted(strengths), 1.0]:
@@ -212,13 +212,13 @@ def sized(seed: int, *powers: int) -> Step:
 
 
 @given(SEEDS, SIZES, SIZES)
-def test_form_1_is_exact_or_free_at_extreme_sizes(seed, of_gradient, of_deviation):
+def test_projection_decay_is_exact_or_free_at_extreme_sizes(seed, of_gradient, of_deviation):
   """Catches NaN, ∞, a pull on a layer that counts as free, and one that is beyond its bound.
 
   Where a norm leaves float32 the layer is not held; near the limits a pull may be too weak.
   """
   step = sized(seed, of_deviation, of_gradient, 0)
-  found, state = jitted(form1)(step)
+  found, state = jitted(in_chain)(step)
   exact = [each(np.float64, tree) for tree in step[:3]]
   expected, report = reference.projection_decay(*exact)
   held, size = bool(state.condition['w']), np.linalg.norm(exact[1]['w'])
@@ -234,13 +234,15 @@ def test_form_1_is_exact_or_free_at_extreme_sizes(seed, of_gradient, of_deviatio
 
 
 @given(SEEDS, SIZES, SIZES, SIZES)
-def test_form_2_is_exact_or_free_at_extreme_sizes(seed, of_params, of_gradient, of_update):
+def test_with_projection_decay_is_exact_or_free_at_extreme_sizes(
+  seed, of_params, of_gradient, of_update
+):
   """Catches NaN, ∞, and a layer that SPD carries farther away than the inner optimizer does.
 
   Gradients of any size are compared; only their product with the deviation must be in float32.
   """
   step = sized(seed, of_params, of_gradient, of_update)
-  found, state = jitted(form2)(step)
+  found, state = jitted(around)(step)
   params, gradients, anchor, updates = (each(np.float64, tree) for tree in step)
   expected, report = reference.with_projection_decay(params, gradients, updates, anchor)
   after, inner = params['w'] + np.float64(found['w']), params['w'] + updates['w']

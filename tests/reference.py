@@ -112,7 +112,7 @@ def with_projection_decay(
 
 
 def pull(cos: float, margin: float) -> float:
-  """φ(cos, m) = max(0, cos + m): how strongly form 1 pulls home, relative to ‖g‖."""
+  """φ(cos, m) = max(0, cos + m): how strongly `projection_decay` pulls home, relative to ‖g‖."""
   return max(0.0, cos + margin)
 
 
