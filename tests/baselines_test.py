@@ -148,6 +148,13 @@ def test_interpolate_is_exact_at_both_ends(dtype: Any) -> None:
   chex.assert_trees_all_equal_dtypes(spd.interpolate(start, params, jnp.float32(0.5)), params)
 
 
+def test_interpolate_at_an_end_ignores_the_other() -> None:
+  """Catches 0 · ∞, which is NaN."""
+  odd, even = {'w': jnp.array([jnp.inf, jnp.nan])}, {'w': jnp.array([1.0, 2.0])}
+  np.testing.assert_array_equal(spd.interpolate(odd, even, 1.0)['w'], even['w'])
+  np.testing.assert_array_equal(spd.interpolate(even, odd, 0.0)['w'], even['w'])
+
+
 def test_interpolate_computes_in_float32() -> None:
   """Catches α rounded to the params' dtype: 0.999 is 1 in bfloat16."""
   start, params = jnp.full(3, 256.0, jnp.bfloat16), jnp.zeros(3, jnp.bfloat16)

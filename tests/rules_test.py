@@ -571,3 +571,16 @@ def test_a_bad_strength_holds_nothing_whatever_the_rule(make):
   updates, state = tx.update(normal(1), tx.init(normal(0)), normal(0))
   assert bits(updates) == bits(plain.update(normal(1), plain.init(normal(0)), normal(0))[0])
   assert not any(own(state).condition.values())
+
+
+@pytest.mark.parametrize('jit', [True, False], ids=['jit', 'eager'])
+def test_a_gradient_of_nan_leaves_the_numbers_of_a_rule_alone(jit):
+  """Catches a running mean that is NaN for good after one step."""
+  optimizer = around(HoldIfSteady())
+  params = jax.tree.map(jnp.ones_like, normal(0))
+  update = jax.jit(optimizer.update) if jit else optimizer.update
+  _, state = update(normal(1), optimizer.init(params), params)
+  before = spd_state(state).rule_state
+  gradients = jax.tree.map(lambda g: g * jnp.nan, normal(2))
+  _, state = update(gradients, state, params)
+  assert bits(spd_state(state).rule_state) == bits(before)

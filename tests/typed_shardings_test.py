@@ -114,3 +114,12 @@ def test_a_whole_anchor_inside_shard_map_is_named(make):
   )
   with pytest.raises(ValueError, match='each leaf of the anchor must be an array like the param'):
     jax.eval_shape(inside, normal(0)['scale'])
+
+
+def test_init_on_an_explicit_mesh_outside_of_the_shard_map_it_is_for(device_count):
+  """Catches sums over mapped axes where no axis is mapped."""
+  on = mesh(AxisType.Explicit, device_count)
+  params = jax.device_put(jnp.ones((8, 4)), NamedSharding(on, P('x')))
+  with jax.set_mesh(on):
+    state = spd.projection_decay(axis_name='x').init(params)
+  assert {key: x.shape for key, x in state.condition.items()} == {'': ()}
