@@ -146,14 +146,13 @@ def publish(args: argparse.Namespace, results: dict[str, Result]) -> None:
   run = {record['method'] for found in records.values() for record in found}
   defaults = {method: setting for method, setting in DEFAULTS.items() if method in run}
   if args.real:
-    defaults = {}  # most have one setting
+    defaults = {}  # most methods have one setting there
   best = {name: choice.chosen(found, defaults) for name, found in records.items()}
   found = tables.all_of(records, before, best, defaults)
   sizes = {name: result['sizes'] for name, result in results.items() if 'sizes' in result}
   if sizes:
-    del found['rates'], found['settings']  # tasks have their own rates, most methods one setting
     found = {
-      'fronts': fronts.table(records, {}),
+      'fronts': fronts.table(records),
       'sizes': tables.by_size(records, sizes, DEFAULTS),
     } | found
   for name, table in found.items():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from suite import jobs, minilm, packages
+from suite import features, jobs, minilm, packages
 
 pytestmark = pytest.mark.examples
 TOKENS = np.array([[1, 2, 3, 0, 0], [4, 5, 6, 7, 1], [2, 8, 0, 0, 0]], np.int32)
@@ -109,6 +109,6 @@ def test_hidden_states_are_those_of_another_implementation(tmp_path):
   seen = (tokens != 0)[:, :, None]
   states = model(tokens, attention_mask=seen[..., 0]).last_hidden_state
   np.testing.assert_allclose(found, (states * seen).sum(1) / seen.sum(1), atol=1e-4)
-  cosines = minilm.unit(found) @ minilm.unit(found).T
+  cosines = features.unit(found) @ features.unit(found).T
   assert cosines[0, 1] == pytest.approx(0.943, abs=1e-3)  # as the model's own page says
   assert cosines[0, 2] < 0.2

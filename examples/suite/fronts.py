@@ -20,17 +20,10 @@ def base(record: Record) -> str:
   return PEER if name == WISE_FT else name.removesuffix(f' + {WISE_FT}')
 
 
-def points(
-  records: Sequence[Record], method: str, setting: Mapping[str, float] | None = None
-) -> np.ndarray:
-  """(ID, OOD) of every configuration of a method, of one setting or all: [n, 2], seeds' means."""
-  found = [
-    (choice.mean(record, ID), choice.mean(record, OOD))
-    for record in records
-    if base(record) == method
-    and (setting is None or setting == {k: v for k, v in record['setting'].items() if k != 'alpha'})
-  ]
-  return np.array(found).reshape(-1, 2)
+def points(records: Sequence[Record], method: str) -> np.ndarray:
+  """(ID, OOD) of every configuration of a method, means over seeds: [n, 2]."""
+  found = [record for record in records if base(record) == method]
+  return np.array([(choice.mean(record, ID), choice.mean(record, OOD)) for record in found])
 
 
 def front(found: np.ndarray, levels: np.ndarray) -> np.ndarray:
@@ -39,34 +32,27 @@ def front(found: np.ndarray, levels: np.ndarray) -> np.ndarray:
   return np.array([values.max() if len(values) else np.nan for values in best])
 
 
-def differences(
-  records: Sequence[Record], method: str, setting: Mapping[str, float] | None = None
-) -> np.ndarray:
+def differences(records: Sequence[Record], method: str) -> np.ndarray:
   """A method's front minus Adam's at each of the levels `BELOW`."""
-  adam, own = points(records, PEER), points(records, method, setting)
+  adam, own = points(records, PEER), points(records, method)
   levels = adam[:, 0].max() - np.array(BELOW)
   return front(own, levels) - front(adam, levels)
 
 
-def table(
-  records: Mapping[str, Sequence[Record]], settings: Mapping[str, Mapping[str, float]]
-) -> dict[str, dict[str, str]]:
-  """A row for each method, with all its settings, and for those in `settings` one more with one.
+def table(records: Mapping[str, Sequence[Record]]) -> dict[str, dict[str, str]]:
+  """A row for each method.
 
   For each task: the best ID minus Adam's, and the mean difference of the fronts over the levels
   that the method reaches, with their number. Fronts are chosen on test data, for all alike.
   """
-  methods = dict.fromkeys(base(record) for each in records.values() for record in each)
-  rows = {}
-  for method in methods:
-    for setting in (None, settings[method]) if method in settings else (None,):
-      row = rows[method if setting is None else f'{method}, {choice.shown(dict(setting))}'] = {}
-      for task, each in records.items():
-        own, adam = points(each, method, setting), points(each, PEER)
-        found = differences(each, method, setting)
-        known = found[~np.isnan(found)]
-        row['configurations'] = str(len(own))
-        row[f'{task}: best ID − Adam'] = f'{own[:, 0].max() - adam[:, 0].max():.1f}'
-        mean = f'{known.mean():.1f} ({len(known)} of {len(found)})' if len(known) else '–'
-        row[f'{task}: OOD − Adam'] = mean
+  rows: dict[str, dict[str, str]] = {}
+  for task, each in records.items():
+    best = points(each, PEER)[:, 0].max()
+    for method in dict.fromkeys(map(base, each)):
+      own, found = points(each, method), differences(each, method)
+      known = found[~np.isnan(found)]
+      row = rows.setdefault(method, {'configurations': str(len(own))})
+      row[f'{task}: best ID − Adam'] = f'{own[:, 0].max() - best:.1f}'
+      mean = f'{known.mean():.1f} ({len(known)} of {len(found)})' if len(known) else '–'
+      row[f'{task}: OOD − Adam'] = mean
   return rows

