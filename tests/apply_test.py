@@ -24,18 +24,24 @@ def around(anchor='captured', **options):
   return spd.with_projection_decay(ADAM, ANCHORS[anchor](normal(0)), **options)
 
 
+OPTIONS = {
+  'plain': {},
+  'options': {'strength': 0.5, 'margin': 0.1},
+  'group': {'group': lambda path: 'all'},
+  'stacked': {'stack_axis': {'body': 0, 'head': None}},
+  'schedule': {'strength': lambda count: 0.1 * count},
+}
+
+
 @pytest.mark.parametrize(
-  'options',
+  ('anchor', 'options'),
   [
-    {},
-    {'strength': 0.5, 'margin': 0.1},
-    {'group': lambda path: 'all'},
-    {'stack_axis': {'body': 0, 'head': None}},
-    {'strength': lambda count: 0.1 * count},
+    pytest.param(anchor, OPTIONS[name], id=f'{anchor}-{name}', marks=marks)
+    for anchor in ANCHORS
+    for name in OPTIONS
+    for marks in [() if name == 'plain' or anchor == 'captured' else pytest.mark.slow]
   ],
-  ids=['plain', 'options', 'group', 'stacked', 'schedule'],
 )
-@pytest.mark.parametrize('anchor', ANCHORS)
 def test_it_is_update_and_apply_updates(anchor, options):
   """Catches θ where θ̃ belongs, a leaf that is left out, and a state that lags behind."""
   tx = around(anchor, **options)

@@ -62,7 +62,7 @@ CHOSEN = int(os.environ.pop('JAX_NUM_CPU_DEVICES', 8))
 DEVICES = devices_of(WORKER) if WORKER else CHOSEN
 jax.config.update('jax_num_cpu_devices', DEVICES)
 
-hypothesis.settings.register_profile('default', deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.register_profile('default', deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.register_profile('nightly', deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'default'))
 

@@ -53,7 +53,12 @@ def test_each_layer_is_held_at_some_steps_and_free_at_others(make, anchor):
 
 @pytest.mark.parametrize(
   ('name', 'anchor'),
-  [('FSDP', 'captured'), ('tensor', 'tree'), ('FSDP x tensor', 'tree'), ('explicit', 'captured')],
+  [
+    ('FSDP', 'captured'),
+    pytest.param('tensor', 'tree', marks=pytest.mark.slow),
+    ('FSDP x tensor', 'tree'),
+    ('explicit', 'captured'),
+  ],
 )
 @every_form
 def test_under_jit(make, name, anchor):

@@ -1,4 +1,4 @@
-"""What holds for every layer, gradient and step: 50 examples each, 1,000 in the nightly profile."""
+"""What holds for every layer, gradient and step: 30 examples each, 1,000 in the nightly profile."""
 
 import functools
 from typing import Any, NamedTuple

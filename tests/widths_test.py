@@ -3,6 +3,8 @@
 Params, gradients and anchors are multiples of 1/64, which every dtype holds exactly.
 """
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +17,15 @@ FLOATS = ('float64', 'float32', 'bfloat16', 'float16')
 COMPLEX = ('complex64', 'complex128')
 SHAPE = (3, 4)
 FACTORS = (-1.0, -1.0, 0.25)  # gradients by the deviation at the start: away, away, and home
-every_case = pytest.mark.parametrize('case', CASES.values(), ids=CASES)
 DISTINCT = ('projection_decay', 'with_projection_decay', 'adam_spd, margin 0.05', 'apply', 'l2_sp')
 # The others sum the same, or less.
+every_case = pytest.mark.parametrize(
+  'case',
+  [
+    pytest.param(case, id=name, marks=() if name in DISTINCT else pytest.mark.slow)
+    for name, case in CASES.items()
+  ],
+)
 distinct = pytest.mark.parametrize('case', [CASES[name] for name in DISTINCT], ids=DISTINCT)
 layered = pytest.mark.parametrize(
   'case', [CASES[name] for name in DISTINCT[:-1]], ids=DISTINCT[:-1]
@@ -105,13 +113,19 @@ def assert_meets_the_reference(case, pairs, anchor, jit, anchor_dtype=None, opti
 
 PAIRS = [(of_param, of_gradient) for of_param in FLOATS for of_gradient in FLOATS]
 FEW = [pair for pair in PAIRS if 'float16' not in pair][:-1]
+SAME = [(dtype, dtype) for dtype in FLOATS]
+# Every width on each side; wider, narrower and alike.
+SOME = [*SAME[:2], *pairwise(FLOATS), *pairwise(reversed(FLOATS))]
 
 
+@pytest.mark.parametrize(
+  'pairs', [SOME, pytest.param(PAIRS, marks=pytest.mark.slow)], ids=['some', 'all']
+)
 @runs
 @every_case
-def test_params_and_gradients_of_two_widths(case, anchor, jit):
+def test_params_and_gradients_of_two_widths(case, anchor, jit, pairs):
   """Catches sums of two float widths in one reduction, which XLA refuses where a CPU is alone."""
-  assert_meets_the_reference(case, PAIRS, anchor, jit)
+  assert_meets_the_reference(case, pairs, anchor, jit)
 
 
 @pytest.mark.parametrize('dtypes', PAIRS, ids='-'.join)
@@ -120,23 +134,22 @@ def test_a_single_leaf_of_two_widths(dtypes):
   assert_meets_the_reference(CASES['projection_decay'], [dtypes], 'tree', True)
 
 
+@pytest.mark.parametrize('anchor', ['tree', pytest.param('captured', marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
   'anchor_dtype',
   ['float64', *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in FLOATS[1:])],
 )
 @distinct
-def test_anchors_of_another_width(case, anchor_dtype):
+def test_anchors_of_another_width(case, anchor_dtype, anchor):
   """Catches an anchor wider than its param, or narrower, that ends in XLA, or is not stored so."""
-  pairs = [(dtype, dtype) for dtype in FLOATS] + [('float32', 'float64'), ('float64', 'float32')]
-  for anchor in ('tree', 'captured') if anchor_dtype == 'float64' else ('tree',):
-    assert_meets_the_reference(case, pairs, anchor, True, anchor_dtype)
+  pairs = [*SAME, ('float32', 'float64'), ('float64', 'float32')]
+  assert_meets_the_reference(case, pairs, anchor, True, anchor_dtype)
 
 
 @distinct
 def test_wide_anchors_without_jit(case):
   """Catches the same where each operation is compiled by itself."""
-  pairs = [(dtype, dtype) for dtype in FLOATS]
-  assert_meets_the_reference(case, pairs, 'tree', False, 'float64')
+  assert_meets_the_reference(case, SAME, 'tree', False, 'float64')
 
 
 @layered
