@@ -12,8 +12,8 @@ in the tables is chosen on in-distribution validation data alone; *oracle* colum
 show the configuration with the best mean of both test scores, which no one can choose.
 
 The real models are loaded from packages. Each seed has its own examples, batch order and linear
-probe to start from. There are three seeds, five rates (3e-6 to 3e-4, of EfficientNet 3e-5 to 6e-4),
-and a cosine decay.
+probe to start from. There are three seeds, some rates (3e-6 to 3e-4, of EfficientNet 1e-4 to 1e-3),
+a warm-up over a tenth of the steps and a cosine decay.
 
 Writes to `--out`: `records.jsonl`, a line for each configuration of each task; `results.json`
 and `README.md`, the tables; `pareto.png` and `ranks.png`.
@@ -37,7 +37,7 @@ import comparison
 import reporting
 from suite import cache, choice, fronts, jobs, methods, pictures, real, tables
 from suite.methods import Method
-from suite.tasks import Params, Task
+from suite.tasks import Params, Task, cosine
 
 # By the module of the suite that makes them. The slowest first, so that no core waits for another
 # at the end.
@@ -58,6 +58,7 @@ QUICK = ('digits_mlp', 'code_to_prose', 'tumours')
 DEFAULTS = {
   'projection_decay': comparison.DEFAULT,
   'adam_spd': comparison.ADAM_SPD,
+  'SignificantProjection': {'z': 0.0},
 }
 
 ALL = TASKS | REAL
@@ -79,7 +80,7 @@ def compared(args: argparse.Namespace) -> dict[str, Method]:
 
 def run_task(name: str, args: argparse.Namespace) -> Result:
   """All methods on one task, as far as they are not in the cache."""
-  task = scaled(maker(name)(), args.quick)
+  task = scaled(maker(name)(), args.quick, args.no_warmup)
   start_from = foundation(name, task, args)
   rates = args.rates or task.rates
   common = {
@@ -88,6 +89,7 @@ def run_task(name: str, args: argparse.Namespace) -> Result:
     'steps': task.steps,
     'pretrain_steps': task.pretrain_steps,
     'at_once': args.at_once,
+    'pace': task.pace,
   }
   before = jobs.measure(task, start_from, np.arange(args.seeds), args.seeds)
   records = []
@@ -123,8 +125,9 @@ def foundation(name: str, task: Task, args: argparse.Namespace) -> Params:
   )
 
 
-def scaled(task: Task, quick: bool) -> Task:
-  """The task, with few steps if it is to be quick."""
+def scaled(task: Task, quick: bool, no_warmup: bool = False) -> Task:
+  """The task, with few steps if it is to be quick; or with a cosine decay alone."""
+  task = task._replace(pace=cosine(0, 10)) if no_warmup else task
   return task._replace(steps=20, pretrain_steps=40) if quick else task
 
 
@@ -183,6 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
   )
   parser.add_argument('--quick', action='store_true', help='three tasks, a few steps, two seeds')
   parser.add_argument('--real', action='store_true', help='real pre-trained models')
+  parser.add_argument('--no-warmup', action='store_true', help='of real models: only the decay')
   parser.add_argument('--tasks', nargs='+', choices=ALL, metavar='TASK', help=', '.join(ALL))
   parser.add_argument(
     '--methods', nargs='+', choices=METHODS, metavar='METHOD', help='Adam and some; default: all'
@@ -197,6 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
   args.tasks = args.tasks or list(REAL if args.real else QUICK if args.quick else TASKS)
   if {name in REAL for name in args.tasks} != {args.real}:
     parser.error('tasks on real models need --real, and other tasks are not compared with them')
+  if args.no_warmup and not args.real:
+    parser.error('--no-warmup needs --real: other tasks have a constant learning rate')
   if choice.PEER not in (args.methods or [choice.PEER]):
     parser.error(f'--methods: all are compared with {choice.PEER}, so name it, too')
   args.seeds = args.seeds or (2 if args.quick else 3 if args.real else 5)

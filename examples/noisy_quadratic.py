@@ -54,7 +54,6 @@ from scipy import integrate, optimize, stats
 
 import reporting
 import spd_optax as spd
-from suite.significance import SignificantProjection
 
 RATE, DISTANCE = 0.002, 300.0  # h = σ = 1
 MOMENTA = (0.0, 0.5, 0.8, 0.9, 0.95)
@@ -169,7 +168,7 @@ def rules(inner: optax.GradientTransformation) -> dict[str, tuple[Any, bool]]:
   def around(**options: Any) -> Any:
     return spd.with_projection_decay(inner, 0, **options)
 
-  significant = SignificantProjection
+  significant = spd.SignificantProjection
   layers = {'stack_axis': lambda path, leaf: 0 if leaf.ndim > 1 else None}
   return {
     'alone': (inner, False),

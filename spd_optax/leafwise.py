@@ -66,6 +66,9 @@ def sums(
   if after is not None and 'after' in needed:
     d_after = deviation(after, anchor)
     terms['after'] = _products(d_after, d_after)
+  if after is not None and 'step' in needed:
+    step = after - at_least_float32(param)
+    terms['step'] = _products(step, step)
   return {name: sum_of(x, stack_axis) for name, x in terms.items()}
 
 

@@ -144,9 +144,9 @@ def l2_sp(
 
 def _link(engine: Engine) -> optax.GradientTransformationExtraArgs:
   """A link of a chain that changes the gradients of held layers."""
-  if 'after' in engine.rule.needs:
+  if unseen := sorted({'after', 'step'} & set(engine.rule.needs)):
     raise ValueError(
-      f"rule: {type(engine.rule).__name__} needs 'after', which a link of a chain never sees; "
+      f'rule: {type(engine.rule).__name__} needs {unseen}, which a link of a chain never sees; '
       'use with_projection_decay(optimizer, rule=…)'
     )
 

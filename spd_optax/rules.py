@@ -49,7 +49,7 @@ class Rule:
 
   Attributes:
     needs: what `decide` needs to know of a layer besides 'inner' and 'distance': any of
-      'gradient_norm' and 'after'. Only a rule around an optimizer may ask for 'after'.
+      'gradient_norm', 'after' and 'step'. Only a rule around an optimizer may ask for the last two.
     numbers: the numbers of its own that the rule keeps for each layer, by name, and their
       values before the first update. They are float32, and reports show them by name. Where a
       new value is not finite, as after a NaN gradient, the old one stays.
@@ -86,8 +86,8 @@ class Rule:
     """Decides for one layer, or for the slices of a stacked one.
 
     Args:
-      norms: 'inner' is ⟨g, d⟩, 'distance' ‖d‖, 'gradient_norm' ‖g‖ and 'after' ‖θ̃ − θ_0‖, in
-        float32 or wider.
+      norms: 'inner' is ⟨g, d⟩, 'distance' ‖d‖, 'gradient_norm' ‖g‖, 'after' ‖θ̃ − θ_0‖ and
+        'step' ‖θ̃ − θ‖, in float32 or wider.
       numbers: the rule's own numbers before this step.
       strength: λ ≥ 0.
     """
@@ -119,6 +119,52 @@ class Projection(Rule):
       condition = formulas.turned_back(inner)
     ratio = formulas.projection_ratio(distance, norms['after'])
     return Decision(condition, ratio, strength * ratio)
+
+
+class SignificantProjection(Rule):
+  """Projects a layer unless its loss has lately fallen outward, beyond doubt.
+
+  The slope p is how fast the loss grows as the layer moves away from its anchor. Its running
+  mean is held against its own standard error:
+
+      p = ⟨g, d⟩ / ‖d‖
+      μ ← β μ + (1 − β) p          s ← β s + (1 − β) p²          w ← β w + (1 − β)
+      e² = s / w · (1 − β) / (1 + β) · (2 − w) / w
+      θ ← θ̃ − λ r (θ̃ − θ_0)     where μ / w > −z e and ‖d‖ ≥ k ‖θ̃ − θ‖
+
+  with r as in `Projection`. The noise of p does not grow with the layer, so z means the same in
+  a bias and in a large matrix, while a margin, which is a cosine, does not.
+
+  The second condition leaves a layer free until it is k steps away. Nearer, ⟨g, d⟩ says
+  whether the last few steps went too far, and not where the minimum is: a layer that is
+  held there stays there. With ‖d‖ = k ‖θ̃ − θ‖, that is some k steps after the start, or less.
+
+  Attributes:
+    z: standard errors; 0 asks for the sign of the mean alone. More holds more.
+    decay: β in [0, 1). The mean is over some 1 / (1 − β) steps.
+    near: k ≥ 0.
+  """
+
+  z: chex.Numeric = 0.0
+  decay: chex.Numeric = 0.95
+  near: chex.Numeric = 20.0
+  needs = ('after', 'step')
+  numbers = {'slope': 0.0, 'slope_square': 0.0, 'slope_weight': 0.0}  # noqa: RUF012  # not written
+
+  def decide(self, norms: Numbers, numbers: Numbers, strength: chex.Numeric) -> Decision:
+    distance = norms['distance']
+    slope = formulas.divide(norms['inner'], distance)
+    terms = {'slope': slope, 'slope_square': slope**2, 'slope_weight': jnp.ones_like(slope)}
+    new = {
+      name: jnp.where(distance > 0, self.decay * old + (1 - self.decay) * terms[name], old)
+      for name, old in numbers.items()
+    }
+    mean, square, weight = new['slope'], new['slope_square'], new['slope_weight']
+    # e w, so that nothing is divided by a weight of 0.
+    error = jnp.sqrt(square * (1 - self.decay) / (1 + self.decay) * (2 - weight))
+    far = (distance > 0) & (distance >= self.near * norms['step'])
+    ratio = formulas.projection_ratio(distance, norms['after'])
+    return Decision(far & (mean > -self.z * error), ratio, strength * ratio, new)
 
 
 class GradientTurn(Rule):

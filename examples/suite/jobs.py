@@ -21,7 +21,6 @@ from suite.methods import EARLY, KL, RANK, WISE_FT, Method, Setting
 from suite.tasks import Data, Params, Task, size, take
 
 PROBES = (0.003, 0.03, 0.3)  # inverse strengths of a probe's regularization
-SEGMENTS = 10  # early stopping looks at the validation data after each, and the rate decays
 
 Record = dict[str, Any]
 
@@ -155,9 +154,9 @@ def fine_tune(
   for i, stage in enumerate(task.stages):
     parts = split(task, stage.pool, seeds, steps)
     state = jax.vmap(made.optimizer.init)(params)
-    for k, segment in enumerate(np.array_split(parts.order[at], SEGMENTS, axis=1)):
-      decay = (1 + np.cos(np.pi * (k + 0.5) / SEGMENTS)) / 2 if task.cosine else 1.0
-      state = with_numbers(state, cases, decay)
+    segments = np.array_split(parts.order[at], len(task.pace), axis=1)
+    for pace, segment in zip(task.pace, segments, strict=True):
+      state = with_numbers(state, cases, pace)
       params, state = training.train(
         made.loss,
         made.optimizer,
@@ -183,14 +182,14 @@ def injected(task: Task, method: Method, case: Case) -> optax.GradientTransforma
   return make(learning_rate=case.rate, blocks=task.blocks, **numbers)
 
 
-def with_numbers(state: Any, cases: Sequence[Case], decay: float = 1.0) -> Any:
-  """The state, each case with its own learning rate, times the decay, and setting."""
+def with_numbers(state: Any, cases: Sequence[Case], pace: float = 1.0) -> Any:
+  """The state, each case with its own learning rate, times the pace, and setting."""
   names = [name for name in cases[0].setting if name not in (RANK, KL)]
   numbers = {name: jnp.array([float(case.setting[name]) for case in cases]) for name in names}
   return optax.tree.set(
     state,
     lambda path, value: 'hyperparams' in jax.tree_util.keystr(path),
-    learning_rate=jnp.array([case.rate * decay for case in cases]),
+    learning_rate=jnp.array([case.rate * pace for case in cases]),
     **numbers,
   )
 

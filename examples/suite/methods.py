@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 import spd_optax as spd
-from suite.significance import SignificantProjection
 
 Setting = Mapping[str, float]
 Scalar = float | jax.Array
@@ -161,10 +160,10 @@ def chained(
 
 
 def significant(
-  learning_rate: Scalar, blocks: Any, z: Scalar, decay: Scalar = 0.95
+  learning_rate: Scalar, blocks: Any, z: Scalar, near: Scalar = 20.0
 ) -> optax.GradientTransformation:
   """`adam_spd` that holds what does not significantly walk outward."""
-  return spd.adam_spd(learning_rate, rule=SignificantProjection(z, decay))
+  return spd.adam_spd(learning_rate, rule=spd.SignificantProjection(z, near=near))
 
 
 def sweep(**values: tuple[float, ...]) -> tuple[Setting, ...]:
@@ -197,6 +196,7 @@ METHODS: dict[str, Method] = {
   'SGD': Method(sgd, rate=5),
   'Lion': Method(lion, rate=0.2),
   'adam_spd': Method(around(adam), dial((1, 0), (2, 0), (1, 0.05))),
+  'SignificantProjection': Method(significant, sweep(z=(0.0, 1.0))),
   'with_projection_decay, SGD': Method(around(sgd), dial((1, 0), (1, 0.05)), rate=5),
   'with_projection_decay, Lion': Method(around(lion), dial((1, 0), (1, 0.05)), rate=0.2),
   'projection_decay': Method(

