@@ -34,6 +34,11 @@ coordinates one in eight has something to learn, in blocks of up to 1,000 neighb
 is 0.3 σ at first, and falls to 0 on the way. The others are noise. *Progress* is the share of the
 way that the first go in 300 steps with a cosine decay, *noise* how far the others end from the
 anchor, in units of the learning rate.
+
+The third table gives the others a curvature, with their optimum at the anchor: their gradient
+is κ σ at a distance of one learning rate. They overshoot, and on average ⟨g, d⟩ > 0 of them. What
+has something to learn adds −⟨μ, d⟩, which grows as the layer moves away. So ⟨g, d⟩ > 0 near the
+anchor even of a layer that has far to go.
 """
 
 import argparse
@@ -131,7 +136,13 @@ def learned(size: int) -> jax.Array:
 
 
 def fine_tuned(
-  optimizer: optax.GradientTransformation, size: int, batch: int, runs: int, blocks: bool
+  optimizer: optax.GradientTransformation,
+  size: int,
+  runs: int,
+  *,
+  batch: int = 1,
+  blocks: bool = False,
+  curvature: float = 0.0,
 ) -> dict[str, list[float]]:
   """Progress and noise of each run, and the share of steps held."""
   shape = (-1, BLOCK) if blocks and size > BLOCK else (size,)
@@ -142,7 +153,8 @@ def fine_tuned(
     def step(carry: Any, key: jax.Array) -> tuple[Any, Any]:
       x, state = carry
       noise = jax.random.normal(key, x.shape) / np.sqrt(batch)
-      gradient = jnp.where(is_learned, 0.3 * (x / optimum - 1), 0) + noise
+      others = curvature * x / RATES['Adam']
+      gradient = jnp.where(is_learned, 0.3 * (x / optimum - 1), others) + noise
       updates, state = optimizer.update(gradient, state, x)
       held = jnp.mean(optax.tree.get(state, 'condition', {'': jnp.zeros(1)})[''])
       return (x + updates, state), held
@@ -192,11 +204,36 @@ def sizes(runs: int, cases: Sequence[tuple[int, int]]) -> dict[str, dict[str, st
     for rule, (optimizer, blocks) in rules(inner).items():
       row = table[f'{name}: {rule}'] = {}
       for size, batch in cases:
-        found = fine_tuned(optimizer, size, batch, runs, blocks)
-        progress, noise, held = (np.mean(found[key]) for key in ('progress', 'noise', 'held'))
         column = f'n = {size:,}' + (f', batch × {batch}' if batch > 1 else '')
-        row[column] = f'{progress:.2f} / {noise:.1f} / {100 * held:.0f} %'
+        row[column] = cell(fine_tuned(optimizer, size, runs, batch=batch, blocks=blocks))
   return table
+
+
+def cell(found: dict[str, list[float]]) -> str:
+  """Progress / noise / share held, means over runs."""
+  progress, noise, held = (np.mean(found[key]) for key in ('progress', 'noise', 'held'))
+  return f'{progress:.2f} / {noise:.1f} / {100 * held:.0f} %'
+
+
+CURVATURES = (0.0, 0.03, 0.1, 0.3, 1.0)
+
+
+def curvatures(runs: int, each: Sequence[float] = CURVATURES) -> dict[str, dict[str, str]]:
+  """A row for each rule around Adam, whose rate has a warm-up over a tenth of the steps."""
+  adam = optax.adam(optax.warmup_cosine_decay_schedule(0, RATES['Adam'], STEPS // 10, STEPS))
+  from_the_start = spd.SignificantProjection(near=0.0)
+  optimizers = {
+    'Adam': adam,
+    'with_projection_decay': spd.with_projection_decay(adam, 0),
+    'SignificantProjection, z = 0, k = 0': spd.with_projection_decay(adam, 0, rule=from_the_start),
+    'SignificantProjection, z = 0, k = 20': spd.with_projection_decay(
+      adam, 0, rule=spd.SignificantProjection()
+    ),
+  }
+  return {
+    name: {f'κ = {k:g}': cell(fine_tuned(optimizer, 800, runs, curvature=k)) for k in each}
+    for name, optimizer in optimizers.items()
+  }
 
 
 Point = tuple[float, tuple[float, float], dict[str, list[float]]]  # x, theory, simulation
@@ -271,7 +308,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
   parser.add_argument('--out', type=Path, default=Path('runs/noisy_quadratic'))
   args = parser.parse_args(arguments)
   found = panels(args.runs, args.steps)
-  results = {'held': table(found), 'sizes': sizes(max(args.runs // 10, 1), CASES[: args.sizes])}
+  few = max(args.runs // 10, 1)
+  results = {
+    'held': table(found),
+    'sizes': sizes(few, CASES[: args.sizes]),
+    'curvatures': curvatures(few),
+  }
   for title, each in results.items():
     reporting.show(title, each)
   settings = {name: str(value) for name, value in vars(args).items()}

@@ -6,6 +6,7 @@ for each layer, and decides from both. The engine does everything else.
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple, dataclass_transform
 
@@ -122,10 +123,10 @@ class Projection(Rule):
 
 
 class SignificantProjection(Rule):
-  """Projects a layer unless its loss has lately fallen outward, beyond doubt.
+  """Projects a layer back unless its gradients have lately pointed outward on average.
 
   The slope p is how fast the loss grows as the layer moves away from its anchor. Its running
-  mean is held against its own standard error:
+  mean is compared with its own standard error:
 
       p = ⟨g, d⟩ / ‖d‖
       μ ← β μ + (1 − β) p          s ← β s + (1 − β) p²          w ← β w + (1 − β)
@@ -133,16 +134,21 @@ class SignificantProjection(Rule):
       θ ← θ̃ − λ r (θ̃ − θ_0)     where μ / w > −z e and ‖d‖ ≥ k ‖θ̃ − θ‖
 
   with r as in `Projection`. The noise of p does not grow with the layer, so z means the same in
-  a bias and in a large matrix, while a margin, which is a cosine, does not.
+  a bias and in a large matrix. A margin is a cosine, whose noise does depend on the size.
 
-  The second condition leaves a layer free until it is k steps away. Nearer, ⟨g, d⟩ says
-  whether the last few steps went too far, and not where the minimum is: a layer that is
-  held there stays there. With ‖d‖ = k ‖θ̃ − θ‖, that is some k steps after the start, or less.
+  The last condition leaves a layer free until it is k of its steps away from the anchor. Nearer,
+  ⟨g, d⟩ mostly shows how far the last steps overshot. A layer that is held there stays there.
+
+  Not of the paper. This form needs three numbers per layer, and another norm.
 
   Attributes:
-    z: standard errors; 0 asks for the sign of the mean alone. More holds more.
-    decay: β in [0, 1). The mean is over some 1 / (1 − β) steps.
-    near: k ≥ 0.
+    z: standard errors ≥ 0; 0 asks for the sign of the mean alone. More holds more.
+    decay: β in [0, 1). The mean is over some 1 / (1 − β) steps; 0 asks for the last gradient alone.
+    near: k ≥ 0, in steps.
+
+  Example:
+    >>> import spd_optax as spd
+    >>> optimizer = spd.adam_spd(1e-3, rule=spd.SignificantProjection(z=1.0))
   """
 
   z: chex.Numeric = 0.0
@@ -206,4 +212,8 @@ def chosen(
     raise TypeError(f'rule: expected an instance of spd.Rule, found {checks.kind_of(found)}')
   if isinstance(found, Projection | GradientTurn):
     checks.fraction('margin', found.margin)
+  if isinstance(found, SignificantProjection):
+    checks.scalar('z', found.z, 'a finite number', math.isfinite)
+    checks.fraction('decay', found.decay)
+    checks.scalar('near', found.near, 'a finite number ≥ 0', lambda k: 0 <= k < math.inf)
   return found
