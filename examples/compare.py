@@ -12,7 +12,7 @@ in the tables is chosen on in-distribution validation data alone; *oracle* colum
 show the configuration with the best mean of both test scores, which no one can choose.
 
 The real models are loaded from packages. Each seed has its own examples, batch order and linear
-probe to start from. There are three seeds, some rates (3e-6 to 3e-4, of EfficientNet 1e-4 to 1e-3),
+probe to start from. There are three seeds, rates from 3e-6 to 3e-4 (EfficientNet: 1e-4 to 1e-3),
 a warm-up over a tenth of the steps and a cosine decay.
 
 Writes to `--out`: `records.jsonl`, a line for each configuration of each task; `results.json`
@@ -126,9 +126,9 @@ def foundation(name: str, task: Task, args: argparse.Namespace) -> Params:
 
 
 def scaled(task: Task, quick: bool, no_warmup: bool = False) -> Task:
-  """The task, with few steps if it is to be quick; or with a cosine decay alone."""
+  """The task, with few steps if it is to be quick; or with the decay of results/real alone."""
   task = task._replace(pace=cosine(0, 10)) if no_warmup else task
-  return task._replace(steps=20, pretrain_steps=40) if quick else task
+  return task._replace(steps=30, pretrain_steps=40) if quick else task
 
 
 def each_task(

@@ -35,10 +35,10 @@ is 0.3 σ at first, and falls to 0 on the way. The others are noise. *Progress* 
 way that the first go in 300 steps with a cosine decay, *noise* how far the others end from the
 anchor, in units of the learning rate.
 
-The third table gives the others a curvature, with their optimum at the anchor: their gradient
-is κ σ at a distance of one learning rate. They overshoot, and on average ⟨g, d⟩ > 0 of them. What
-has something to learn adds −⟨μ, d⟩, which grows as the layer moves away. So ⟨g, d⟩ > 0 near the
-anchor even of a layer that has far to go.
+The third table (n = 800) gives the noise weights a curvature c and their optimum at the anchor: at
+one learning rate from it their gradient is c σ. They overshoot, which adds to ⟨g, d⟩ on average.
+The weights that learn lower it in proportion to their distance. So ⟨g, d⟩ > 0 near the anchor
+even of a layer that has far to go.
 """
 
 import argparse
@@ -186,7 +186,7 @@ def rules(inner: optax.GradientTransformation) -> dict[str, tuple[Any, bool]]:
     'alone': (inner, False),
     'with_projection_decay': (around(), False),
     'with_projection_decay, m = 0.05': (around(margin=0.05), False),
-    'SignificantProjection, z = 0': (around(rule=significant(0.0)), False),
+    'SignificantProjection': (around(rule=significant()), False),
     'SignificantProjection, z = 2': (around(rule=significant(2.0)), False),
     f'with_projection_decay, blocks of {BLOCK:,}': (around(**layers), True),
     f'SignificantProjection, z = 2, blocks of {BLOCK:,}': (
@@ -221,17 +221,17 @@ CURVATURES = (0.0, 0.03, 0.1, 0.3, 1.0)
 def curvatures(runs: int, each: Sequence[float] = CURVATURES) -> dict[str, dict[str, str]]:
   """A row for each rule around Adam, whose rate has a warm-up over a tenth of the steps."""
   adam = optax.adam(optax.warmup_cosine_decay_schedule(0, RATES['Adam'], STEPS // 10, STEPS))
-  from_the_start = spd.SignificantProjection(near=0.0)
-  optimizers = {
-    'Adam': adam,
-    'with_projection_decay': spd.with_projection_decay(adam, 0),
-    'SignificantProjection, z = 0, k = 0': spd.with_projection_decay(adam, 0, rule=from_the_start),
-    'SignificantProjection, z = 0, k = 20': spd.with_projection_decay(
-      adam, 0, rule=spd.SignificantProjection()
-    ),
+  projections = {
+    'with_projection_decay': spd.Projection(),
+    'SignificantProjection, k = 0': spd.SignificantProjection(near=0.0),
+    'SignificantProjection': spd.SignificantProjection(),
+    'SignificantProjection, β = 0': spd.SignificantProjection(decay=0.0),
   }
+  optimizers = {'Adam': adam}
+  for name, rule in projections.items():
+    optimizers[name] = spd.with_projection_decay(adam, 0, rule=rule)
   return {
-    name: {f'κ = {k:g}': cell(fine_tuned(optimizer, 800, runs, curvature=k)) for k in each}
+    name: {f'c = {k:g}': cell(fine_tuned(optimizer, 800, runs, curvature=k)) for k in each}
     for name, optimizer in optimizers.items()
   }
 
@@ -312,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
   results = {
     'held': table(found),
     'sizes': sizes(few, CASES[: args.sizes]),
-    'curvatures': curvatures(few),
+    'curvatures': curvatures(few, CURVATURES[: args.sizes]),
   }
   for title, each in results.items():
     reporting.show(title, each)

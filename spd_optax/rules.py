@@ -50,7 +50,7 @@ class Rule:
 
   Attributes:
     needs: what `decide` needs to know of a layer besides 'inner' and 'distance': any of
-      'gradient_norm', 'after' and 'step'. Only a rule around an optimizer may ask for the last two.
+      'gradient_norm', 'after' and 'step'. 'after' and 'step' are known only around an optimizer.
     numbers: the numbers of its own that the rule keeps for each layer, by name, and their
       values before the first update. They are float32, and reports show them by name. Where a
       new value is not finite, as after a NaN gradient, the old one stays.
@@ -123,32 +123,36 @@ class Projection(Rule):
 
 
 class SignificantProjection(Rule):
-  """Projects a layer back unless its gradients have lately pointed outward on average.
+  """Projects a layer back unless its loss has lately fallen outward, on average.
 
   The slope p is how fast the loss grows as the layer moves away from its anchor. Its running
-  mean is compared with its own standard error:
+  mean is compared with the standard error e that a mean of 0 would have:
 
       p = ⟨g, d⟩ / ‖d‖
       μ ← β μ + (1 − β) p          s ← β s + (1 − β) p²          w ← β w + (1 − β)
       e² = s / w · (1 − β) / (1 + β) · (2 − w) / w
-      θ ← θ̃ − λ r (θ̃ − θ_0)     where μ / w > −z e and ‖d‖ ≥ k ‖θ̃ − θ‖
+      θ ← θ̃ − λ r (θ̃ − θ_0)     where μ / w > −z e and ‖d‖ ≥ k ‖θ̃ − θ‖ and d ≠ 0
 
   with r as in `Projection`. The noise of p does not grow with the layer, so z means the same in
   a bias and in a large matrix. A margin is a cosine, whose noise does depend on the size.
 
-  The last condition leaves a layer free until it is k of its steps away from the anchor. Nearer,
-  ⟨g, d⟩ mostly shows how far the last steps overshot. A layer that is held there stays there.
+  The second condition leaves a layer free until it is k of its present steps away from its
+  anchor: about k steps straight out, or k² of a random walk. Nearer, ⟨g, d⟩ mostly shows how
+  far the last steps overshot, and a layer that is held there stays there. Where the anchor
+  follows closely (`anchor_ema`), no layer ever gets that far.
 
-  Not of the paper. This form needs three numbers per layer, and another norm.
+  Only around an optimizer. This rule is not the paper's. In the state and in reports 'slope' is
+  μ, 'slope_square' s and 'slope_weight' w, all 0 at first.
 
   Attributes:
-    z: standard errors ≥ 0; 0 asks for the sign of the mean alone. More holds more.
+    z: standard errors ≥ 0; 0 asks for the sign of the mean alone. More holds more; from
+      √((1 + β) / (1 − β)) on, which is 6.2 for the default β, every layer that is far enough.
     decay: β in [0, 1). The mean is over some 1 / (1 − β) steps; 0 asks for the last gradient alone.
-    near: k ≥ 0, in steps.
+    near: k ≥ 0.
 
   Example:
     >>> import spd_optax as spd
-    >>> optimizer = spd.adam_spd(1e-3, rule=spd.SignificantProjection(z=1.0))
+    >>> optimizer = spd.adam_spd(1e-3, rule=spd.SignificantProjection(z=2.0))
   """
 
   z: chex.Numeric = 0.0
@@ -161,8 +165,9 @@ class SignificantProjection(Rule):
     distance = norms['distance']
     slope = formulas.divide(norms['inner'], distance)
     terms = {'slope': slope, 'slope_square': slope**2, 'slope_weight': jnp.ones_like(slope)}
+    seen = (distance > 0) & jnp.isfinite(slope**2)
     new = {
-      name: jnp.where(distance > 0, self.decay * old + (1 - self.decay) * terms[name], old)
+      name: jnp.where(seen, self.decay * old + (1 - self.decay) * terms[name], old)
       for name, old in numbers.items()
     }
     mean, square, weight = new['slope'], new['slope_square'], new['slope_weight']
@@ -170,7 +175,7 @@ class SignificantProjection(Rule):
     error = jnp.sqrt(square * (1 - self.decay) / (1 + self.decay) * (2 - weight))
     far = (distance > 0) & (distance >= self.near * norms['step'])
     ratio = formulas.projection_ratio(distance, norms['after'])
-    return Decision(far & (mean > -self.z * error), ratio, strength * ratio, new)
+    return Decision(far & (mean + self.z * error > 0), ratio, strength * ratio, new)
 
 
 class GradientTurn(Rule):
@@ -213,7 +218,8 @@ def chosen(
   if isinstance(found, Projection | GradientTurn):
     checks.fraction('margin', found.margin)
   if isinstance(found, SignificantProjection):
-    checks.scalar('z', found.z, 'a finite number', math.isfinite)
     checks.fraction('decay', found.decay)
-    checks.scalar('near', found.near, 'a finite number ≥ 0', lambda k: 0 <= k < math.inf)
+    for name in ('z', 'near'):
+      value = getattr(found, name)
+      checks.scalar(name, value, 'a finite number ≥ 0', lambda v: 0 <= v < math.inf)
   return found

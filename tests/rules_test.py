@@ -45,13 +45,13 @@ class HoldOutward(spd.Rule):
 
   decay: float = DECAY
   margin: float = MARGIN
-  needs = ('after', 'gradient_norm')
+  needs = ('after', 'gradient_norm', 'step')
   numbers = INIT
 
   def decide(self, norms, numbers, strength):
     condition, numbers = steady(self, norms, numbers)
     before, after, size = norms['distance'], norms['after'], norms['gradient_norm']
-    ratio = jnp.maximum(after - before, 0) / (after + 1) * size / (size + 1)
+    ratio = jnp.maximum(after - before, 0) / (after + norms['step']) * size / (size + 1)
     return spd.Decision(condition=condition, ratio=ratio, scale=strength * ratio, numbers=numbers)
 
 
@@ -78,11 +78,12 @@ class Loop:
         )
       )
       inner, before, after, size = g @ d, *map(np.linalg.norm, (d, moved, g))
+      step = np.linalg.norm(moved - d)
       self.mean[layer] = DECAY * self.mean[layer] + (1 - DECAY) * inner
       self.square[layer] = DECAY * self.square[layer] + (1 - DECAY) * inner**2
       held = self.mean[layer] > -MARGIN * np.sqrt(self.square[layer])
       if self.outward:
-        ratio = max(after - before, 0) / (after + 1) * size / (size + 1)
+        ratio = max(after - before, 0) / (after + step) * size / (size + 1)
       else:
         ratio = abs(np.tanh(self.mean[layer])) if held else 0.0
       self.condition[layer], self.ratio[layer], self.distance[layer] = held, ratio, before

@@ -128,7 +128,7 @@ OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
   ('anchor_memory_kind', np.ones(2), ValueError, "expected 'pinned_host' or None, found array"),
 ]
 SIGNIFICANT = [
-  ('z', float('nan'), 'z: expected a finite number, found nan'),
+  ('z', float('nan'), 'z: expected a finite number ≥ 0, found nan'),
   ('decay', 1.0, f'decay: {FRACTION}, found 1.0'),
   ('near', -1, 'near: expected a finite number ≥ 0, found -1'),
 ]

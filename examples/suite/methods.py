@@ -159,11 +159,9 @@ def chained(
   )
 
 
-def significant(
-  learning_rate: Scalar, blocks: Any, z: Scalar, near: Scalar = 20.0
-) -> optax.GradientTransformation:
+def significant(learning_rate: Scalar, blocks: Any, z: Scalar) -> optax.GradientTransformation:
   """`adam_spd` that holds what does not significantly walk outward."""
-  return spd.adam_spd(learning_rate, rule=spd.SignificantProjection(z, near=near))
+  return spd.adam_spd(learning_rate, rule=spd.SignificantProjection(z))
 
 
 def sweep(**values: tuple[float, ...]) -> tuple[Setting, ...]:
