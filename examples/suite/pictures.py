@@ -20,8 +20,14 @@ COLORS = {
   'WiSE-FT': 'tab:olive',
   'adam_spd': 'tab:orange',
   'projection_decay': 'tab:red',
+  'SignificantProjection': 'tab:purple',
 }
-SPD = ('projection_decay', 'with_projection_decay', 'adam_spd')  # how its names begin
+SPD = (
+  'projection_decay',
+  'with_projection_decay',
+  'adam_spd',
+  'SignificantProjection',
+)  # how its names begin
 
 
 def pareto(
@@ -39,7 +45,11 @@ def pareto(
   columns = min(3, len(records))
   rows = -(-len(records) // columns)
   figure, grid = plt.subplots(
-    rows, columns, figsize=(4.6 * columns, 3.9 * rows), layout='constrained', squeeze=False
+    rows,
+    columns,
+    figsize=(max(4.6 * columns, 5.5), 3.9 * rows),
+    layout='constrained',
+    squeeze=False,
   )
   for axes in grid.flat[len(records) :]:
     axes.axis('off')
@@ -53,7 +63,7 @@ def pareto(
   for axes in grid[-1]:
     axes.set_xlabel('in distribution')
   handles, labels = grid.flat[0].get_legend_handles_labels()
-  figure.legend(handles, labels, loc='outside lower center', ncols=4, fontsize=9)
+  figure.legend(handles, labels, loc='outside lower center', ncols=min(4, 3 * columns), fontsize=9)
   figure.savefig(path, dpi=110)
   plt.close(figure)
 
