@@ -99,17 +99,30 @@ class Projection(Rule):
   """The paper's rule: a turned layer does not move farther away (eq. 3, 4 and 9).
 
       r = max(0, ‖θ̃ − θ_0‖ − ‖θ − θ_0‖) / ‖θ̃ − θ_0‖
-      θ ← θ̃ − λ r (θ̃ − θ_0)     where −⟨g, d⟩ < m ‖g‖ ‖d‖
+      θ ← θ̃ − λ r (θ̃ − θ_0)     where −⟨g, d⟩ < m ‖g‖ ‖d‖ and ‖d‖ ≥ k ‖θ̃ − θ‖
+
+  The second condition is not of the paper. With k = 0 it is always true. Near the anchor
+  ⟨g, d⟩ mostly shows how far the last steps overshot, and a layer that is held there may never
+  leave. So a layer is free until it is k of its present steps away from its anchor: for
+  about k steps straight out, or k² of a random walk. Where the anchor follows closely
+  (`anchor_ema`), no layer ever gets that far.
 
   Attributes:
     margin: m in [0, 1); 0 is the paper's condition.
+    near: k ≥ 0; 0 is the paper's rule, 20 what we tried around Adam.
+
+  Example:
+    >>> import spd_optax as spd
+    >>> optimizer = spd.adam_spd(1e-3, rule=spd.Projection(near=20.0))
   """
 
   margin: chex.Numeric = 0.0
+  near: chex.Numeric = 0.0
 
   @property
-  def needs(self) -> Sequence[str]:  # type: ignore[override]  # depends on the margin
-    return ('after',) if checks.is_zero(self.margin) else ('after', 'gradient_norm')
+  def needs(self) -> Sequence[str]:  # type: ignore[override]  # depends on the numbers
+    margin = () if checks.is_zero(self.margin) else ('gradient_norm',)
+    return ('after', *margin, *(() if checks.is_zero(self.near) else ('step',)))
 
   def decide(self, norms: Numbers, numbers: Numbers, strength: chex.Numeric) -> Decision:
     inner, distance = norms['inner'], norms['distance']
@@ -118,64 +131,10 @@ class Projection(Rule):
       condition = formulas.not_clearly_outward(inner, size, distance, self.margin)
     else:
       condition = formulas.turned_back(inner)
+    if 'step' in norms:
+      condition &= distance >= self.near * norms['step']
     ratio = formulas.projection_ratio(distance, norms['after'])
     return Decision(condition, ratio, strength * ratio)
-
-
-class SignificantProjection(Rule):
-  """Projects a layer back unless its loss has lately fallen outward, on average.
-
-  The slope p is how fast the loss grows as the layer moves away from its anchor. Its running
-  mean is compared with the standard error e that a mean of 0 would have:
-
-      p = ⟨g, d⟩ / ‖d‖
-      μ ← β μ + (1 − β) p          s ← β s + (1 − β) p²          w ← β w + (1 − β)
-      e² = s / w · (1 − β) / (1 + β) · (2 − w) / w
-      θ ← θ̃ − λ r (θ̃ − θ_0)     where μ / w > −z e and ‖d‖ ≥ k ‖θ̃ − θ‖ and d ≠ 0
-
-  with r as in `Projection`. The noise of p does not grow with the layer, so z means the same in
-  a bias and in a large matrix. A margin is a cosine, whose noise does depend on the size.
-
-  The second condition leaves a layer free until it is k of its present steps away from its
-  anchor: about k steps straight out, or k² of a random walk. Nearer, ⟨g, d⟩ mostly shows how
-  far the last steps overshot, and a layer that is held there stays there. Where the anchor
-  follows closely (`anchor_ema`), no layer ever gets that far.
-
-  Only around an optimizer. This rule is not the paper's. In the state and in reports 'slope' is
-  μ, 'slope_square' s and 'slope_weight' w, all 0 at first.
-
-  Attributes:
-    z: standard errors ≥ 0; 0 asks for the sign of the mean alone. More holds more; from
-      √((1 + β) / (1 − β)) on, which is 6.2 for the default β, every layer that is far enough.
-    decay: β in [0, 1). The mean is over some 1 / (1 − β) steps; 0 asks for the last gradient alone.
-    near: k ≥ 0.
-
-  Example:
-    >>> import spd_optax as spd
-    >>> optimizer = spd.adam_spd(1e-3, rule=spd.SignificantProjection(z=2.0))
-  """
-
-  z: chex.Numeric = 0.0
-  decay: chex.Numeric = 0.95
-  near: chex.Numeric = 20.0
-  needs = ('after', 'step')
-  numbers = {'slope': 0.0, 'slope_square': 0.0, 'slope_weight': 0.0}  # noqa: RUF012  # not written
-
-  def decide(self, norms: Numbers, numbers: Numbers, strength: chex.Numeric) -> Decision:
-    distance = norms['distance']
-    slope = formulas.divide(norms['inner'], distance)
-    terms = {'slope': slope, 'slope_square': slope**2, 'slope_weight': jnp.ones_like(slope)}
-    seen = (distance > 0) & jnp.isfinite(slope**2)
-    new = {
-      name: jnp.where(seen, self.decay * old + (1 - self.decay) * terms[name], old)
-      for name, old in numbers.items()
-    }
-    mean, square, weight = new['slope'], new['slope_square'], new['slope_weight']
-    # e w, so that nothing is divided by a weight of 0.
-    error = jnp.sqrt(square * (1 - self.decay) / (1 + self.decay) * (2 - weight))
-    far = (distance > 0) & (distance >= self.near * norms['step'])
-    ratio = formulas.projection_ratio(distance, norms['after'])
-    return Decision(far & (mean + self.z * error > 0), ratio, strength * ratio, new)
 
 
 class GradientTurn(Rule):
@@ -217,9 +176,6 @@ def chosen(
     raise TypeError(f'rule: expected an instance of spd.Rule, found {checks.kind_of(found)}')
   if isinstance(found, Projection | GradientTurn):
     checks.fraction('margin', found.margin)
-  if isinstance(found, SignificantProjection):
-    checks.fraction('decay', found.decay)
-    for name in ('z', 'near'):
-      value = getattr(found, name)
-      checks.scalar(name, value, 'a finite number ≥ 0', lambda v: 0 <= v < math.inf)
+  if isinstance(found, Projection):
+    checks.scalar('near', found.near, 'a finite number ≥ 0', lambda v: 0 <= v < math.inf)
   return found

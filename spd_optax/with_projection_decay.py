@@ -90,8 +90,8 @@ def with_projection_decay(
       or NaN, no layer is held.
     margin: m in [0, 1): a layer is held where c < m ‖g‖ ‖θ − θ_0‖. 0 is the paper's
       condition.
-    rule: a `Rule` in place of `Projection`, the equations above: `SignificantProjection`, or
-      one of your own.
+    rule: a `Rule` in place of `Projection`, the equations above; or `Projection` itself with
+      `near`, which leaves a layer free until it is some steps away.
     anchor, stack_axis, group, axis_name, anchor_dtype, anchor_memory_kind, anchor_ema: see
       `projection_decay`.
 

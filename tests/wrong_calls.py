@@ -127,11 +127,6 @@ OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
   ('anchor_memory_kind', 'host', ValueError, "expected 'pinned_host' or None, found 'host'"),
   ('anchor_memory_kind', np.ones(2), ValueError, "expected 'pinned_host' or None, found array"),
 ]
-SIGNIFICANT = [
-  ('z', float('nan'), 'z: expected a finite number ≥ 0, found nan'),
-  ('decay', 1.0, f'decay: {FRACTION}, found 1.0'),
-  ('near', -1, 'near: expected a finite number ≥ 0, found -1'),
-]
 
 RATE = 'learning_rate: expected a finite number ≥ 0 or a schedule, found'
 ADAMS: list[tuple[str, Any, type[Exception], str]] = [
@@ -260,9 +255,10 @@ def rows() -> Iterator[Row]:
   ]
   for name, call in in_rule:
     yield Row(name, 'margin', 'one', call, ValueError, f'margin: {FRACTION}, found 1.0')
-  for option, value, text in SIGNIFICANT:
-    call = partial(spd.adam_spd, 0.1, rule=spd.SignificantProjection(**{option: value}))
-    yield Row('SignificantProjection', option, repr(value), call, ValueError, text)
+  for near in (-1, float('nan'), float('inf')):
+    call = partial(spd.adam_spd, 0.1, rule=spd.Projection(near=near))
+    text = f'near: expected a finite number ≥ 0, found {near}'
+    yield Row('Projection', 'near', repr(near), call, ValueError, text)
   for (mistake, (anchor, text)), name, (how, wrap) in dealt(list(LEAVES.items()), list(MAKERS)):
     call = partial(made_and_initialized, wrap, MAKERS[name], {'anchor': anchor})
     yield Row(name, 'anchor', f'{mistake}, {how}', call, ValueError, text)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import spd_optax as spd
+from suite.significance import SignificantProjection
 
 Setting = Mapping[str, float]
 Scalar = float | jax.Array
@@ -159,9 +160,14 @@ def chained(
   )
 
 
+def waiting(learning_rate: Scalar, blocks: Any, near: Scalar) -> optax.GradientTransformation:
+  """`adam_spd` that leaves a layer free until it is some steps away."""
+  return spd.adam_spd(learning_rate, rule=spd.Projection(near=near))
+
+
 def significant(learning_rate: Scalar, blocks: Any, z: Scalar) -> optax.GradientTransformation:
   """`adam_spd` that holds what does not significantly walk outward."""
-  return spd.adam_spd(learning_rate, rule=spd.SignificantProjection(z))
+  return spd.adam_spd(learning_rate, rule=SignificantProjection(z))
 
 
 def sweep(**values: tuple[float, ...]) -> tuple[Setting, ...]:
