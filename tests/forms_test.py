@@ -88,6 +88,7 @@ def problems(draw: Any) -> Problem:
 
 STRENGTHS = st.sampled_from([0.0, 0.3, 1.0, 4.0])
 MARGINS = st.sampled_from([0.0, 0.1, 0.6, 0.99])
+NEAR = st.sampled_from([0.0, 0.7, 1.4])  # of a step, whose length is about that of d
 
 
 def assert_reported(state: spd.ProjectionDecayState, report: dict[str, reference.Held]) -> None:
@@ -104,15 +105,16 @@ def ratios(report: dict[str, reference.Held]) -> dict[str, Any]:
   return {name: np.asarray(layer.ratio, np.float32) for name, layer in report.items()}
 
 
-@given(problems())
-def test_with_projection_decay_is_the_reference(problem: Problem) -> None:
-  """Catches a wrong sum, slice, group, sign, margin or anchor, on any tree."""
+@given(problems(), NEAR)
+def test_with_projection_decay_is_the_reference(problem: Problem, near: float) -> None:
+  """Catches a wrong sum, slice, group, sign, margin, step or anchor, on any tree."""
   p = problem
   after, report = reference.with_projection_decay(
-    p.params, p.gradients, p.updates, p.anchors, p.strength, **p.layout
+    p.params, p.gradients, p.updates, p.anchors, p.strength, near=near, **p.layout
   )
+  of_rule = {'margin': 0.0, 'rule': spd.Projection(p.margin, near)} if near else {}
   with x64():
-    tx = spd.with_projection_decay(GIVEN, **p.options)
+    tx = spd.with_projection_decay(GIVEN, **p.options | of_rule)
     params = jax.tree.map(jnp.asarray, nest(p.params))
     updates, state = tx.update(nest(p.gradients), tx.init(params), params, given=nest(p.updates))
     found = optax.apply_updates(params, updates)

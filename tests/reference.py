@@ -93,17 +93,22 @@ def with_projection_decay(
   strength: float = 1.0,
   *,
   margin: float = 0.0,
+  near: float = 0.0,
   groups: Leaves | None = None,
   stack_axes: Leaves | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Held]]:
-  """Eq. 3, 4 and 9: the next params from the whole update of the inner optimizer."""
+  """Eq. 3, 4 and 9: the next params from the whole update of the inner optimizer.
+
+  A layer that is less than `near` of its steps away from its anchor is free.
+  """
   moved = {name: params[name] + updates[name] for name in params}  # θ̃
   after, steps = _copies(moved), {}
   for key, members, g, d in _layers(params, gradients, anchors, groups or {}, stack_axes or {}):
     away = {name: moved[name] - anchors[name] for name, _ in members}
     radius, grown = np.linalg.norm(d), np.linalg.norm(_gather(away, members))
     c = -np.dot(g, d)
-    held = c < margin * np.linalg.norm(g) * radius
+    is_far = radius >= near * np.linalg.norm(_gather(updates, members))
+    held = c < margin * np.linalg.norm(g) * radius and is_far
     ratio = max(0.0, grown - radius) / grown if grown > 0 else 0.0
     for name, index in members if held else ():
       after[name][index] -= strength * ratio * away[name][index]
