@@ -126,7 +126,7 @@ def show_audit(directory: Path) -> None:
   logs = sorted(directory.glob('*.jsonl'))
   if logs:
     print(f'Audit logs (first seed): {directory}/')
-    print(f"To read one: python -m spd_optax.audit report '{logs[0]}'")
+    print(f"To read one: python -m spd_optax.audit report '{logs[-1]}'")
 
 
 def columns(values: Mapping[str, Any]) -> Columns:
