@@ -20,7 +20,8 @@ COLORS = {
   'WiSE-FT': 'tab:olive',
   'adam_spd': 'tab:orange',
   'projection_decay': 'tab:red',
-  'SignificantProjection': 'tab:purple',
+  'adam_spd, near': 'tab:purple',
+  'SignificantProjection': 'tab:pink',
 }
 SPD = (
   'projection_decay',
