@@ -94,6 +94,9 @@ class Rule:
     """
     raise NotImplementedError(f'{type(self).__name__} must define decide')
 
+  def check(self) -> None:
+    """Raises for a hyperparameter out of range; called once, where a transformation is made."""
+
 
 class Projection(Rule):
   """The paper's rule: a turned layer does not move farther away (eq. 3, 4 and 9).
@@ -124,6 +127,10 @@ class Projection(Rule):
     margin = () if checks.is_zero(self.margin) else ('gradient_norm',)
     return ('after', *margin, *(() if checks.is_zero(self.near) else ('step',)))
 
+  def check(self) -> None:
+    checks.fraction('margin', self.margin)
+    checks.scalar('near', self.near, 'a finite number ≥ 0', lambda v: 0 <= v < math.inf)
+
   def decide(self, norms: Numbers, numbers: Numbers, strength: chex.Numeric) -> Decision:
     inner, distance = norms['inner'], norms['distance']
     if 'gradient_norm' in norms:
@@ -149,6 +156,9 @@ class GradientTurn(Rule):
   margin: chex.Numeric = 0.05
   needs = ('gradient_norm',)
 
+  def check(self) -> None:
+    checks.fraction('margin', self.margin)
+
   def decide(self, norms: Numbers, numbers: Numbers, strength: chex.Numeric) -> Decision:
     inner, size, distance = norms['inner'], norms['gradient_norm'], norms['distance']
     condition = formulas.not_clearly_outward(inner, size, distance, self.margin)
@@ -168,14 +178,11 @@ class L2SP(Rule):
 def chosen(
   rule: Rule | None, default: type[Projection | GradientTurn], margin: chex.Numeric
 ) -> Rule:
-  """The rule that was passed, or the default with its margin; checks the margin."""
+  """The rule that was passed, or the default with its margin; checks its hyperparameters."""
   if rule is not None and isinstance(margin, int | float) and margin != default.margin:
     raise TypeError(f'margin={margin!r} belongs to the default rule; give it to the one of rule=')
   found = default(margin) if rule is None else rule
   if not isinstance(found, Rule):
     raise TypeError(f'rule: expected an instance of spd.Rule, found {checks.kind_of(found)}')
-  if isinstance(found, Projection | GradientTurn):
-    checks.fraction('margin', found.margin)
-  if isinstance(found, Projection):
-    checks.scalar('near', found.near, 'a finite number ≥ 0', lambda v: 0 <= v < math.inf)
+  found.check()
   return found
