@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import DTypeLike
 
 STATIC = "; in optax.inject_hyperparams name it in static_args=('{}',)"
 ARRAYS = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
@@ -117,6 +118,12 @@ def number_or_schedule(name: str, value: Any) -> None:
 def fraction(name: str, value: Any, otherwise: str = '') -> None:
   """A number in [0, 1), or a computed one."""
   scalar(name, value, f'a number in [0, 1){otherwise}', lambda v: 0 <= v < 1)
+
+
+def can_replace(dtype: DTypeLike, old: DTypeLike) -> bool:
+  """Whether numbers can take the place of others: floating ones, or complex where those are."""
+  complex_too = jnp.issubdtype(old, jnp.complexfloating)
+  return bool(jnp.issubdtype(dtype, jnp.inexact if complex_too else jnp.floating))
 
 
 def is_floating(dtype: Any) -> bool:

@@ -61,6 +61,15 @@ def is_state(node: Any) -> bool:
   return isinstance(node, ProjectionDecayState)
 
 
+def states_of(opt_state: Any, name: str) -> list[ProjectionDecayState]:
+  """Every state of SPD in an optimizer state, at any depth; raises a TypeError without any."""
+  found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
+  if not found:
+    kind = checks.kind_of(opt_state)
+    raise TypeError(f'{name}: expected the state of an optimizer with SPD in it, found {kind}')
+  return found
+
+
 PER_LAYER = ('condition', 'ratio', 'distance', 'constrained')
 TAKEN = {*ProjectionDecayState._fields, 'constrained_share', 'relative_distance', 'inner_state'}
 
@@ -144,21 +153,15 @@ class Engine:
     state: ProjectionDecayState,
     view: View,
     layers: Layers,
-    after: Sequence[jax.Array] | None = None,
+    after: Sequence[jax.Array | None] = (),
   ) -> tuple[Step, ProjectionDecayState]:
     """What becomes of each layer, and the next state.
 
     `after` has θ̃ for each constrained leaf, where the rule is around an optimizer.
     """
     needed = tuple(self.rule.needs)
-    each = zip(
-      view.gradients,
-      view.params,
-      view.anchors,
-      after if after is not None else [None] * len(view.at),
-      layers.stack_axes,
-      strict=True,
-    )
+    moved = after or [None] * len(view.at)
+    each = zip(view.gradients, view.params, view.anchors, moved, layers.stack_axes, strict=True)
     per_leaf = [leafwise.sums(*arrays, stack_axis=axis, needed=needed) for *arrays, axis in each]
     strength = self.strength(state.count) if callable(self.strength) else self.strength
     checks.scalar('strength', strength, 'a schedule that returns a number ≥ 0', lambda v: True)

@@ -11,7 +11,7 @@ import optax
 from jax import lax
 
 from spd_optax import anchors, checks, placement, trees
-from spd_optax.engine import is_state
+from spd_optax.engine import is_state, states_of
 
 State = TypeVar('State')
 
@@ -166,8 +166,7 @@ def _problem(path: str, new: Any, old: Any) -> str | None:
     return f'{trees.shown(path)}: nothing, {was}'
   kind, here = jnp.result_type(new), jnp.shape(new)
   same = len(here) == len(shape) and all(b in (a, '?') for a, b in zip(here, shape, strict=True))
-  complex_too = jnp.issubdtype(kind, jnp.inexact) and jnp.issubdtype(dtype, jnp.complexfloating)
-  if same and (jnp.issubdtype(kind, jnp.floating) or complex_too):
+  if same and checks.can_replace(kind, dtype):
     return None
   return f'{trees.shown(path)}: {checks.kind_of(new)}, {was}'
 
@@ -184,23 +183,18 @@ def _with_anchors(
   name: str, opt_state: State, change: Callable[[str, Any], Any], summary: str = ''
 ) -> State:
   """The state with every array of every anchor in it changed; `change` may return a problem."""
-  found = 0
+  states_of(opt_state, name)
   problems: list[str] = []
 
   def changed(node: Any) -> Any:
-    nonlocal found
     if not is_state(node):
       return node
-    found += 1
     flat = trees.flatten(node.anchor, is_dropped)
     leaves = [change(path, leaf) for path, leaf in flat.by_path.items()]
     problems.extend(x for x in leaves if isinstance(x, str))
     return node._replace(anchor=jax.tree.unflatten(flat.treedef, leaves))
 
   result: State = jax.tree.map(changed, opt_state, is_leaf=is_state)
-  if not found:
-    kind = checks.kind_of(opt_state)
-    raise TypeError(f'{name}: expected the state of an optimizer with SPD in it, found {kind}')
   checks.raise_all(problems, summary)
   return result
 

@@ -54,9 +54,7 @@ def not_clearly_outward(
   1e-19 to 1e19; the cosine is then not known, and does not hold a layer.
   """
   threshold: jax.Array = margin * gradient_norm * distance
-  measured: jax.Array = (
-    (gradient_norm > 0) & (distance > 0) & jnp.isfinite(gradient_norm + distance)
-  )
+  measured = (gradient_norm > 0) & (distance > 0) & jnp.isfinite(gradient_norm + distance)
   return (-inner < threshold) & jnp.isfinite(threshold) & measured
 
 

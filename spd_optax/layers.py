@@ -121,9 +121,9 @@ class Arrangement:
     """Arranges the leaves of the params at these places into layers."""
     paths = [params.paths[i] for i in at]
     axes = trees.values_for(self.stack_axis, params, 'stack_axis', _is_axis)
-    mapped = trees.values_for(self.axis_name, params, 'axis_name', _is_axis_name)
+    mapped = trees.values_for(self.axis_name, params, 'axis_name', _is_axes)
     checks.raise_all(
-      [f'{params.paths[i]}: {checks.kind_of(mapped[i])}' for i in at if not _names_axes(mapped[i])],
+      [f'{params.paths[i]}: {checks.kind_of(mapped[i])}' for i in at if not _is_axes(mapped[i])],
       'axis_name: a name or a tuple of names of mapped axes, or None; found',
     )
     stacked = _stack_axes(paths, [params.leaves[i] for i in at], [axes[i] for i in at])
@@ -151,14 +151,9 @@ def _is_axis(value: Any) -> bool:
   return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_axis_name(value: Any) -> bool:
-  return isinstance(value, str) or (
-    isinstance(value, tuple) and bool(value) and all(isinstance(name, str) for name in value)
-  )
-
-
-def _names_axes(value: Any) -> bool:
-  return value is None or _is_axis_name(value)
+def _is_axes(value: object) -> bool:
+  names = value if isinstance(value, tuple) and value else [value]
+  return value is None or all(isinstance(name, str) for name in names)
 
 
 def _layer_names(group: Group, paths: Sequence[str]) -> list[str]:

@@ -110,13 +110,9 @@ def load_anchor(
   arrays = _reading(where, read, asked)
   leaves = {at: arrays[name] for at, name in found.items()}
   finite = jax.jit(lambda x: jnp.isfinite(x).all())  # of each leaf alone: it has its own devices
-  all_finite = jax.device_get([finite(x) for x in leaves.values()])
+  is_finite = jax.device_get({at: finite(x) for at, x in leaves.items()})
   checks.raise_all(
-    [
-      f'{at}, as {x.dtype}'
-      for (at, x), ok in zip(leaves.items(), all_finite, strict=True)
-      if not ok
-    ],
+    [f'{at}, as {x.dtype}' for at, x in leaves.items() if not is_finite[at]],
     f'{where}: an anchor must be finite; NaN or infinity in',
   )
   return jax.tree.unflatten(flat.treedef, map(leaves.get, flat.paths))
@@ -177,9 +173,7 @@ def _check_origin(path: Path, missing: Sequence[str], extra: Sequence[str]) -> N
 
 
 def _mismatch(wanted: Struct, found: Struct) -> str | None:
-  floating = jnp.issubdtype(found.dtype, jnp.floating)
-  both_complex = jnp.issubdtype(found.dtype, jnp.inexact) and jnp.iscomplexobj(wanted)
-  if wanted.shape != found.shape or not (floating or both_complex):
+  if wanted.shape != found.shape or not checks.can_replace(found.dtype, wanted.dtype):
     kind = 'an unknown kind of number, ' if found.dtype == UNKNOWN else found.dtype
     return f'params {wanted.dtype}{list(wanted.shape)}, checkpoint {kind}{list(found.shape)}'
   try:

@@ -16,8 +16,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
-from spd_optax import checks, leafwise, placement, trees
-from spd_optax.engine import PER_LAYER, ProjectionDecayState, is_state
+from spd_optax import leafwise, placement, trees
+from spd_optax.engine import PER_LAYER, ProjectionDecayState, states_of
 from spd_optax.exchange import is_dropped
 from spd_optax.layers import Arrangement, Group, StackAxis, layer_key, layer_name, sum_of
 
@@ -164,10 +164,7 @@ def scalars(
 
 def states_in(opt_state: Any, name: str) -> States:
   """Finds every `ProjectionDecayState` in an optimizer state; see `_plain`."""
-  found = [_plain(x) for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
-  if not found:
-    kind = checks.kind_of(opt_state)
-    raise TypeError(f'{name}: expected the state of an optimizer with SPD in it, found {kind}')
+  found = [_plain(x) for x in states_of(opt_state, name)]
   for state in found:
     if isinstance(state.count, jax.core.Tracer | jax.ShapeDtypeStruct):
       raise TypeError(f'{name}: call it outside jit, with the state that a step returned')

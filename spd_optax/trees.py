@@ -109,8 +109,6 @@ def told_apart(keys: Mapping[str, str], summary: str) -> dict[str, str]:
 
 def match_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], summary: str) -> None:
   """Raises a ValueError that lists, by path, where the state has other shapes than expected."""
-  if found == expected:
-    return
   problems = [
     f'{shown(name)}: {found.get(name, "nothing")} in the state, '
     f'{expected.get(name, "nothing")} expected'
@@ -170,10 +168,8 @@ def _fits(update: Any, param: Any) -> bool:
   if jnp.shape(update) != jnp.shape(param):
     return False
   found, wanted = checks.dtype_of(update), checks.dtype_of(param)
-  if found == wanted or not jnp.issubdtype(wanted, jnp.inexact):
-    return True  # of an integer jax.grad gives float0, other tools zeros
-  kinds = jnp.inexact if jnp.issubdtype(wanted, jnp.complexfloating) else jnp.floating
-  return bool(jnp.issubdtype(found, kinds))
+  # Of an integer jax.grad gives float0, other tools zeros.
+  return not jnp.issubdtype(wanted, jnp.inexact) or checks.can_replace(found, wanted)
 
 
 def leaves_like(updates: Any, params: Flat, name: str) -> list[Any]:
