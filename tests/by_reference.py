@@ -4,13 +4,14 @@ A run feeds the reference with the params, and with the update of the inner opti
 are at each step. So a step is judged by itself, and errors do not pile up.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import reference
 
 import spd_optax as spd
@@ -75,8 +76,11 @@ def decay_to_anchor() -> Case:
   return Case(make, optax.identity(), expected, pace=-0.125, layered=False)
 
 
-def sgd_spd(anchor: Any = None, strength: Any = 1.0, **options: Any) -> Any:
-  return spd.with_projection_decay(SGD, anchor, strength, **options)
+def sgd_spd(margin: float, writes: bool = False) -> Case:
+  def make(anchor=None, strength=1.0, **options):
+    return spd.with_projection_decay(SGD, anchor, strength, margin=margin, **options)
+
+  return around(make, SGD, margin, writes)
 
 
 def adam_spd(margin: float) -> Case:
@@ -89,12 +93,32 @@ def adam_spd(margin: float) -> Case:
 CASES = {
   'projection_decay': link(0.05),
   'projection_decay, margin 0': link(0.0),
-  'with_projection_decay': around(sgd_spd, SGD),
+  'with_projection_decay': sgd_spd(0.0),
+  'with_projection_decay, margin 0.05': sgd_spd(0.05),
   'adam_spd': adam_spd(0.0),
   'adam_spd, margin 0.05': adam_spd(0.05),
-  'apply': around(sgd_spd, SGD, writes=True),
+  'apply': sgd_spd(0.0, writes=True),
   'l2_sp': decay_to_anchor(),
 }
+# Together they take every path through a step. The others sum the same or less, or are around an
+# optimizer of more arrays; they are slow tests.
+DISTINCT = ('projection_decay', 'with_projection_decay, margin 0.05', 'apply', 'l2_sp')
+
+
+def each_of(names: Iterable[str], fast: Iterable[str] = DISTINCT) -> pytest.MarkDecorator:
+  """A test for each of these cases; those that are not among `fast` are slow tests."""
+  fast = set(fast)
+  return pytest.mark.parametrize(
+    'case',
+    [
+      pytest.param(CASES[name], id=name, marks=() if name in fast else pytest.mark.slow)
+      for name in names
+    ],
+  )
+
+
+every_case = each_of(CASES)
+every_layered = each_of(name for name, case in CASES.items() if case.layered)
 
 
 def numpy64(tree: Any) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from by_reference import CASES, SGD, assert_reports, own, steps
+from by_reference import CASES, SGD, assert_reports, every_case, every_layered, own, steps
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -22,12 +22,6 @@ class Dense:
 
   def __call__(self, x):
     return x @ self.kernel + self.bias
-
-
-every_case = pytest.mark.parametrize('case', CASES.values(), ids=CASES)
-every_layered = pytest.mark.parametrize(
-  'case', [case for case in CASES.values() if case.layered], ids=[n for n in CASES if n != 'l2_sp']
-)
 
 
 def problem():

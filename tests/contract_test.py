@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 from cases import (
-  ALONE_TOO,
   CASES,
+  MARKS,
   PER_LAYER,
   STEPS,
   assert_same_kind,
@@ -94,7 +94,7 @@ def test_params_and_state_can_be_donated(case, explicit):
 @pytest.mark.parametrize(
   ('case', 'dtype'),
   [
-    pytest.param(case, dtype, id=f'{name}-{dtype}', marks=ALONE_TOO[name])
+    pytest.param(case, dtype, id=f'{name}-{dtype}', marks=MARKS[name])
     for name, case in CASES.items()
     for dtype in case.dtypes
   ],

@@ -70,7 +70,7 @@ def problems(draw: Any) -> Problem:
     slices, grouped = draw(st.sampled_from([None, None, 1, 3])), draw(st.booleans())
     for leaf in range(draw(st.integers(1, 2))):
       path = f'module{module}/leaf{leaf}'
-      shape = draw(st.sampled_from([(), (2,), (2, 3)]))
+      shape = draw(st.sampled_from([(), (2, 3)]))
       if grouped:
         problem.groups[path] = f'group{module}'
       if slices is not None:

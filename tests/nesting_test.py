@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import ADAM, PER_LAYER, PUBLIC, STEPS, loop, make_step, noise, normal
+from cases import ADAM, PER_LAYER, STEPS, every_public, loop, make_step, noise, normal
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import spd_optax as spd
 
-every_public = pytest.mark.parametrize('case', PUBLIC.values(), ids=PUBLIC)
 tree = pytest.param(True, id='tree', marks=pytest.mark.slow)
 every_anchor = pytest.mark.parametrize('explicit', [pytest.param(False, id='captured'), tree])
 WHOLE = {'body': True, 'head': True}

@@ -10,17 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from by_reference import CASES, assert_reports, own, steps
+from by_reference import assert_reports, every_case, every_layered, own, steps
 from jax.sharding import PartitionSpec as P
 
 SHAPE = (8, 4)
-FACTORS = (-1.0, -1.0, 0.25)  # gradients by the deviation at the start: away, away, and home
-every_case = pytest.mark.parametrize('case', CASES.values(), ids=CASES)
+FACTORS = (-1.0, 0.25)  # gradients by the deviation at the start: away, and home
 small_meshes = pytest.mark.parametrize('devices', [1, 2])
 meshes = pytest.mark.parametrize('devices', [1, 8])
-every_layered = pytest.mark.parametrize(
-  'case', [case for case in CASES.values() if case.layered], ids=[n for n in CASES if n != 'l2_sp']
-)
 
 
 def mesh_of(devices):
@@ -62,8 +58,14 @@ def assert_as_expected(found, trail):
   assert any(np.all(held.condition) for step in trail for held in step.report.values())
 
 
-def expected(case, make, params, gradients, anchors):
-  return steps(case, make(anchors), params, gradients, anchors)
+@functools.cache
+def without_mesh(case, anchor='captured', stack_axis=None):
+  """The transform, which several tests share, and each step beside the reference."""
+  params, gradients, anchors = problem()
+  anchors = anchors if anchor == 'tree' else None
+  of_layers = {} if stack_axis is None else {'stack_axes': dict.fromkeys(params, stack_axis)}
+  tx = case.make(anchors) if stack_axis is None else case.make(anchors, stack_axis=stack_axis)
+  return tx, steps(case, tx, params, gradients, anchors, **of_layers)
 
 
 @pytest.mark.parametrize('anchor', ['tree', 'captured'])
@@ -71,13 +73,11 @@ def expected(case, make, params, gradients, anchors):
 @every_case
 def test_replicated_values(case, devices, anchor):
   """Catches a step that fails where nothing varies over the mesh."""
-  params, gradients, anchors = problem()
-  anchors = anchors if anchor == 'tree' else None
-  tx = case.make(anchors)
+  params, gradients, _ = problem()
+  tx, trail = without_mesh(case, anchor)
   body = functools.partial(run, case, tx)
   sharded = jax.shard_map(body, mesh=mesh_of(devices), in_specs=(P(), P()), out_specs=P())
-  found = jax.jit(sharded)(params, gradients)
-  assert_as_expected(found, expected(case, case.make, params, gradients, anchors))
+  assert_as_expected(jax.jit(sharded)(params, gradients), trail)
 
 
 @pytest.mark.parametrize('anchor', ['tree', 'captured'])
@@ -91,7 +91,7 @@ def test_gradients_that_vary_beside_params_that_do_not(case, devices, anchor):
   """
   params, gradients, anchors = problem()
   anchors = anchors if anchor == 'tree' else None
-  tx = case.make(anchors)
+  tx, _ = without_mesh(case, anchor)
 
   def body(params, gradients):
     factor = 1.0 + jax.lax.axis_index('x')
@@ -106,7 +106,7 @@ def test_gradients_that_vary_beside_params_that_do_not(case, devices, anchor):
   found, condition, distance = jax.jit(sharded)(params, home)
   for at in range(devices):
     scaled = jax.tree.map(lambda g, at=at: (1.0 + at) * g, home)
-    (step,) = expected(case, case.make, params, [scaled], anchors)
+    (step,) = steps(case, tx, params, [scaled], anchors)
     for name, wanted in step.wanted.items():
       np.testing.assert_allclose(found[name][at], wanted, rtol=1e-5, atol=1e-5, err_msg=name)
       np.testing.assert_array_equal(condition[name][at], step.report[name].condition)
@@ -126,7 +126,7 @@ def test_layers_that_are_split_over_the_mesh(case, devices):
     out_specs=[(P('x'), state_specs(tx, params))] * len(gradients),
   )
   found = jax.jit(sharded)(params, gradients)
-  assert_as_expected(found, expected(case, lambda _: case.make(), params, gradients, None))
+  assert_as_expected(found, without_mesh(case)[1])
 
 
 @meshes
@@ -143,7 +143,7 @@ def test_one_leaf_split_and_one_replicated(case, devices):
     out_specs=[(split, state_specs(tx, params, split))] * len(gradients),
   )
   found = jax.jit(sharded)(params, gradients)
-  assert_as_expected(found, expected(case, lambda _: case.make(), params, gradients, None))
+  assert_as_expected(found, without_mesh(case)[1])
 
 
 @meshes
@@ -160,9 +160,7 @@ def test_stacked_layers_that_are_dealt_out(case, devices):
     out_specs=[(P('x'), state_specs(tx, params, P('x'), per_layer))] * len(gradients),
   )
   found = jax.jit(sharded)(params, gradients)
-  axes = {'stack_axes': dict.fromkeys(params, 0)}
-  trail = steps(case, case.make(stack_axis=0), params, gradients, **axes)
-  assert_as_expected(found, trail)
+  assert_as_expected(found, without_mesh(case, stack_axis=0)[1])
 
 
 def state_specs(tx, params, like_params=P('x'), split=frozenset()):  # noqa: B008  # immutable

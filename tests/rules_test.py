@@ -3,6 +3,8 @@
 The rules here keep two numbers per layer; a loop in NumPy says how they evolve.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -208,8 +210,17 @@ def kinds(tree):
   return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
 
+@functools.cache
+def trained(form, layout):
+  """Params and states of a run, whose names have slashes and slices; shared by the tests."""
+  make, rule, _ = FORMS[form]
+  tx = make(rule, **LAYERS[layout][0])
+  return loop(jax.jit(make_step(tx)), normal(0), tx.init(normal(0)), noise(0))
+
+
+# A stack has values of both shapes.
 @pytest.mark.parametrize(
-  'layout', [pytest.param('whole', marks=pytest.mark.slow), 'stacked', 'group']
+  'layout', ['stacked', *(pytest.param(x, marks=pytest.mark.slow) for x in ('whole', 'group'))]
 )
 @every_form
 def test_the_numbers_keep_their_form(form, layout):
@@ -221,7 +232,7 @@ def test_the_numbers_keep_their_form(form, layout):
   shape = (3,) if layout == 'stacked' else ()
   layer = 'all' if layout == 'group' else 'body~kernel'
   assert kinds(state.rule_state['mean'])[layer] == (shape, jnp.float32)
-  trail = loop(jax.jit(step), normal(0), tx.init(normal(0)), noise(0))
+  trail = trained(form, layout)
   assert all(kinds(state) == announced for _, state in trail)
   scan = jax.jit(lambda c, gs: jax.lax.scan(lambda c, g: (step(*c, g), None), c, gs)[0])
   _, scanned = scan((normal(0), tx.init(normal(0))), noise(0))
@@ -239,10 +250,9 @@ def test_the_numbers_keep_their_form(form, layout):
       np.testing.assert_allclose(values, wanted, rtol=1e-3, atol=1e-5)
 
 
-def states(tx, steps=3):
-  """States after each step, of params whose names have slashes and slices."""
-  trail = loop(jax.jit(make_step(tx)), normal(0), tx.init(normal(0)), noise(0))
-  return [state for _, state in trail[1 : steps + 1]]
+def states(form, layout):
+  """States after each of the first steps."""
+  return [state for _, state in trained(form, layout)[1:4]]
 
 
 SHOWN = {  # layers as records name them, and as keys of scalars do
@@ -266,8 +276,7 @@ def value_in(state, layout, name, shown):
 @every_form
 def test_reports_show_the_numbers_by_name(form, layout):
   """Catches a number that shows as the ratio or the distance, or under another layer's name."""
-  make, rule, _ = FORMS[form]
-  state = states(make(rule, **LAYERS[layout][0]))[-1]
+  state = states(form, layout)[-1]
   records = {record.name: record for record in spd.layer_report(state)}
   scalars = spd.scalars(state)
   assert records.keys() == SHOWN[layout].keys()
@@ -288,8 +297,7 @@ def test_reports_show_the_numbers_by_name(form, layout):
 @every_form
 def test_logs_keep_the_numbers_by_name(form, layout, tmp_path):
   """Catches a log that leaves them out, or mixes up its columns."""
-  make, rule, _ = FORMS[form]
-  trail = states(make(rule, **LAYERS[layout][0]))
+  trail = states(form, layout)
   path = tmp_path / 'run.jsonl'
   with spd.AuditLog(path, transform=form) as log:
     for step, state in enumerate(trail):

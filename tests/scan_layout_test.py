@@ -204,11 +204,13 @@ def test_each_slice_is_the_leaf_of_the_loop(form, axis, anchored):
     chex.assert_trees_all_close(by_layer(found[field]), expected[field], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(('form', 'axis'), [('in the chain', 0), ('around', 1)])
-def test_without_the_axis_the_layers_are_one(form, axis):
+@pytest.mark.parametrize(
+  ('form', 'axis', 'anchored'), [('in the chain', 0, False), ('around', 1, True)]
+)
+def test_without_the_axis_the_layers_are_one(form, axis, anchored):
   """Catches a comparison above that could not fail: one condition for all trains otherwise."""
-  loop, _ = train(form, None)
-  scan, found = train(form, axis, stacked=False)
+  loop, _ = train(form, None, anchored)
+  scan, found = train(form, axis, anchored, stacked=False)
   assert all(held.shape == (STEPS,) for held in found['condition'].values())
   found, expected = by_path(scan, axis), by_path(loop, axis)
   apart = {path: np.abs(leaf - expected[path]).max() for path, leaf in found.items()}

@@ -10,26 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from by_reference import CASES, assert_reports, eps, own, steps
+from by_reference import CASES, DISTINCT, assert_reports, each_of, eps, every_case, own, steps
 from reference import x64
 
 FLOATS = ('float64', 'float32', 'bfloat16', 'float16')
 COMPLEX = ('complex64', 'complex128')
 SHAPE = (3, 4)
 FACTORS = (-1.0, -1.0, 0.25)  # gradients by the deviation at the start: away, away, and home
-DISTINCT = ('projection_decay', 'with_projection_decay', 'adam_spd, margin 0.05', 'apply', 'l2_sp')
-# The others sum the same, or less.
-every_case = pytest.mark.parametrize(
-  'case',
-  [
-    pytest.param(case, id=name, marks=() if name in DISTINCT else pytest.mark.slow)
-    for name, case in CASES.items()
-  ],
-)
-distinct = pytest.mark.parametrize('case', [CASES[name] for name in DISTINCT], ids=DISTINCT)
-layered = pytest.mark.parametrize(
-  'case', [CASES[name] for name in DISTINCT[:-1]], ids=DISTINCT[:-1]
-)
+ADAM = 'adam_spd, margin 0.05'  # computes with a real gradient in its own width
+MORE = ('with_projection_decay', ADAM)
+distinct_and_adam = each_of((*DISTINCT, *MORE), (*DISTINCT, ADAM))
+distinct = each_of((*DISTINCT, *MORE))
+layered = each_of((*DISTINCT[:-1], *MORE))
 runs = pytest.mark.parametrize(
   ('anchor', 'jit'),
   [
@@ -128,7 +120,11 @@ def test_params_and_gradients_of_two_widths(case, anchor, jit, pairs):
   assert_meets_the_reference(case, pairs, anchor, jit)
 
 
-@pytest.mark.parametrize('dtypes', PAIRS, ids='-'.join)
+@pytest.mark.parametrize(
+  'dtypes',
+  [pytest.param(pair, marks=() if pair in SOME else pytest.mark.slow) for pair in PAIRS],
+  ids='-'.join,
+)
 def test_a_single_leaf_of_two_widths(dtypes):
   """Catches the same for one leaf alone, whose sums share nothing with those of another."""
   assert_meets_the_reference(CASES['projection_decay'], [dtypes], 'tree', True)
@@ -188,7 +184,7 @@ def complex_steps(case, pairs, anchor, jit):
 
 
 @runs
-@distinct
+@distinct_and_adam
 def test_real_gradients_of_complex_params(case, anchor, jit):
   """Catches a real gradient that breaks the step, or an update that has lost its imaginary part.
 
