@@ -246,7 +246,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize('form', FORMS)
-@pytest.mark.parametrize('axis', [0, 1, -1])
+@pytest.mark.parametrize('axis', [pytest.param(0, marks=pytest.mark.slow), 1, -1])
 def test_stacked_slices_are_separate_leaves(form: str, axis: int) -> None:
   """Catches one condition for a whole scanned model, and sums over the wrong axes."""
 

@@ -122,15 +122,19 @@ FORMS = {
   'around': (lambda anchor, **kw: spd.with_projection_decay(ADAM, anchor, **kw), update),
   'around, apply': (lambda anchor, **kw: spd.with_projection_decay(ADAM, anchor, **kw), apply),
 }
-RUNS = [
-  ('in the chain', False),
-  pytest.param('in the chain', True, marks=pytest.mark.slow),
-  pytest.param('around', False, marks=pytest.mark.slow),
-  ('around', True),
-  ('around, apply', True),
-]
-every_run = pytest.mark.parametrize(('form', 'anchored'), RUNS)
+RUNS = [('in the chain', False), ('around', True), ('around, apply', True)]
+MORE = [('in the chain', True), ('around', False)]
+
+
+def fast_and_slow(fast: Any, slow: Any) -> Any:
+  return [*fast, *(pytest.param(*x, marks=pytest.mark.slow) for x in slow if x not in fast)]
+
+
+every_run = pytest.mark.parametrize(('form', 'anchored'), fast_and_slow(RUNS, MORE))
 every_axis = pytest.mark.parametrize('axis', [0, 1])
+# Both axes in the chain, and one for each of the two steps around an optimizer.
+EACH = [(*RUNS[0], 0), (*RUNS[0], 1), (*RUNS[1], 0), (*RUNS[2], 1)]
+ALL = [(*run, axis) for run in (*RUNS, *MORE) for axis in (0, 1)]
 
 
 @functools.cache
@@ -190,9 +194,8 @@ def test_slices_are_held_at_different_steps(form, anchored):
     assert any(0 < column.sum() < STEPS for column in held.T), leaf
 
 
-@every_axis
-@every_run
-def test_each_slice_is_the_leaf_of_the_loop(form, axis, anchored):
+@pytest.mark.parametrize(('form', 'anchored', 'axis'), fast_and_slow(EACH, ALL))
+def test_each_slice_is_the_leaf_of_the_loop(form, anchored, axis):
   """Catches sums over layers, an axis taken for another, a slice held with its neighbour,
   and a stacked checkpoint that is matched in the wrong order."""
   loop, expected = train(form, None, anchored)
