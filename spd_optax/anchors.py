@@ -25,18 +25,18 @@ class View(NamedTuple):
 
   flat: trees.Flat  # all params
   at: list[int]  # where the constrained leaves stand among all
-  gradients: list[Any]
-  params: list[Any]
-  anchors: list[Any]  # None is the zero anchor
-  stored: Any  # the anchor tree for the next state
+  gradients: list[jax.Array]
+  params: list[jax.Array]
+  anchors: list[jax.Array | None]  # None is the zero anchor
+  stored: optax.Params  # the anchor tree for the next state
 
 
 @dataclasses.dataclass(frozen=True)
 class Anchoring:
   """The anchor as the user gave it; None: the params at the first update."""
 
-  anchor: Any
-  dtype: Any = None
+  anchor: optax.Params | None
+  dtype: jax.typing.DTypeLike | None = None
   memory_kind: str | None = None
   ema: chex.Numeric | None = None
 
@@ -95,7 +95,7 @@ class Anchoring:
     )
     return values
 
-  def init(self, params: Any) -> Any:
+  def init(self, params: optax.Params) -> optax.Params:
     """The anchor tree for the state: copies with the shardings of the params."""
     flat = flat_params(params)
     found = [
@@ -109,7 +109,7 @@ class Anchoring:
       return stored
     return jax.tree.map(placement.on_host, stored)
 
-  def _store_dtype(self, leaf: Any) -> Any:
+  def _store_dtype(self, leaf: Any) -> jax.typing.DTypeLike:
     dtype = checks.dtype_of(leaf)
     if self.dtype is None:
       return dtype
@@ -117,7 +117,9 @@ class Anchoring:
       return jnp.promote_types(jnp.complex64, self.dtype)
     return self.dtype
 
-  def view(self, gradients: Any, stored: Any, count: jax.Array, params: Any) -> View:
+  def view(
+    self, gradients: optax.Updates, stored: optax.Params, count: jax.Array, params: optax.Params
+  ) -> View:
     """Brings gradients, params and anchors together; checks that they fit."""
     if params is None:
       raise ValueError(
@@ -142,14 +144,14 @@ class Anchoring:
       stored=stored,
     )
 
-  def _placed(self, stored: Any) -> Any:
+  def _placed(self, stored: optax.Params) -> optax.Params:
     """In the host's memory again, after a checkpoint was restored onto the device."""
     device = jax.local_devices()[0]
     if self.memory_kind is None or 'pinned_host' not in placement.memory_kinds(device):
       return stored
     return jax.tree.map(placement.on_host, stored)
 
-  def following(self, view: View) -> Any:
+  def following(self, view: View) -> optax.Params:
     """The anchor tree for the next state: 1 − β of the way to the params, where asked for.
 
     It does not follow a param that is not finite: it would never come back.
@@ -157,12 +159,9 @@ class Anchoring:
     if self.ema is None:
       return view.stored
     flat = trees.flatten(view.stored)
+    narrow = {path: x.dtype for path, x in flat.by_path.items() if jnp.finfo(x).bits < 32}
     checks.raise_all(
-      [
-        f'{trees.shown(path)}: {x.dtype}'
-        for path, x in flat.by_path.items()
-        if jnp.finfo(x).bits < 32
-      ],
+      [f'{trees.shown(path)}: {dtype}' for path, dtype in narrow.items()],
       'anchor_ema: a slowly following anchor needs float32 or wider (anchor_dtype=jnp.float32):',
     )
     pairs = zip(view.at, view.params, view.anchors, strict=True)
@@ -171,8 +170,8 @@ class Anchoring:
     return jax.tree.unflatten(flat.treedef, _cast(flat.leaves, moved))
 
   def _captured(
-    self, stored: Any, params: trees.Flat, values: Sequence[Any], count: jax.Array
-  ) -> Any:
+    self, stored: optax.Params, params: trees.Flat, values: Sequence[Any], count: jax.Array
+  ) -> optax.Params:
     """The anchor in the state, after it was captured where that is asked for.
 
     The params at the first update replace what `init` saw: many training
@@ -206,18 +205,18 @@ class Anchoring:
 # Functions of the module, because JAX would take those made in each call for new ones.
 
 
-def _first(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
+def _first(old: Sequence[jax.Array], new: Sequence[jax.Array]) -> list[jax.Array]:
   return list(old)
 
 
-def _cast(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
+def _cast(old: Sequence[jax.Array], new: Sequence[jax.Array]) -> list[jax.Array]:
   """The new arrays in the dtypes, and in the memory, of the old."""
   cast = [jnp.asarray(x, like.dtype) for like, x in zip(old, new, strict=True)]
   pairs = zip(old, cast, strict=True)
   return [placement.on_host(x) if placement.is_on_host(like) else x for like, x in pairs]
 
 
-def flat_params(params: Any) -> trees.Flat:
+def flat_params(params: optax.Params) -> trees.Flat:
   """The params, taken apart, after a check that they are arrays."""
   if params is None:
     raise TypeError('params: expected a tree of arrays, found None')
@@ -226,7 +225,7 @@ def flat_params(params: Any) -> trees.Flat:
   return flat
 
 
-def _is_captured(value: Any) -> bool:
+def _is_captured(value: object) -> bool:
   """Whether a leaf of the anchor stands for the param at the first update."""
   return isinstance(value, jax.ShapeDtypeStruct)
 
@@ -236,7 +235,7 @@ def never_held(leaf: Any) -> bool:
   return not jnp.issubdtype(checks.dtype_of(leaf), jnp.inexact) or np.size(leaf) == 0
 
 
-def is_stored(value: Any) -> bool:
+def is_stored(value: object) -> bool:
   """Whether a value given as an anchor is neither zero nor free."""
   return value is not None and not checks.is_zero(value)
 

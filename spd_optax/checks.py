@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import DTypeLike
 
 STATIC = "; in optax.inject_hyperparams name it in static_args=('{}',)"
 ARRAYS = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
@@ -27,7 +26,7 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
   warnings.warn(message, category, stacklevel=depth)
 
 
-def kind_of(value: Any) -> str:
+def kind_of(value: object) -> str:
   """A value in a few words, for messages."""
   if isinstance(value, optax.GradientTransformation):
     return 'an optax transformation'
@@ -40,12 +39,12 @@ def kind_of(value: Any) -> str:
   return type(value).__name__
 
 
-def dtype_of(value: Any) -> Any:
+def dtype_of(value: Any) -> np.dtype:
   """The dtype that JAX computes with."""
   return value.dtype if isinstance(value, jax.Array) else jnp.result_type(value)
 
 
-def is_array(value: Any) -> bool:
+def is_array(value: object) -> bool:
   """Whether JAX takes it for an array: one of JAX or NumPy, its struct, or a number."""
   if isinstance(value, jax.Array):
     return True
@@ -58,12 +57,12 @@ def is_array(value: Any) -> bool:
   return True
 
 
-def is_zero(value: Any) -> bool:
+def is_zero(value: object) -> bool:
   """Whether a value is known to be 0 at trace time: a number, no array and no schedule."""
   return isinstance(value, int | float) and not isinstance(value, bool) and value == 0
 
 
-def is_function(value: Any) -> bool:
+def is_function(value: object) -> bool:
   """Whether it can be called and is no pytree, as a model with `__call__` may be."""
   return callable(value) and jax.tree_util.all_leaves([value])
 
@@ -76,7 +75,7 @@ def raise_all(
     raise error(summary + '\n  ' + '\n  '.join(problems))
 
 
-def without_values(value: Any) -> str | None:
+def without_values(value: object) -> str | None:
   """Why a value is no array to compute with."""
   if isinstance(value, jax.core.Tracer):
     return None
@@ -89,7 +88,7 @@ def without_values(value: Any) -> str | None:
   return f'{kind_of(value)}, deleted (donated to jit?)' if deleted else None
 
 
-def arrays(name: str, leaves: Mapping[str, Any]) -> None:
+def arrays(name: str, leaves: Mapping[str, object]) -> None:
   """Raises a TypeError that names every leaf, by path, that is no array to compute with."""
   found = {path or '(root)': without_values(leaf) for path, leaf in leaves.items()}
   problems = [f'{path}: {problem}' for path, problem in found.items() if problem]
@@ -109,18 +108,18 @@ def scalar(name: str, value: Any, expected: str, in_range: Callable[[Any], bool]
     raise ValueError(message.format(value))
 
 
-def number_or_schedule(name: str, value: Any) -> None:
+def number_or_schedule(name: str, value: object) -> None:
   """A finite number ≥ 0, a schedule, or a computed number."""
   if not callable(value):
     scalar(name, value, 'a finite number ≥ 0 or a schedule', lambda v: 0 <= v < math.inf)
 
 
-def fraction(name: str, value: Any, otherwise: str = '') -> None:
+def fraction(name: str, value: object, otherwise: str = '') -> None:
   """A number in [0, 1), or a computed one."""
   scalar(name, value, f'a number in [0, 1){otherwise}', lambda v: 0 <= v < 1)
 
 
-def can_replace(dtype: DTypeLike, old: DTypeLike) -> bool:
+def can_replace(dtype: jax.typing.DTypeLike, old: jax.typing.DTypeLike) -> bool:
   """Whether numbers can take the place of others: floating ones, or complex where those are."""
   complex_too = jnp.issubdtype(old, jnp.complexfloating)
   return bool(jnp.issubdtype(dtype, jnp.inexact if complex_too else jnp.floating))

@@ -13,7 +13,7 @@ One step, from the gradients g, the params θ and the state:
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -56,12 +56,12 @@ class ProjectionDecayState(NamedTuple):
   rule_state: dict[str, dict[str, jax.Array]]
 
 
-def is_state(node: Any) -> bool:
+def is_state(node: object) -> bool:
   """Whether a node of an optimizer state is the state of SPD, which holds an anchor."""
   return isinstance(node, ProjectionDecayState)
 
 
-def states_of(opt_state: Any, name: str) -> list[ProjectionDecayState]:
+def states_of(opt_state: optax.OptState, name: str) -> list[ProjectionDecayState]:
   """Every state of SPD in an optimizer state, at any depth; raises a TypeError without any."""
   found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
   if not found:
@@ -117,7 +117,7 @@ class Engine:
     _warn_of_narrow({flat.paths[i]: flat.leaves[i] for i in at})
     zeros = layers.zeros([flat.leaves[i] for i in at])
 
-    def filled(value: float, dtype: Any) -> dict[str, jax.Array]:
+    def filled(value: float, dtype: jax.typing.DTypeLike) -> dict[str, jax.Array]:
       return layers.by_key([(x + value).astype(dtype) for x in zeros])
 
     return ProjectionDecayState(
@@ -189,7 +189,7 @@ class Engine:
     return Step(view, layers, outcomes), next_state
 
 
-def check_state(value: Any, expected: type) -> None:
+def check_state(value: object, expected: type) -> None:
   """Raises a TypeError unless it is the state that init returned."""
   name = expected.__name__
   if not isinstance(value, expected):
@@ -205,7 +205,7 @@ def check_state(value: Any, expected: type) -> None:
     )
 
 
-def _warn_of_narrow(params: dict[str, Any]) -> None:
+def _warn_of_narrow(params: dict[str, jax.Array]) -> None:
   """Warns of params, by path, whose dtype is too coarse to add small steps to."""
   dtypes = {path: checks.dtype_of(x) for path, x in params.items()}
   narrow = {path: dtype for path, dtype in dtypes.items() if jnp.finfo(dtype).bits < 32}
@@ -227,7 +227,7 @@ def _outcome(
   strength: chex.Numeric,
   constrained: jax.Array,
   *,
-  decide: Any,
+  decide: Hashable,
 ) -> Outcome:
   """What the rule decides for one layer.
 
@@ -257,7 +257,7 @@ def _outcome(
   return fields, condition & (scale != 0) & jnp.isfinite(scale), scale
 
 
-def _per_layer(rule: Rule, decision: Any, like: jax.Array) -> Decision:
+def _per_layer(rule: Rule, decision: object, like: jax.Array) -> Decision:
   """The decision as arrays of one shape; raises an error that names the rule if it has none."""
   name = f'{type(rule).__name__}.decide'
   if not isinstance(decision, Decision):
@@ -268,7 +268,7 @@ def _per_layer(rule: Rule, decision: Any, like: jax.Array) -> Decision:
       f'{name}: expected the numbers {sorted(rule.numbers)}, found {sorted(numbers)}'
     )
 
-  def broadcast(field: str, value: Any, kind: Any) -> jax.Array:
+  def broadcast(field: str, value: Any, kind: jax.typing.DTypeLike) -> jax.Array:
     fits = checks.is_array(value) and jnp.shape(value) in ((), like.shape)
     if not (fits and jnp.can_cast(jnp.result_type(value), kind, 'same_kind')):
       expected = f'{jnp.dtype(kind).name}{list(like.shape)}'
@@ -283,7 +283,9 @@ def _per_layer(rule: Rule, decision: Any, like: jax.Array) -> Decision:
   )
 
 
-def replaced(tree: Any, step: Step, leaves: list[jax.Array], function: Any) -> Any:
+def replaced(
+  tree: optax.Updates, step: Step, leaves: list[jax.Array], function: Callable[..., jax.Array]
+) -> optax.Updates:
   """The tree with function(leaf, param, anchor, active, scale) for each constrained leaf."""
   every, treedef = jax.tree.flatten(tree)
   view, layers = step.view, step.layers

@@ -31,7 +31,7 @@ class DroppedLeaf(NamedTuple):
   dimensions: jax.Array
 
 
-def is_dropped(node: Any) -> bool:
+def is_dropped(node: object) -> bool:
   """Whether this node of an anchor in a state was dropped."""
   return isinstance(node, DroppedLeaf)
 

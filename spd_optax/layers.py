@@ -16,7 +16,7 @@ from spd_optax import checks, placement, trees
 
 StackAxis = Any  # an int, None, a prefix tree of them, or (path, leaf) -> int | None
 AxisName = Any  # a name, a tuple of names, None, a prefix tree, or (path, leaf) -> names
-Group = Callable[[str], Any] | None
+Group = Callable[[str], str | int | None] | None
 Sums = dict[str, jax.Array]  # over one leaf or layer, by name
 
 SEPARATOR = '~'  # of paths in the keys of the state; writers of checkpoints join theirs by / or .
@@ -147,7 +147,7 @@ class Arrangement:
     )
 
 
-def _is_axis(value: Any) -> bool:
+def _is_axis(value: object) -> bool:
   return isinstance(value, int) and not isinstance(value, bool)
 
 

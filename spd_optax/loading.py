@@ -143,7 +143,7 @@ def _wanted(flat: trees.Flat) -> dict[str, Struct]:
   }
 
 
-def _sharding_of(leaf: Any) -> Any:
+def _sharding_of(leaf: Any) -> jax.sharding.Sharding | None:
   """Where a leaf was put on purpose; None where it lies on the default device by itself."""
   committed = getattr(leaf, 'committed', not isinstance(leaf, jax.Array))
   return getattr(leaf, 'sharding', None) if committed else None

@@ -38,7 +38,7 @@ def explicitly_like(array: jax.Array, like: Any) -> jax.Array:
   return resharded
 
 
-def copy(value: Any, like: Any, dtype: Any) -> jax.Array:
+def copy(value: Any, like: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
   """A new array with the sharding of the param; never an alias of what was passed."""
   if isinstance(like, jax.core.Tracer) and value is not like:
     array = explicitly_like(jnp.array(value, dtype, copy=True), like)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
@@ -57,7 +58,7 @@ WORDS = ('condition', 'ratio', 'distance', 'constrained_share')  # of every laye
 
 
 def layer_report(
-  opt_state: Any, *, stack_axis: StackAxis = None, group: Group = None
+  opt_state: optax.OptState, *, stack_axis: StackAxis = None, group: Group = None
 ) -> list[LayerRecord]:
   """Reports what SPD did to each layer so far.
 
@@ -114,7 +115,11 @@ def _records(
 
 
 def scalars(
-  opt_state: Any, prefix: str = 'spd', *, stack_axis: StackAxis = None, group: Group = None
+  opt_state: optax.OptState,
+  prefix: str = 'spd',
+  *,
+  stack_axis: StackAxis = None,
+  group: Group = None,
 ) -> dict[str, float]:
   """Returns the same as `layer_report` in a flat dict, for any tracker.
 
@@ -162,7 +167,7 @@ def scalars(
 # The states in an optimizer state, and the layers in them.
 
 
-def states_in(opt_state: Any, name: str) -> States:
+def states_in(opt_state: optax.OptState, name: str) -> States:
   """Finds every `ProjectionDecayState` in an optimizer state; see `_plain`."""
   found = [_plain(x) for x in states_of(opt_state, name)]
   for state in found:
@@ -180,7 +185,7 @@ def _plain(state: ProjectionDecayState) -> ProjectionDecayState:
   """The state without the boxes of nnx.Optimizer, its layers in natural order."""
   keys = _natural(tuple(state.condition))
 
-  def ordered(values: Mapping[str, Any]) -> dict[str, Any]:
+  def ordered(values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return dict(zip(keys, jax.tree.leaves([values[key] for key in keys]), strict=True))
 
   return state._replace(
@@ -312,7 +317,7 @@ UNKNOWN = -1  # axis
 
 
 def _members(
-  flat: trees.Flat, layers: Mapping[str, Any], stack_axis: StackAxis, group: Group
+  flat: trees.Flat, layers: Mapping[str, tuple[int, ...]], stack_axis: StackAxis, group: Group
 ) -> tuple[list[str], list[int | None]]:
   """The layer of each leaf of the anchor, and its axis that stacks layers."""
   if stack_axis is None and group is None:

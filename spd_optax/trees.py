@@ -8,17 +8,18 @@ fits FrozenDict, dataclass, Equinox or ``nnx.State`` params. Transformations tha
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import GetAttrKey, keystr
+from jax.tree_util import GetAttrKey, PyTreeDef, keystr
 
 from spd_optax import checks
 
 Keys = tuple[str, ...]
+Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,7 +28,7 @@ class Flat:
 
   keys: tuple[Keys, ...]  # the path of each leaf
   leaves: list[Any]
-  treedef: Any
+  treedef: PyTreeDef
   holes: tuple[Keys, ...]  # paths of nodes without leaves, which stand for what is left out
 
   @functools.cached_property
@@ -69,13 +70,13 @@ def _entries(tree: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[Keys, Any]
   ]
 
 
-def _is_hole(node: Any) -> bool:
+def _is_hole(node: object) -> bool:
   """None, optax.MaskedNode and the like; an empty dict, list or tuple is none."""
   container = hasattr(node, 'keys') or isinstance(node, list) or type(node) is tuple
   return not container and not jax.tree.leaves(node)
 
 
-def is_placeholder(params: Any) -> bool:
+def is_placeholder(params: optax.Params) -> bool:
   """Whether `optax.tree.map_params` passed its placeholder, a node without leaves, as params."""
   treedef: Any = jax.tree.structure(params)
   lone = treedef.num_nodes == 1  # a module of holes is none
@@ -107,7 +108,7 @@ def told_apart(keys: Mapping[str, str], summary: str) -> dict[str, str]:
   return {key: same[0] for key, same in found.items()}
 
 
-def match_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], summary: str) -> None:
+def match_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], summary: str) -> None:
   """Raises a ValueError that lists, by path, where the state has other shapes than expected."""
   problems = [
     f'{shown(name)}: {found.get(name, "nothing")} in the state, '
@@ -149,7 +150,7 @@ def prefix_values(
   return [None if _is_hole(x) and not isinstance(x, optax.MaskedNode) else x for x in found_at]
 
 
-def _covering(entries: Any, keys: Keys) -> Keys | None:
+def _covering(entries: Container[Keys], keys: Keys) -> Keys | None:
   """The entry at `keys` or above it."""
   return next((keys[:i] for i in range(len(keys) + 1) if keys[:i] in entries), None)
 
@@ -172,7 +173,7 @@ def _fits(update: Any, param: Any) -> bool:
   return not jnp.issubdtype(wanted, jnp.inexact) or checks.can_replace(found, wanted)
 
 
-def leaves_like(updates: Any, params: Flat, name: str) -> list[Any]:
+def leaves_like(updates: optax.Updates, params: Flat, name: str) -> list[Any]:
   """The leaves of the updates, in the order of the params, after a check that they fit."""
   flat = flatten(updates)
   checks.arrays(name, flat.by_path)

@@ -195,7 +195,7 @@ class _Around:
     return WithProjectionDecayState(self.engine.init(params), self.inner.init(params))
 
   def _decide(
-    self, gradients: optax.Updates, state: Any, params: Any, extra_args: dict[str, Any]
+    self, gradients: optax.Updates, state: optax.OptState, params: Any, extra_args: dict[str, Any]
   ) -> tuple[Step, optax.Updates, list[jax.Array], WithProjectionDecayState]:
     """The step, the inner optimizer's updates, θ̃ of the constrained leaves, the next state."""
     check_state(state, WithProjectionDecayState)
@@ -207,7 +207,7 @@ class _Around:
     return step, updates, moved, WithProjectionDecayState(own, inner_state)
 
   def update(
-    self, updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
+    self, updates: optax.Updates, state: optax.OptState, params: Any = None, **extra_args: Any
   ) -> tuple[optax.Updates, WithProjectionDecayState]:
     step, updates, _, state = self._decide(updates, state, params, extra_args)
     if not checks.is_zero(self.engine.strength):
@@ -217,7 +217,7 @@ class _Around:
     return updates, state
 
   def apply(
-    self, gradients: optax.Updates, state: Any, params: optax.Params, **extra_args: Any
+    self, gradients: optax.Updates, state: optax.OptState, params: optax.Params, **extra_args: Any
   ) -> tuple[optax.Params, WithProjectionDecayState]:
     step, updates, moved, state = self._decide(gradients, state, params, extra_args)
     after = optax.apply_updates(params, updates)

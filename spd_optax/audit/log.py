@@ -19,6 +19,7 @@ from typing import Any, Self
 import jax
 import msgspec
 import numpy as np
+import optax
 
 from spd_optax import checks, exchange, reports
 from spd_optax.audit import format
@@ -132,7 +133,9 @@ class AuditLog:
     elif self._writes and not self.path.parent.is_dir():
       raise FileNotFoundError(errno.ENOENT, 'AuditLog: no such directory', str(self.path.parent))
 
-  def record(self, step: int, opt_state: Any, metrics: Mapping[str, Any] | None = None) -> None:
+  def record(
+    self, step: int, opt_state: optax.OptState, metrics: Mapping[str, Any] | None = None
+  ) -> None:
     """Appends one record.
 
     Args:
