@@ -26,12 +26,9 @@ T = TypeVar('T')
 
 NPY_HEADER = 12_000  # bytes; NumPy refuses a longer one, too
 UNKNOWN = np.dtype('V1')  # kinds of numbers that NumPy does not hold
-SAFETENSORS = {
-  'BF16': np.dtype(jnp.bfloat16),
-  **{f'F{8 * size}': np.dtype(f'f{size}') for size in (2, 4, 8)},
-  **{
-    f'{kind}{8 * size}': np.dtype(f'{kind.lower()}{size}') for kind in 'IU' for size in (1, 2, 4, 8)
-  },
+SAFETENSORS = {'BF16': np.dtype(jnp.bfloat16)} | {
+  name: np.dtype(f'{name[0].lower()}{int(name[1:]) // 8}')
+  for name in ('F16', 'F32', 'F64', 'I8', 'I16', 'I32', 'I64', 'U8', 'U16', 'U32', 'U64')
 }
 SAME = "cannot be told apart, as '.' and '/' are one separator"
 

@@ -13,7 +13,7 @@ from audited import FACTS, PARAMS, TX, made_up, states, write
 
 import spd_optax as spd
 from spd_optax import audit
-from spd_optax.audit import report, tables
+from spd_optax.audit import report
 
 
 @pytest.fixture
@@ -226,13 +226,13 @@ def test_each_part_of_a_partition_counts_its_own_updates(path):
   run = audit.verify(path)
   assert (run.layers, run.header.states) == (['kernel', 'bias'], [1, 1])
   assert [record.updates.tolist() for record in run.records] == [[i, i // 3] for i in range(3, 13)]
-  over_time = tables.Series(run)
+  over_time = report.Series(run)
   held = run.records[-1].constrained
   np.testing.assert_allclose(over_time.share, held / [12, 4])
   assert held[1] > 0
-  rows = {row[0]: row[2] for row in tables.layers([over_time]).rows}
+  rows = {row[0]: row[2] for row in report.layers_table([over_time]).rows}
   assert rows['bias'] == f'{100 * held[1] / 4:.1f}'
-  few = tables.Series(run, most=4)
+  few = report.Series(run, most=4)
   assert few.edges.tolist() == [2, 5, 8, 11]
   steps = np.array([record.constrained for record in run.records])[::3]
   np.testing.assert_allclose(few.held, np.diff(steps, axis=0) / [3, 1])
@@ -246,7 +246,7 @@ def test_a_layer_without_an_update_between_two_records_has_no_share_there(path):
   with spd.AuditLog(path, **FACTS) as log:
     for step, state in enumerate(states(7, tx)):
       log.record(step, state)
-  over_time = tables.Series(audit.verify(path))
+  over_time = report.Series(audit.verify(path))
   assert np.isnan(over_time.held[:, 1]).tolist() == [True, False, True, True, False, True]
   assert np.isfinite(report._panels(over_time)['layers held, %'][1]).all()
 
@@ -261,7 +261,7 @@ def test_the_report_says_what_the_user_said_of_the_anchor_and_no_more(path, capt
   run = audit.read(path)
   assert run.header.anchor.captured is captured
   assert run.header.anchor.source == source
-  cells = dict(tables.facts(run).rows)
+  cells = dict(report.facts_table(run).rows)
   assert cells['its source'] == (source or 'not named')
   what = {True: 'captured: the params at the first update', False: 'passed', None: 'not said'}
   assert (cells['anchor'], cells['anchor is zero']) == (what[captured], 'in 1 of 2 layers')
@@ -275,7 +275,7 @@ def test_an_anchor_of_zero_is_known_to_be_zero(path):
     log.record(0, state)
   run = audit.read(path)
   assert run.norms.tolist() == [0, 0]
-  assert dict(tables.facts(run).rows)['anchor is zero'] == 'in 2 of 2 layers'
+  assert dict(report.facts_table(run).rows)['anchor is zero'] == 'in 2 of 2 layers'
 
 
 def test_the_hash_is_that_of_the_last_line_written(path):

@@ -12,7 +12,7 @@ from audited import made_up, names, run
 
 import spd_optax as spd
 from spd_optax import audit
-from spd_optax.audit import format, report, tables
+from spd_optax.audit import format, report
 
 
 @pytest.fixture(scope='module')
@@ -50,13 +50,13 @@ def test_report_of_a_large_model_is_short_and_with_all_shows_every_layer(logs, t
   lines = capsys.readouterr().out.splitlines()
   assert len(lines) < 120
   log = audit.read(logs['a400'])
-  every = report._tables([tables.Series(log)], every=True)
+  every = report._tables([report.Series(log)], every=True)
   assert [row[0] for row in every[-1].rows] == log.layers
 
 
 def test_the_table_says_what_the_log_says(logs):
   log = audit.read(logs['a12'])
-  table = tables.layers([tables.Series(log)])
+  table = report.layers_table([report.Series(log)])
   last = log.records[-1]
   for i, row in enumerate(table.rows):
     assert row[0] == log.layers[i]
@@ -70,10 +70,10 @@ def test_the_table_says_what_the_log_says(logs):
 def test_the_heat_map_shows_the_share_of_the_updates_between_its_columns(logs):
   # Would catch: a map of the logged conditions alone, which a log of every 100th step aliases.
   log = audit.read(logs['a12'])
-  every = tables.Series(log)
+  every = report.Series(log)
   assert every.edges.tolist() == list(range(1, 31))
   np.testing.assert_array_equal(every.held, [record.condition for record in log.records[1:]])
-  few = tables.Series(log, most=3)
+  few = report.Series(log, most=3)
   first, second, _ = few.edges
   between = np.mean([r.condition for r in log.records if first < r.step <= second], axis=0)
   np.testing.assert_allclose(few.held[0], between)
@@ -83,7 +83,7 @@ def test_the_heat_map_shows_the_share_of_the_updates_between_its_columns(logs):
 
 @pytest.mark.parametrize('count', [12, 400])
 def test_names_in_the_heat_map_do_not_overlap(logs, count):
-  figure = report.held([tables.Series(audit.read(logs[f'a{count}']))])
+  figure = report.held([report.Series(audit.read(logs[f'a{count}']))])
   figure.canvas.draw()
   labels = [label for label in figure.axes[0].get_yticklabels() if label.get_text()]
   assert len(labels) >= 12
@@ -95,7 +95,7 @@ def test_names_in_the_heat_map_do_not_overlap(logs, count):
 def test_every_layer_with_a_color_is_in_the_legend(tmp_path):
   # Would catch: names that begin with '_', which matplotlib leaves out by itself.
   layers = ['_k', 'b', '__c', '$d$', *(f'_far/{i}' for i in range(10))]
-  over_time = tables.Series(audit.read(made_up(tmp_path / 'run.jsonl', layers, 3)))
+  over_time = report.Series(audit.read(made_up(tmp_path / 'run.jsonl', layers, 3)))
   figure = report.draw([over_time])['distance']
   shown = [text.get_text().strip() for text in figure.axes[0].get_legend().get_texts()]
   farthest = sorted(zip(-over_time.distance[-1], over_time.layers, strict=True))[: report.CURVES]
@@ -110,7 +110,7 @@ def test_the_table_has_the_numbers_of_the_rule(tmp_path, capsys):
   assert re.search('mean +square', printed)
   assert re.search('a .* 0.03 +1.03', printed)
   assert re.search('b .* 1.03 +2.03', printed)
-  header, rows = tables.layers([tables.Series(audit.read(path))] * 2)[1:]
+  header, rows = report.layers_table([report.Series(audit.read(path))] * 2)[1:]
   assert header[-4:] == ['mean: A', 'B', 'square: A', 'B']
   assert rows[1][-4:] == ['1.03', '1.03', '2.03', '2.03']
 
@@ -141,8 +141,8 @@ def test_compare_puts_two_runs_side_by_side(logs, tmp_path, capsys):
   printed = capsys.readouterr().out
   assert f'A: a{count}' in printed
   assert f'B: b{count}' in printed
-  assert len(report.held([tables.Series(audit.read(path)) for path in (a, b)]).axes) == 3
-  first, second = (tables.Series(audit.read(path)).share for path in (a, b))
+  assert len(report.held([report.Series(audit.read(path)) for path in (a, b)]).axes) == 3
+  first, second = (report.Series(audit.read(path)).share for path in (a, b))
   (row,) = re.findall(f'^ *{names(count)[-1]} .*', page.read_text(), re.M)
   at = audit.read(a).layers.index(names(count)[-1])
   assert re.search(f' {100 * first[at]:.1f} +{100 * second[at]:.1f} ', row)
@@ -150,7 +150,7 @@ def test_compare_puts_two_runs_side_by_side(logs, tmp_path, capsys):
 
 def test_compare_of_other_layers_leaves_gaps(logs, tmp_path):
   other = made_up(tmp_path / 'other.jsonl', ['head/0', 'new'])
-  table = tables.layers([tables.Series(audit.read(path)) for path in (logs['a400'], other)])
+  table = report.layers_table([report.Series(audit.read(path)) for path in (logs['a400'], other)])
   rows = {row[0]: row[1:] for row in table.rows}
   assert rows['new'][0] == '–'
   assert rows[names(400)[0]][1] == '–'

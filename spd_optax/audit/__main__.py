@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spd_optax.audit import format, tables
+from spd_optax.audit import format
 from spd_optax.audit.advice import PATIENCE
 
 TORN = 3
@@ -58,13 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _complain(f"error: the report needs {error.name}: pip install 'spd_optax[audit]'", 1)
   except (format.AuditFileError, OSError) as error:
     return _complain(f'error: {error}', 1)
-  torn = [_complain(f'warning: {run.path}: {tables.torn(run)}', TORN) for run in runs if run.torn]
+  torn = [_complain(f'warning: {run.path}: {format.torn(run)}', TORN) for run in runs if run.torn]
   return max(torn, default=0)
 
 
 def _complain(text: str, status: int) -> int:
   """Prints lines, each without characters that could steer a terminal; returns the status."""
-  print('\n'.join(map(tables.printable, text.split('\n'))), file=sys.stderr)
+  print('\n'.join(map(format.printable, text.split('\n'))), file=sys.stderr)
   return status
 
 

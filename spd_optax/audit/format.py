@@ -151,6 +151,14 @@ class Run(NamedTuple):
     return found
 
 
+def torn(run: Run) -> str:
+  """What to say about a torn last line."""
+  return (
+    f'the last line is torn ({run.torn} bytes): its writer was killed, or is writing now; all '
+    f'{len(run.records)} whole records are here'
+  )
+
+
 def read(path: str | os.PathLike[str]) -> Run:
   """Reads a log that `AuditLog` wrote, or is writing, and checks every whole line; see there.
 
@@ -293,3 +301,8 @@ def numbers(values: np.ndarray) -> list[Number]:
 def number(value: float) -> Any:
   """A number for JSON: a string, 'NaN' or '-Infinity', if it is not finite."""
   return value if math.isfinite(value) else json.dumps(value)
+
+
+def printable(text: str) -> str:
+  """The text without characters that could steer a terminal."""
+  return ''.join(c if c.isprintable() else '\N{REPLACEMENT CHARACTER}' for c in text)
