@@ -216,6 +216,7 @@ def handwriting() -> Task:
     ood=sets,
     blocks=BLOCKS,
     shots=416,
+    by_layer=True,
     pretrained=functools.partial(pretrained, LETTERS),
     features=features,
     logits=logits,

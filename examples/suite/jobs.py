@@ -358,7 +358,7 @@ def run_part(
     if end != WISE_FT:
       held = comparison.held(state, steps) if state is not None else {}
       moved = {'moved': moved_by(params, foundation, at)}
-      layers = layers_held(state, steps) if task.pretrained else {}
+      layers = layers_held(state, steps) if task.by_layer else {}
       found += records(end or name, cases, measure(task, params, at, seeds), moved | held, layers)
       continue
     for setting in method.alphas:

@@ -86,11 +86,11 @@ def drawn(letter: str, font: ImageFont.FreeTypeFont, rng: np.random.Generator) -
   return np.clip(grey + rng.normal(0, 8, grey.shape), 0, 255).astype(np.uint8)
 
 
-def alphabet(kind: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def alphabet(kind: str, seed: int, each: int = 0) -> tuple[np.ndarray, np.ndarray]:
   """Pictures of the letters in a kind of fonts in turn, and which letter of 26 it is."""
   rng = np.random.default_rng(seed)
   fonts = [font(packages.fetched(package)) for package in FONTS[kind]]
-  each = EACH.get(kind, EACH_OOD)
+  each = each or EACH.get(kind, EACH_OOD)
   letters = np.repeat(list(string.ascii_letters), each)
   pictures = [drawn(letter, fonts[i % len(fonts)], rng) for i, letter in enumerate(letters)]
   labels = [string.ascii_lowercase.index(letter.lower()) for letter in letters]

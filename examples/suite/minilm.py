@@ -340,6 +340,7 @@ def fine_tuning(name: str, title: str) -> Task:
     logits=logits,
     pace=cosine(),
     rates=RATES,
+    by_layer=True,
   )
 
 

@@ -1,7 +1,7 @@
 """What is compared on real pre-trained models: one training run for each setting and rate.
 
-The head is a linear probe of the training examples at first, so that Adam here is LP-FT. WiSE-FT
-goes on from every method, since it costs nothing.
+The head of a loaded model is a linear probe of the training examples at first, so that Adam is
+LP-FT there. WiSE-FT goes on from every method, since it costs nothing.
 """
 
 from collections.abc import Callable

@@ -45,6 +45,7 @@ class Task(NamedTuple):
     pace: factors of the learning rate, one after the other, each for as many steps;
       early stopping looks at the validation data after each.
     rates: learning rates of Adam to try, where they are not the suite's.
+    by_layer: whether the records say how often each layer was held.
   """
 
   title: str
@@ -66,6 +67,7 @@ class Task(NamedTuple):
   logits: Callable[[Params, Data], jax.Array] | None = None
   pace: tuple[float, ...] = (1.0,) * 10
   rates: tuple[float, ...] = ()
+  by_layer: bool = False
 
 
 def cosine(warmup: float = 0.1, parts: int = 30) -> tuple[float, ...]:
