@@ -59,7 +59,6 @@ from scipy import integrate, optimize, stats
 
 import reporting
 import spd_optax as spd
-from suite.significance import SignificantProjection
 
 RATE, DISTANCE = 0.002, 300.0  # h = σ = 1
 MOMENTA = (0.0, 0.5, 0.8, 0.9, 0.95)
@@ -181,7 +180,7 @@ def rules(inner: optax.GradientTransformation) -> dict[str, tuple[Any, bool]]:
   def around(**options: Any) -> Any:
     return spd.with_projection_decay(inner, 0, **options)
 
-  significant = SignificantProjection
+  significant = spd.SignificantProjection
   layers = {'stack_axis': lambda path, leaf: 0 if leaf.ndim > 1 else None}
   return {
     'alone': (inner, False),
@@ -224,9 +223,9 @@ def curvatures(runs: int, each: Sequence[float] = CURVATURES) -> dict[str, dict[
   adam = optax.adam(optax.warmup_cosine_decay_schedule(0, RATES['Adam'], STEPS // 10, STEPS))
   projections = {
     'with_projection_decay': spd.Projection(),
-    'SignificantProjection, k = 0': SignificantProjection(near=0.0),
-    'SignificantProjection': SignificantProjection(),
-    'SignificantProjection, β = 0': SignificantProjection(decay=0.0),
+    'SignificantProjection, k = 0': spd.SignificantProjection(near=0.0),
+    'SignificantProjection': spd.SignificantProjection(),
+    'SignificantProjection, β = 0': spd.SignificantProjection(decay=0.0),
   }
   optimizers = {'Adam': adam}
   for name, rule in projections.items():

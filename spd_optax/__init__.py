@@ -12,7 +12,14 @@ from spd_optax.exchange import DroppedLeaf, drop_anchor, fingerprint, put_anchor
 from spd_optax.loading import load_anchor
 from spd_optax.projection_decay import l2_sp, projection_decay
 from spd_optax.reports import LayerRecord, layer_report, scalars
-from spd_optax.rules import L2SP, Decision, GradientTurn, Projection, Rule
+from spd_optax.rules import (
+  L2SP,
+  Decision,
+  GradientTurn,
+  Projection,
+  Rule,
+  SignificantProjection,
+)
 from spd_optax.with_projection_decay import (
   ProjectionDecayOptimizer,
   WithProjectionDecayState,
@@ -33,6 +40,7 @@ __all__ = [
   'ProjectionDecayOptimizer',
   'ProjectionDecayState',
   'Rule',
+  'SignificantProjection',
   'WithProjectionDecayState',
   'adam_spd',
   'drop_anchor',

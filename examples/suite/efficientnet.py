@@ -221,5 +221,5 @@ def handwriting() -> Task:
     features=features,
     logits=logits,
     pace=cosine(),
-    rates=(1e-4, 3e-4, 6e-4, 1e-3),
+    rates=(1e-4, 3e-4, 6e-4, 1e-3, 3e-3),
   )

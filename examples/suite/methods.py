@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 import spd_optax as spd
-from suite.significance import SignificantProjection
 
 Setting = Mapping[str, float]
 Scalar = float | jax.Array
@@ -167,7 +166,7 @@ def waiting(learning_rate: Scalar, blocks: Any, near: Scalar) -> optax.GradientT
 
 def significant(learning_rate: Scalar, blocks: Any, z: Scalar) -> optax.GradientTransformation:
   """`adam_spd` that holds what does not significantly walk outward."""
-  return spd.adam_spd(learning_rate, rule=SignificantProjection(z))
+  return spd.adam_spd(learning_rate, rule=spd.SignificantProjection(z))
 
 
 def sweep(**values: tuple[float, ...]) -> tuple[Setting, ...]:

@@ -30,7 +30,7 @@ LENGTH = 32  # tokens that a text is cut to
 EPSILON = 1e-12
 BLOCKS = ('embeddings', *(f'layer_{i}' for i in range(LAYERS)), 'head')
 POOL, TEST, OTHERS = 700, 500, 250  # sizes of sets
-RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 
 
 class Embeddings(nn.Module):

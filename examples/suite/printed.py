@@ -1,4 +1,4 @@
-"""A task on a ViT of millions of weights that we pre-train on printed letters."""
+"""A task on a ViT of millions of weights that is pre-trained here, on printed letters."""
 
 import flax.linen as nn
 import jax

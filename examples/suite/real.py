@@ -36,5 +36,5 @@ METHODS: dict[str, Method] = {
   'adam_spd': method(methods.around(methods.adam), dial((1, 0))),
   'adam_spd, near': method(methods.waiting, sweep(near=(20.0,))),
   'projection_decay': method(methods.chained, dial((1, 0.05), (1, 0))),
-  'SignificantProjection': method(methods.significant, sweep(z=(0.0, 1.0))),
+  'SignificantProjection': method(methods.significant, sweep(z=(0.0,))),
 }

@@ -5,7 +5,7 @@ import importlib
 import inspect
 import os
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # its Flax classes announce their end
 
@@ -18,9 +18,9 @@ from transformers import ByT5Tokenizer, FlaxT5ForConditionalGeneration, T5Config
 
 import finetune_t5
 import prose
-from suite import minilm, models, packages
+from suite import models
 from suite.classifiers import initializer, split
-from suite.tasks import Data, Params, Stage, Task, cosine
+from suite.tasks import Data, Params, Stage, Task
 
 CONTEXT = 32  # bytes that a decoder sees
 PACKAGES = ('asyncio', 'email', 'multiprocessing')  # their code is never trained on
@@ -129,83 +129,43 @@ def prose_to_code() -> Task:
   )
 
 
-def t5(
-  title: str, old: Data, ood: dict[str, Data], size: Mapping[str, int], **options: object
-) -> Task:
+def keywords() -> Task:
   """A T5 that knows English, by span corruption, learns to fill in Python's keywords."""
   tokenizer = ByT5Tokenizer()
   finetune_t5.mend_transformers()
   config = T5Config(
     vocab_size=len(tokenizer),
+    d_model=32,
+    d_kv=8,
+    d_ff=64,
+    num_layers=1,
     num_heads=4,
     dropout_rate=0.0,
     decoder_start_token_id=tokenizer.pad_token_id,
-    **size,
   )
   model = FlaxT5ForConditionalGeneration(config, seed=0)
   loss = finetune_t5.loss_of(model)
+  old, reference = prose.old(tokenizer)
   pool, test = prose.new(tokenizer, tests=300)
   return Task(
-    title=title,
+    title='text: spans of prose → keywords of code (T5)',
     init=lambda key: model.init_weights(key, (1, prose.LENGTH)),
     loss=loss,
     score=lambda params, data: 100 * jnp.exp(-loss(params, data)),
     old=old,
     stages=(Stage(jax.tree.map(lambda x: x[:: len(x) // 300][:300], pool), test),),
-    ood=ood,
+    ood={'reference': jax.tree.map(lambda x: x[:300], reference)} | corrupted(tokenizer),
     blocks=('shared', 'encoder', 'decoder'),
-    logits=functools.partial(finetune_t5.logits_of, model),
-    **options,
-  )
-
-
-def keywords() -> Task:
-  """A small T5 knows English of the language reference."""
-  old, reference = prose.old(ByT5Tokenizer())
-  others = corrupted({name: english_tests()[name] for name in ('docstrings', 'data sets')})
-  return t5(
-    'text: spans of prose → keywords of code (T5)',
-    old,
-    {'reference': jax.tree.map(lambda x: x[:300], reference)} | others,
-    {'d_model': 32, 'd_kv': 8, 'd_ff': 64, 'num_layers': 1},
     pretrain_steps=800,
     batch=8,
   )
 
 
-def brown_t5() -> Task:
-  """A T5 of millions of weights knows English of the Brown corpus."""
-  sets = packages.cached('brown', brown)
-  old = corrupted({'old': sets.pop('old')})['old']
-  return t5(
-    'text: spans of the Brown corpus → keywords of code (T5, trained by us)',
-    old,
-    corrupted(sets),
-    {'d_model': 256, 'd_kv': 64, 'd_ff': 1024, 'num_layers': 2},
-    pretrain_rate=1e-3,
-    pace=cosine(),
-    rates=(1e-4, 3e-4, 1e-3, 3e-3),
-    by_layer=True,
-  )
-
-
-def brown() -> dict[str, np.ndarray]:
-  """Pieces of the Brown corpus: many to train on, and some of each kind from other texts."""
-  kinds = {'press': 'abc', 'fiction': 'klmnp', 'science': 'j'}
-  sentences = minilm.brown()
-  odd = [each.text for each in sentences if int(each.source[2:]) % 2]
-  return {'old': windows(odd, 40_000)} | {
-    kind: windows(
-      [s.text for s in sentences if s.source[1] in genres and not int(s.source[2:]) % 2], 300
-    )
-    for kind, genres in kinds.items()
-  }
-
-
-def corrupted(sets: Mapping[str, np.ndarray]) -> dict[str, prose.Examples]:
-  """English by span corruption."""
-  tokenizer, rng = ByT5Tokenizer(), np.random.default_rng(0)
-  return {  # 3 makes ByT5's ids of bytes
-    name: prose.pack([prose.corrupt(x + 3, tokenizer, rng) for x in pieces], tokenizer)
-    for name, pieces in sets.items()
-  }
+def corrupted(tokenizer: ByT5Tokenizer) -> dict[str, prose.Examples]:
+  """English of other kinds, by span corruption."""
+  rng = np.random.default_rng(0)
+  found = {}
+  for name in ('docstrings', 'data sets'):
+    tokens = english_tests()[name][:, : prose.LENGTH] + 3  # ByT5's ids of bytes
+    found[name] = prose.pack([prose.corrupt(x, tokenizer, rng) for x in tokens], tokenizer)
+  return found

@@ -7,9 +7,6 @@ import optax
 import pytest
 
 import spd_optax as spd
-from suite.significance import SignificantProjection
-
-pytestmark = pytest.mark.examples
 
 Z, DECAY, NEAR, STRENGTH, RATE = 1.5, 0.75, 3.0, 0.5, 0.0625
 
@@ -52,7 +49,7 @@ def test_agrees_with_a_loop(jit):
   loops = {name: Loop(x.ravel()) for name, x in start.items()}
   params = jax.tree.map(jnp.float32, start)
   optimizer = spd.with_projection_decay(
-    optax.sgd(RATE, momentum=0.5), strength=STRENGTH, rule=SignificantProjection(Z, DECAY, NEAR)
+    optax.sgd(RATE, momentum=0.5), strength=STRENGTH, rule=spd.SignificantProjection(Z, DECAY, NEAR)
   )
   state = optimizer.init(params)
   update = jax.jit(optimizer.update) if jit else optimizer.update
@@ -75,7 +72,7 @@ def test_agrees_with_a_loop(jit):
 def held_share(size, drift, z, batch=1, scale=1):
   """Share of steps held, of a layer whose gradients are noise around a drift outward."""
   optimizer = spd.with_projection_decay(
-    optax.sgd(1e-6), 0, rule=SignificantProjection(z), strength=0
+    optax.sgd(1e-6), 0, rule=spd.SignificantProjection(z), strength=0
   )
   direction = jnp.full(size, size**-0.5)
   params = 100 * direction  # so far from its anchor that its direction stays
@@ -108,7 +105,7 @@ def test_only_the_ratio_of_drift_to_noise_counts():
 
 def test_a_gradient_of_nan_is_forgotten():
   """Catches a NaN that stays in the running mean."""
-  optimizer = spd.with_projection_decay(optax.sgd(0.1), 0, rule=SignificantProjection())
+  optimizer = spd.with_projection_decay(optax.sgd(0.1), 0, rule=spd.SignificantProjection())
   params = jnp.full(3, 10.0)
   state = optimizer.init(params)
   conditions = []
