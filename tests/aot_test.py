@@ -25,6 +25,9 @@ ADAM = optax.adam(1e-3)
 FORMS = {
   'projection_decay': lambda anchor, **kw: optax.chain(spd.projection_decay(anchor, **kw), ADAM),
   'with_projection_decay': lambda anchor, **kw: spd.with_projection_decay(ADAM, anchor, **kw),
+  'SignificantProjection': lambda anchor, **kw: spd.with_projection_decay(
+    ADAM, anchor, rule=spd.SignificantProjection(), **kw
+  ),
 }
 every_form = pytest.mark.parametrize('make', FORMS.values(), ids=FORMS)
 

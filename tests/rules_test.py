@@ -318,7 +318,7 @@ def test_logs_keep_the_numbers_by_name(form, layout, tmp_path):
   [spd.projection_decay(), spd.with_projection_decay(INNER), spd.adam_spd(0.1), spd.l2_sp()],
   ids=['projection_decay', 'with_projection_decay', 'adam_spd', 'l2_sp'],
 )
-def test_the_rules_of_the_library_keep_no_numbers(tx):
+def test_the_default_rules_keep_no_numbers(tx):
   """Catches empty columns in states and reports."""
   state = tx.init(normal(0))
   assert own(state).rule_state == {}

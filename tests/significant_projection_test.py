@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import ADAM
+from meshes import SHAPES, STEPS, alone, assert_close, sharded
 
 import spd_optax as spd
 
@@ -116,3 +118,19 @@ def test_a_gradient_of_nan_is_forgotten():
     kept = before == state.projection_decay.rule_state
     assert kept != jnp.isfinite(value)
   assert conditions == [True, False, False, True]
+
+
+def waiting(anchor=None, **options):
+  rule = spd.SignificantProjection(z=1.0, decay=0.75, near=2.0)
+  return spd.with_projection_decay(ADAM, anchor, rule=rule, **options)
+
+
+@pytest.mark.parametrize(
+  'name', ['FSDP x tensor', pytest.param('explicit', marks=pytest.mark.slow)]
+)
+def test_many_devices_are_one(name):
+  """Catches a slope or a step of single shards, and numbers that are placed wrong."""
+  expected = alone(waiting, 'captured')
+  assert_close(sharded(waiting, 'captured', name), expected)
+  steps = optax.tree.get(expected[1], 'constrained')
+  assert all(np.all(steps[name] < STEPS) and np.any(steps[name]) for name in SHAPES), steps

@@ -259,6 +259,14 @@ def rows() -> Iterator[Row]:
     call = partial(spd.adam_spd, 0.1, rule=spd.Projection(near=near))
     text = f'near: expected a finite number ≥ 0, found {near}'
     yield Row('Projection', 'near', repr(near), call, ValueError, text)
+  significant = {
+    'z': (float('nan'), 'z: expected a finite number, found nan'),
+    'decay': (1.0, f'decay: {FRACTION}, found 1.0'),
+    'near': (-1.0, 'near: expected a finite number ≥ 0, found -1.0'),
+  }
+  for name, (value, text) in significant.items():
+    call = partial(spd.adam_spd, 0.1, rule=spd.SignificantProjection(**{name: value}))
+    yield Row('SignificantProjection', name, repr(value), call, ValueError, text)
   for (mistake, (anchor, text)), name, (how, wrap) in dealt(list(LEAVES.items()), list(MAKERS)):
     call = partial(made_and_initialized, wrap, MAKERS[name], {'anchor': anchor})
     yield Row(name, 'anchor', f'{mistake}, {how}', call, ValueError, text)
