@@ -3,11 +3,11 @@
     python examples/finetune_vit.py                          # makes its own checkpoint
     python examples/finetune_vit.py --checkpoint DIR_OR_HUB_ID
 
-Without a checkpoint a small ViT is first trained on real handwritten digits in
-eight styles and saved with `save_pretrained`. A checkpoint whose head has not 10
+Without a checkpoint each seed first trains a small ViT of its own on real handwritten digits in
+eight styles, and saves it with `save_pretrained`. A checkpoint whose head has not 10
 classes gets a new head without an anchor; it knows no digits, so that "old" then
 only says how it does on styles that it was not fine-tuned on. From there every method fine-tunes
-on the same few images of a ninth style, in the same order, for several seeds.
+on the same few images of a ninth style, in the same order. Each seed has its own images and order.
 """
 
 import argparse
@@ -30,10 +30,11 @@ from transformers import FlaxViTForImageClassification, ViTConfig
 import comparison
 import digits
 import reporting
+import spd_optax as spd
 import training
 
 
-def small_vit() -> FlaxViTForImageClassification:
+def small_vit(seed: int = 0) -> FlaxViTForImageClassification:
   """A ViT for 16×16 grey images: 3 blocks, width 48, 59,146 parameters."""
   config = ViTConfig(
     image_size=digits.SIZE,
@@ -47,7 +48,7 @@ def small_vit() -> FlaxViTForImageClassification:
     hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
   )
-  return FlaxViTForImageClassification(config, seed=0)
+  return FlaxViTForImageClassification(config, seed=seed)
 
 
 def loss_of(model: FlaxViTForImageClassification) -> training.Loss:
@@ -68,13 +69,13 @@ def pixels(split: digits.Split, config: ViTConfig) -> digits.Split:
   return digits.Split(images.astype(np.float32), split.labels)
 
 
-def pretrain(directory: Path, steps: int, bar: Any) -> None:
+def pretrain(directory: Path, steps: int, bar: Any, seed: int = 0) -> None:
   """Trains the small ViT on the old styles and saves it as a checkpoint."""
-  model = small_vit()
+  model = small_vit(seed)
   pool, _, _ = digits.load()
   styled = [pixels(digits.in_style(pool, style), model.config) for style in digits.OLD]
   data = jax.tree.map(lambda *parts: np.concatenate(parts), *styled)
-  order = training.batch_order(1, steps, 128, len(data.labels))
+  order = training.batch_order(seed + 1, steps, 128, len(data.labels))[seed:]
   optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0, 3e-3, steps // 10, steps))
   task = bar.add_task('pre-train', total=steps)
   params, _ = training.train(
@@ -111,42 +112,69 @@ def _accuracy(model: FlaxViTForImageClassification, params: Any, test: digits.Sp
 
 
 def evaluate(
-  model: FlaxViTForImageClassification, params: Any, tests: dict[str, digits.Split], style: str
+  model: FlaxViTForImageClassification,
+  params: Any,
+  start: Any,
+  tests: dict[str, digits.Split],
+  style: str,
 ) -> dict[str, list[float]]:
   """The columns of the table, each a list over seeds."""
   found = accuracies(model, params, tests)
-  old = np.stack([found[name] for name in digits.OLD])
-  return comparison.columns(
-    {
-      'new style': found[style],
-      'old, mean': old.mean(0),
-      'old, worst': old.min(0),
-      'moved': comparison.distance(params, model.params),
-    }
-  )
+  old = np.mean([found[name] for name in digits.OLD], 0)
+  moved = comparison.distance(params, start)
+  return comparison.columns({'new style': found[style], 'old styles': old, 'moved': moved})
 
 
-def compare(args: argparse.Namespace, checkpoint: str, bar: Any) -> dict[str, Any]:
-  """Fine-tunes with every method; returns its columns by method."""
-  model, anchor = load(checkpoint)
+def compare(args: argparse.Namespace, checkpoints: Sequence[str], bar: Any) -> dict[str, Any]:
+  """Fine-tunes with every method: all seeds from one checkpoint, or each from its own.
+
+  Returns the columns of each method.
+  """
+  loaded = [load(checkpoint) for checkpoint in checkpoints]
+  model, anchor = loaded[0]
   _, pool, test = digits.load()
   data = pixels(digits.in_style(pool, args.style), model.config)
   tests = {
     style: pixels(digits.in_style(test, style), model.config) for style in (args.style, *digits.OLD)
   }
   order = training.batch_order(args.seeds, args.steps, args.batch, len(data.labels), args.shots)
-  return comparison.run(
-    comparison.methods(args.lr, anchor),
-    loss_of(model),
-    model.params,
-    anchor,
-    data,
-    order,
-    lambda params: evaluate(model, params, tests, args.style),
-    bar,
-    args.out / 'audit',
-    args.lr,
-  )
+  # Structures are captured at the first update, so that one program serves all checkpoints.
+  structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), anchor)
+  methods, loss = comparison.methods(args.lr, structs), loss_of(model)
+  significant = spd.adam_spd(args.lr, structs, rule=spd.SignificantProjection())
+  methods['adam_spd, SignificantProjection'] = significant
+  parts = []
+  for i, (own, anchor) in enumerate(loaded):
+    for task in bar.task_ids:
+      bar.remove_task(task)
+    parts.append(
+      comparison.run(
+        methods,
+        loss,
+        own.params,
+        anchor,
+        data,
+        order[i : i + 1] if len(loaded) > 1 else order,
+        lambda params, start=own.params: evaluate(model, params, start, tests, args.style),
+        bar,
+        args.out / 'audit' / str(i) if i else args.out / 'audit',
+        args.lr,
+        captured=True,
+      )
+    )
+  joined = {
+    name: {column: [x for part in parts for x in part[name][column]] for column in row}
+    for name, row in parts[0].items()
+  }
+  return {name: beside(row, joined['Adam']) for name, row in joined.items()}
+
+
+def beside(row: comparison.Columns, adam: comparison.Columns) -> comparison.Columns:
+  """The row with its differences from Adam's, seed by seed."""
+  if len(row['moved']) < len(adam['moved']):  # one checkpoint before it was fine-tuned
+    return row
+  new, old = (np.subtract(row[name], adam[name]) for name in ('new style', 'old styles'))
+  return row | comparison.columns({'new − Adam': new, 'old − Adam': old})
 
 
 def picture(path: Path, results: dict[str, Any], style: str) -> None:
@@ -161,8 +189,8 @@ def picture(path: Path, results: dict[str, Any], style: str) -> None:
     axes.axis('off')
   axes = right.subplots()
   trained = {name: row for name, row in results.items() if name != 'pre-trained'}
-  reporting.scatter(axes, trained, 'new style', 'old, mean')
-  axes.axhline(results['pre-trained']['old, mean'][0], color='gray', linestyle=':')
+  reporting.scatter(axes, trained, 'new style', 'old styles')
+  axes.axhline(np.mean(results['pre-trained']['old styles']), color='gray', linestyle=':')
   axes.set(xlabel=f'accuracy on the new style, {style} (%)', ylabel='mean accuracy, old styles (%)')
   axes.set_title('Fine-tuning on a new style (dotted: old styles before it)', fontsize=10)
   figure.savefig(path, dpi=120)
@@ -185,7 +213,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   add('--steps', type=int, default=300, help='fine-tuning steps (default: %(default)s)')
   add('--batch', type=int, default=32, help='batch size (default: %(default)s)')
   add('--shots', type=int, default=200, help='images to fine-tune on (default: %(default)s)')
-  add('--seeds', type=int, default=4, help='seeds, trained together (default: %(default)s)')
+  add('--seeds', type=int, default=4, help='default: %(default)s')
   add('--pretrain-steps', type=int, default=800, help='default: %(default)s')
   add('--out', type=Path, default=Path('runs/finetune_vit'), help='default: %(default)s')
   return parser.parse_args(arguments)
@@ -195,14 +223,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
   """Runs the comparison and writes results.json and results.png."""
   args = parse(arguments)
   with training.progress_bar() as bar:
-    checkpoint = args.checkpoint
-    if checkpoint is None:
-      checkpoint = str(args.out / 'foundation')
-      pretrain(Path(checkpoint), args.pretrain_steps, bar)
-    results = compare(args, checkpoint, bar)
+    checkpoints = [args.checkpoint]
+    if not args.checkpoint:
+      checkpoints = [str(args.out / 'foundation' / str(seed)) for seed in range(args.seeds)]
+      for seed, checkpoint in enumerate(checkpoints):
+        pretrain(Path(checkpoint), args.pretrain_steps, bar, seed)
+    results = compare(args, checkpoints, bar)
   reporting.publish(args, f'New style: {args.style}. Accuracy in %, ± standard error', results)
   picture(args.out / 'results.png', results, args.style)
-  print(f'Checkpoint: {checkpoint}\nResults: {args.out}/results.json, {args.out}/results.png')
+  print(f'Checkpoints: {", ".join(checkpoints)}')
+  print(f'Results: {args.out}/results.json, {args.out}/results.png')
   comparison.show_audit(args.out / 'audit')
   return results
 

@@ -42,20 +42,37 @@ def test_vit_example_writes_its_results(run):
   assert written['results'] == results
   assert written['settings']['style'] == 'striped'
   assert (out / 'results.png').read_bytes().startswith(b'\x89PNG')
-  assert len(results) == 8
-  for name, row in results.items():
-    assert all(len(values) == (1 if name == 'pre-trained' else 2) for values in row.values()), name
+  assert len(results) == 9
+  assert {len(values) for row in results.values() for values in row.values()} == {2}
 
 
 def test_vit_example_measures_each_method(run):
   """Catches parameters of one method reported under another, seeds that are copies."""
   _, results = run
   moved = {name: tuple(row['moved']) for name, row in results.items()}
-  assert moved.pop('pre-trained') == (0,)
+  assert moved.pop('pre-trained') == (0, 0)
   assert len(set(moved.values())) == len(moved)
   assert all(first != second for first, second in moved.values())
   halfway = np.array(moved['WiSE-FT, α = 0.5'])
   np.testing.assert_allclose(halfway, np.array(moved['Adam']) / 2, rtol=1e-3, atol=2e-3)
+
+
+def test_each_seed_has_a_model_of_its_own(run):
+  """Catches copies of one pre-trained model, and a seed that starts from another's."""
+  first, second = (finetune_vit.load(str(run[0] / 'foundation' / name))[1] for name in '01')
+  assert not np.array_equal(first['classifier']['kernel'], second['classifier']['kernel'])
+  assert max(x for row in run[1].values() for x in row['moved']) < 50
+
+
+def test_a_checkpoint_serves_all_seeds(run, tmp_path):
+  """Catches seeds that are left out where only one checkpoint was given."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(finetune_vit, 'small_vit', smoke.tiny_vit)
+    own = ['--checkpoint', str(run[0] / 'foundation' / '0'), '--out', str(tmp_path)]
+    results = finetune_vit.main([*TINY, *own])
+  for name, row in results.items():
+    assert all(len(values) == (1 if name == 'pre-trained' else 2) for values in row.values()), name
+  assert results['Adam']['moved'][0] == pytest.approx(run[1]['Adam']['moved'][0], rel=1e-2)
 
 
 def test_a_head_with_other_classes_is_new_and_free(run, tmp_path):
@@ -72,7 +89,7 @@ def test_a_head_with_other_classes_is_new_and_free(run, tmp_path):
   assert 'vit~layernorm~scale' in names
   assert not any(name.startswith('classifier') for name in names)
 
-  model, anchor = finetune_vit.load(str(run[0] / 'foundation'))
+  model, anchor = finetune_vit.load(str(run[0] / 'foundation' / '0'))
   assert anchor['classifier'] is not None
 
 

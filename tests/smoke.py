@@ -20,8 +20,8 @@ def quick_compiles() -> Iterator[None]:
     jax.clear_caches()
 
 
-def tiny_vit(small: Any = finetune_vit.small_vit) -> Any:
+def tiny_vit(seed: int = 0, small: Any = finetune_vit.small_vit) -> Any:
   """The ViT of the examples with one block: it compiles in half the time."""
   model = small()
   model.config.num_hidden_layers = 1
-  return type(model)(model.config, seed=0)
+  return type(model)(model.config, seed=seed)

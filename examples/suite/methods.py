@@ -199,6 +199,7 @@ METHODS: dict[str, Method] = {
   'SGD': Method(sgd, rate=5),
   'Lion': Method(lion, rate=0.2),
   'adam_spd': Method(around(adam), dial((1, 0), (2, 0), (1, 0.05))),
+  'adam_spd, near': Method(waiting, sweep(near=(20.0,))),
   'SignificantProjection': Method(significant, sweep(z=(0.0, 1.0))),
   'with_projection_decay, SGD': Method(around(sgd), dial((1, 0), (1, 0.05)), rate=5),
   'with_projection_decay, Lion': Method(around(lion), dial((1, 0), (1, 0.05)), rate=0.2),
