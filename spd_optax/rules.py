@@ -152,17 +152,15 @@ class SignificantProjection(Rule):
   """Projects a layer back unless its loss has lately fallen outward, on average.
 
   The slope p says how fast the loss grows as the layer moves away from its anchor. Its running
-  mean is compared with the standard error e that a mean of 0 would have:
+  mean μ is compared with the standard error that a mean of 0 would have:
 
-      p = ⟨g, d⟩ / ‖d‖
-      μ ← β μ + (1 − β) p          s ← β s + (1 − β) p²          w ← β w + (1 − β)
-      e² = s / w · (1 − β) / (1 + β) · (2 − w) / w
-      θ ← θ̃ − λ r (θ̃ − θ_0)     where μ / w > −z e, d ≠ 0 and ‖d‖ ≥ k ‖θ̃ − θ‖
+      p = ⟨g, d⟩ / ‖d‖          μ ← β μ + (1 − β) p          s ← β s + (1 − β) p²
+      θ ← θ̃ − λ r (θ̃ − θ_0)     where μ > −z √(s (1 − β) / (1 + β)), d ≠ 0 and ‖d‖ ≥ k ‖θ̃ − θ‖
 
   with r and k as in `Projection`. The noise of p does not grow with the layer, so z means the same
   in a bias and in a large matrix. A margin is a cosine, whose noise falls as the layer grows. The
-  rule is of this library, not of the paper. In the state and in reports μ is 'slope', s
-  'slope_square' and w 'slope_weight', all 0 at first.
+  rule is of this library, not of the paper. In the state and in reports μ is 'slope' and s
+  'slope_square', both 0 at first; in the first 1 / (1 − β) steps the error is up to √2 too small.
 
   Attributes:
     z: standard errors; 0 asks for the sign of the mean alone. More holds more. From
@@ -179,7 +177,7 @@ class SignificantProjection(Rule):
   decay: chex.Numeric = 0.95
   near: chex.Numeric = 20.0
   needs = ('after', 'step')
-  numbers = {'slope': 0.0, 'slope_square': 0.0, 'slope_weight': 0.0}  # noqa: RUF012  # not written
+  numbers = {'slope': 0.0, 'slope_square': 0.0}  # noqa: RUF012  # not written
 
   def check(self) -> None:
     checks.scalar('z', self.z, 'a finite number', math.isfinite)
@@ -189,18 +187,12 @@ class SignificantProjection(Rule):
   def decide(self, norms: Numbers, numbers: Numbers, strength: chex.Numeric) -> Decision:
     distance = norms['distance']
     slope = formulas.divide(norms['inner'], distance)
-    terms = {'slope': slope, 'slope_square': slope**2, 'slope_weight': jnp.ones_like(slope)}
-    seen = (distance > 0) & jnp.isfinite(slope**2)
-    new = {
-      name: jnp.where(seen, self.decay * old + (1 - self.decay) * terms[name], old)
-      for name, old in numbers.items()
-    }
-    mean, square, weight = new['slope'], new['slope_square'], new['slope_weight']
-    # e w, so that nothing is divided by a weight of 0.
-    error = jnp.sqrt(square * (1 - self.decay) / (1 + self.decay) * (2 - weight))
+    terms = {'slope': slope, 'slope_square': slope**2}
+    new = {name: self.decay * numbers[name] + (1 - self.decay) * x for name, x in terms.items()}
+    error = jnp.sqrt(new['slope_square'] * (1 - self.decay) / (1 + self.decay))
     far = (distance > 0) & (distance >= self.near * norms['step'])
     ratio = formulas.projection_ratio(distance, norms['after'])
-    return Decision(far & (mean + self.z * error > 0), ratio, strength * ratio, new)
+    return Decision(far & (new['slope'] > -self.z * error), ratio, strength * ratio, new)
 
 
 class GradientTurn(Rule):

@@ -27,11 +27,12 @@ class Loop:
     if distance > 0:
       if np.isfinite(gradient).all():
         self.slopes.append(gradient @ d / distance)
-      # The newest counts 1, the one before it DECAY, …
-      weights = DECAY ** np.arange(len(self.slopes))[::-1]
-      weights /= weights.sum()
+      # The newest counts 1 − DECAY, the one before it DECAY times that, …
+      weights = (1 - DECAY) * DECAY ** np.arange(len(self.slopes))[::-1]
       mean, square = weights @ self.slopes, weights @ np.square(self.slopes)
-      held = mean > -Z * np.sqrt(square * (weights**2).sum()) and np.isfinite(gradient).all()
+      # Of 1 / Σ weights² independent slopes, once there are many.
+      error = np.sqrt(square * (1 - DECAY) / (1 + DECAY))
+      held = mean > -Z * error and np.isfinite(gradient).all()
     self.momentum = self.momentum / 2 + gradient
     near = distance < NEAR * np.linalg.norm(RATE * self.momentum)
     self.freed += held and near
