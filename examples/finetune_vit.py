@@ -189,9 +189,11 @@ def picture(path: Path, results: dict[str, Any], style: str) -> None:
     axes.axis('off')
   axes = right.subplots()
   trained = {name: row for name, row in results.items() if name != 'pre-trained'}
-  reporting.scatter(axes, trained, 'new style', 'old styles')
-  axes.axhline(np.mean(results['pre-trained']['old styles']), color='gray', linestyle=':')
-  axes.set(xlabel=f'accuracy on the new style, {style} (%)', ylabel='mean accuracy, old styles (%)')
+  reporting.scatter(axes, trained, 'new − Adam', 'old − Adam')
+  if before := results['pre-trained'].get('old − Adam'):
+    axes.axhline(np.mean(before), color='gray', linestyle=':')
+  axes.set(xlabel=f'new style, {style}: accuracy − Adam (points)')
+  axes.set(ylabel='old styles: mean accuracy − Adam (points)')
   axes.set_title('Fine-tuning on a new style (dotted: old styles before it)', fontsize=10)
   figure.savefig(path, dpi=120)
   plt.close(figure)
