@@ -95,7 +95,7 @@ class Rule:
     raise NotImplementedError(f'{type(self).__name__} must define decide')
 
   def check(self) -> None:
-    """Raises for a hyperparameter out of range; called once, where a transformation is made."""
+    """Raises for a hyperparameter out of range; called where a transformation is made."""
 
 
 def _check_near(near: chex.Numeric) -> None:
@@ -143,7 +143,7 @@ class Projection(Rule):
     else:
       condition = formulas.turned_back(inner)
     if 'step' in norms:
-      condition &= distance >= self.near * norms['step']
+      condition &= (self.near >= 0) & (distance >= self.near * norms['step'])
     ratio = formulas.projection_ratio(distance, norms['after'])
     return Decision(condition, ratio, strength * ratio)
 
@@ -160,7 +160,8 @@ class SignificantProjection(Rule):
   with r and k as in `Projection`. The noise of p does not grow with the layer, so z means the same
   in a bias and in a large matrix. A margin is a cosine, whose noise falls as the layer grows. The
   rule is of this library, not of the paper. In the state and in reports μ is 'slope' and s
-  'slope_square', both 0 at first; in the first 1 / (1 − β) steps the error is up to √2 too small.
+  'slope_square', both 0 at first. At the anchor p is 0. A gradient of 0 does not free a layer at
+  once, since the mean goes on. In the first 1 / (1 − β) steps the error is up to √2 too small.
 
   Attributes:
     z: standard errors; 0 asks for the sign of the mean alone. More holds more. From
@@ -187,10 +188,12 @@ class SignificantProjection(Rule):
   def decide(self, norms: Numbers, numbers: Numbers, strength: chex.Numeric) -> Decision:
     distance = norms['distance']
     slope = formulas.divide(norms['inner'], distance)
+    slope = jnp.where(jnp.isfinite(slope**2), slope, jnp.nan)  # so that neither mean changes
     terms = {'slope': slope, 'slope_square': slope**2}
     new = {name: self.decay * numbers[name] + (1 - self.decay) * x for name, x in terms.items()}
     error = jnp.sqrt(new['slope_square'] * (1 - self.decay) / (1 + self.decay))
     far = (distance > 0) & (distance >= self.near * norms['step'])
+    far &= (self.decay >= 0) & (self.decay < 1) & (self.near >= 0) & jnp.isfinite(self.z)
     ratio = formulas.projection_ratio(distance, norms['after'])
     return Decision(far & (new['slope'] > -self.z * error), ratio, strength * ratio, new)
 
