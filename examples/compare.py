@@ -36,6 +36,7 @@ import numpy as np
 
 import comparison
 import reporting
+import spd_optax as spd
 from suite import cache, choice, fronts, jobs, methods, pictures, real, tables
 from suite.methods import Method
 from suite.tasks import Params, Task, cosine
@@ -64,7 +65,7 @@ QUICK = ('digits_mlp', 'code_to_prose', 'tumours')
 DEFAULTS = {
   'projection_decay': comparison.DEFAULT,
   'adam_spd': comparison.ADAM_SPD,
-  'SignificantProjection': {'z': 0.0},
+  'SignificantProjection': {'z': spd.SignificantProjection.z},
 }
 
 ALL = TASKS | REAL

@@ -1,5 +1,6 @@
 """The methods that the examples compare, and what is said about each; shared by the examples."""
 
+import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,10 @@ DEFAULT = default_of(spd.projection_decay)
 FIRM = {'strength': 10.0, 'margin': 0.1}
 SETTINGS = {  # by how the name of a method begins
   'adam_spd': ADAM_SPD,
+  'adam_spd, SignificantProjection': {
+    'strength': ADAM_SPD['strength'],
+    **dataclasses.asdict(spd.SignificantProjection()),
+  },
   'projection_decay': DEFAULT,
   'projection_decay, λ = 10, m = 0.1': FIRM,
   'projection_decay, firm': FIRM,

@@ -157,7 +157,7 @@ def compare(args: argparse.Namespace, checkpoints: Sequence[str], bar: Any) -> d
         order[i : i + 1] if len(loaded) > 1 else order,
         lambda params, start=own.params: evaluate(model, params, start, tests, args.style),
         bar,
-        args.out / 'audit' / str(i) if i else args.out / 'audit',
+        args.out / 'audit' / str(i),
         args.lr,
         captured=True,
       )
@@ -166,13 +166,12 @@ def compare(args: argparse.Namespace, checkpoints: Sequence[str], bar: Any) -> d
     name: {column: [x for part in parts for x in part[name][column]] for column in row}
     for name, row in parts[0].items()
   }
-  return {name: beside(row, joined['Adam']) for name, row in joined.items()}
+  single = {'pre-trained': joined.pop('pre-trained')} if len(loaded) == 1 else {}
+  return single | {name: beside(row, joined['Adam']) for name, row in joined.items()}
 
 
 def beside(row: comparison.Columns, adam: comparison.Columns) -> comparison.Columns:
   """The row with its differences from Adam's, seed by seed."""
-  if len(row['moved']) < len(adam['moved']):  # one checkpoint before it was fine-tuned
-    return row
   new, old = (np.subtract(row[name], adam[name]) for name in ('new style', 'old styles'))
   return row | comparison.columns({'new − Adam': new, 'old − Adam': old})
 
@@ -235,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
   picture(args.out / 'results.png', results, args.style)
   print(f'Checkpoints: {", ".join(checkpoints)}')
   print(f'Results: {args.out}/results.json, {args.out}/results.png')
-  comparison.show_audit(args.out / 'audit')
+  comparison.show_audit(args.out / 'audit' / '0')
   return results
 
 

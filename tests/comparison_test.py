@@ -53,6 +53,7 @@ def test_settings_are_known_for_the_methods_of_every_example():
     'projection_decay, firm, following': firm,
     'projection_decay, λ = 10, m = 0.1': firm,
     'adam_spd, frozen embedding': exact,
+    'adam_spd, SignificantProjection': {'strength': 1.0, 'z': 0.0, 'decay': 0.95, 'near': 20.0},
   }.items():
     assert comparison.settings(name, 0.1) == {'learning_rate': 0.1, **expected}
 

@@ -17,7 +17,7 @@ WIDTH = 256
 class ViT(nn.Module):
   """Pictures [n, 64, 64] of 0 to 255 -> logits float32[n, LETTERS]; convolutions make 16 tokens.
 
-  It learns sooner so than from patches.
+  It learns faster than from patches.
   """
 
   depth: int
@@ -56,7 +56,7 @@ def letters_vit(depth: int = 6) -> Task:
     return module.apply({'params': params}, batch[0])
 
   return Task(
-    title='letters: printed → handwriting (ViT of 3 million weights, trained by us)',
+    title='letters: printed → handwriting (ViT of 3.5 million weights, trained here)',
     init=classifiers.initializer(module, old[0]),
     loss=classifiers.cross_entropy(module),
     score=classifiers.accuracy(module),
