@@ -29,4 +29,5 @@ def test_sums_per_slice(shape, stack_axis):
 def test_long_sums_are_accurate(shape):
   """Catches terms added one by one: 2^24 equal ones come out 8 % short."""
   size, value = np.prod(shape), np.float32(0.3).astype(np.float64)
-  np.testing.assert_allclose(distance(jnp.full(shape, 0.3)), np.sqrt(size) * value, rtol=1e-6)
+  # XLA:CPU of jaxlib 0.10.0 is 8e-6 off, later ones less than 1e-6.
+  np.testing.assert_allclose(distance(jnp.full(shape, 0.3)), np.sqrt(size) * value, rtol=1e-5)
