@@ -149,6 +149,7 @@ def waiting(anchor=None, **options):
   return spd.with_projection_decay(ADAM, anchor, rule=rule, **options)
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize(
   'name', ['FSDP x tensor', pytest.param('explicit', marks=pytest.mark.slow)]
 )
