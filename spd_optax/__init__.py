@@ -7,6 +7,14 @@ spd.adam_spd(lr, anchor)                                    # the same, with Ada
 
 from spd_optax.anchors import interpolate
 from spd_optax.audit import AuditLog
+from spd_optax.budgets import (
+  Budget,
+  BudgetState,
+  cosine_from_base,
+  kl_from_base,
+  within_budget,
+  within_distance,
+)
 from spd_optax.engine import ProjectionDecayState
 from spd_optax.exchange import DroppedLeaf, drop_anchor, fingerprint, put_anchor, reanchor
 from spd_optax.loading import load_anchor
@@ -32,6 +40,8 @@ __version__ = '0.1.0'
 __all__ = [
   'L2SP',
   'AuditLog',
+  'Budget',
+  'BudgetState',
   'Decision',
   'DroppedLeaf',
   'GradientTurn',
@@ -43,9 +53,11 @@ __all__ = [
   'SignificantProjection',
   'WithProjectionDecayState',
   'adam_spd',
+  'cosine_from_base',
   'drop_anchor',
   'fingerprint',
   'interpolate',
+  'kl_from_base',
   'l2_sp',
   'layer_report',
   'load_anchor',
@@ -54,4 +66,6 @@ __all__ = [
   'reanchor',
   'scalars',
   'with_projection_decay',
+  'within_budget',
+  'within_distance',
 ]

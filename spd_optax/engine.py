@@ -13,7 +13,7 @@ One step, from the gradients g, the params θ and the state:
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spd_optax import checks, formulas, leafwise, trees
+from spd_optax import budgets, checks, formulas, leafwise, trees
 from spd_optax.anchors import Anchoring, View
+from spd_optax.budgets import Budget, BudgetState
 from spd_optax.layers import Arrangement, Layers, Sums, layer_name
 from spd_optax.rules import Decision, Rule
 
@@ -45,6 +46,7 @@ class ProjectionDecayState(NamedTuple):
     distance: float32, same shapes: ‖θ − θ_0‖ before the last update.
     constrained: int32, same shapes: updates so far with a true `condition`.
     rule_state: the rule's own numbers, by name; each a dict of float32, same shapes.
+    budget_state: a `BudgetState` where a budget sets the strength, else `optax.EmptyState()`.
   """
 
   count: jax.Array  # type: ignore[assignment]  # optax's name; hides tuple.count
@@ -54,6 +56,7 @@ class ProjectionDecayState(NamedTuple):
   distance: dict[str, jax.Array]
   constrained: dict[str, jax.Array]
   rule_state: dict[str, dict[str, jax.Array]]
+  budget_state: BudgetState | optax.EmptyState = optax.EmptyState()
 
 
 def is_state(node: object) -> bool:
@@ -93,12 +96,13 @@ class Engine:
   """A rule, its strength, and the arguments that all transformations have."""
 
   rule: Rule
-  strength: optax.ScalarOrSchedule
+  strength: optax.ScalarOrSchedule | Budget
   anchoring: Anchoring
   arrangement: Arrangement
 
   def __post_init__(self) -> None:
-    checks.number_or_schedule('strength', self.strength)
+    if not isinstance(self.strength, Budget):
+      checks.number_or_schedule('strength', self.strength)
     if taken := sorted(TAKEN & set(self.rule.numbers)):
       name = type(self.rule).__name__
       raise ValueError(f'{name}.numbers: reports have numbers of these names already: {taken}')
@@ -111,11 +115,13 @@ class Engine:
       # optax.tree.map_params calls init with a placeholder to learn which parts
       # of the state are like the params. Bare leaves say: these are not.
       leaf: Any = jnp.zeros([])
-      return ProjectionDecayState(leaf, stored, leaf, leaf, leaf, leaf, leaf)
+      return ProjectionDecayState(leaf, stored, leaf, leaf, leaf, leaf, leaf, leaf)
     at = [i for i, value in enumerate(self.anchoring.given(flat)) if value is not None]
     layers = self.arrangement.find_layers(flat, at)
     _warn_of_narrow({flat.paths[i]: flat.leaves[i] for i in at})
     zeros = layers.zeros([flat.leaves[i] for i in at])
+    has_budget = isinstance(self.strength, Budget)
+    budget = self.strength.init_state() if has_budget else optax.EmptyState()
 
     def filled(value: float, dtype: jax.typing.DTypeLike) -> dict[str, jax.Array]:
       return layers.by_key([(x + value).astype(dtype) for x in zeros])
@@ -128,6 +134,7 @@ class Engine:
       distance=filled(0, jnp.float32),
       constrained=filled(0, jnp.int32),
       rule_state={name: filled(value, jnp.float32) for name, value in self.rule.numbers.items()},
+      budget_state=budget,
     )
 
   def view(
@@ -146,6 +153,9 @@ class Engine:
     if set(state.rule_state) != set(self.rule.numbers):
       own, found = sorted(self.rule.numbers), sorted(state.rule_state)
       raise ValueError(f'the optimizer state is of another rule: it has {found}, not {own}')
+    if isinstance(state.budget_state, BudgetState) != isinstance(self.strength, Budget):
+      one, other = type(state.budget_state).__name__, type(self.strength).__name__
+      raise ValueError(f'the optimizer state is of another strength: {one}, and this is a {other}')
     return view, layers
 
   def decide(
@@ -153,18 +163,22 @@ class Engine:
     state: ProjectionDecayState,
     view: View,
     layers: Layers,
+    extra_args: Mapping[str, Any],
     after: Sequence[jax.Array | None] = (),
   ) -> tuple[Step, ProjectionDecayState]:
     """What becomes of each layer, and the next state.
 
     `after` has θ̃ for each constrained leaf, where the rule is around an optimizer.
     """
-    needed = tuple(self.rule.needs)
+    needed = {*self.rule.needs, *self._needed_by_budget(view, bool(after))}
     moved = after or [None] * len(view.at)
     each = zip(view.gradients, view.params, view.anchors, moved, layers.stack_axes, strict=True)
-    per_leaf = [leafwise.sums(*arrays, stack_axis=axis, needed=needed) for *arrays, axis in each]
-    strength = self.strength(state.count) if callable(self.strength) else self.strength
-    checks.scalar('strength', strength, 'a schedule that returns a number ≥ 0', lambda v: True)
+    per_leaf = [
+      leafwise.sums(*arrays, stack_axis=axis, needed=tuple(sorted(needed)))
+      for *arrays, axis in each
+    ]
+    totals = layers.totals(per_leaf)
+    strength, budget = self._strength(state, totals, extra_args)
     outcomes = [
       _outcome(
         self.rule,
@@ -173,8 +187,9 @@ class Engine:
         strength,
         state.constrained[key],
         decide=(type(self.rule), type(self.rule).decide),
+        has_budget=isinstance(self.strength, Budget),
       )
-      for key, sums in zip(layers.keys, layers.totals(per_leaf), strict=True)
+      for key, sums in zip(layers.keys, totals, strict=True)
     ]
     fields = [fields for fields, _, _ in outcomes]
     next_state = ProjectionDecayState(
@@ -185,8 +200,29 @@ class Engine:
         name: layers.by_key([one['rule_state'][name] for one in fields])
         for name in state.rule_state
       },
+      budget_state=budget,
     )
     return Step(view, layers, outcomes), next_state
+
+  def _needed_by_budget(self, view: View, is_around: bool) -> Sequence[str]:
+    """What a budget needs to know of each layer."""
+    if not isinstance(self.strength, Budget):
+      return ()
+    if self.strength.of_distance and all(anchor is None for anchor in view.anchors):
+      raise ValueError('within_distance: the anchor is zero, so no distance is relative to it')
+    norm = ('anchor_norm',) if self.strength.of_distance else ()
+    return ('after' if is_around else 'gradient_norm', *norm)
+
+  def _strength(
+    self, state: ProjectionDecayState, totals: Sequence[Sums], extra_args: Mapping[str, Any]
+  ) -> tuple[chex.Numeric, BudgetState | optax.EmptyState]:
+    """λ of this update, and the state of the budget that sets it."""
+    if isinstance(self.strength, Budget):
+      budget = self.strength.update(state.budget_state, totals, extra_args)
+      return budget.strength, budget
+    strength = self.strength(state.count) if callable(self.strength) else self.strength
+    checks.scalar('strength', strength, 'a schedule that returns a number ≥ 0', lambda v: True)
+    return strength, state.budget_state
 
 
 def check_state(value: object, expected: type) -> None:
@@ -219,7 +255,7 @@ def _warn_of_narrow(params: dict[str, jax.Array]) -> None:
     )
 
 
-@functools.partial(jax.jit, static_argnames='decide')
+@functools.partial(jax.jit, static_argnames=('decide', 'has_budget'))
 def _outcome(
   rule: Rule,
   sums: Sums,
@@ -228,6 +264,7 @@ def _outcome(
   constrained: jax.Array,
   *,
   decide: Hashable,
+  has_budget: bool,
 ) -> Outcome:
   """What the rule decides for one layer.
 
@@ -239,7 +276,10 @@ def _outcome(
   inner = norms['inner']
   usable = (strength >= 0) & jnp.isfinite(strength)
   decision = rule.decide(norms, numbers, jnp.where(usable, strength, 0.0))
-  condition, ratio, scale, new = _per_layer(rule, decision, inner)
+  decision = _per_layer(rule, decision, inner)
+  condition, ratio, scale, new = (
+    budgets.pressed(decision, norms, strength) if has_budget else decision
+  )
   condition = condition & usable & jnp.isfinite(inner)
   fields = {
     'condition': condition,

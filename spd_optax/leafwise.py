@@ -63,6 +63,9 @@ def sums(
   }
   if 'gradient_norm' in needed:
     terms['gradient_norm'] = _products(gradient, gradient)
+  if 'anchor_norm' in needed:
+    start = jnp.zeros_like(d) if anchor is None else at_least_float32(anchor)
+    terms['anchor_norm'] = _products(start, start)
   if after is not None and 'after' in needed:
     d_after = deviation(after, anchor)
     terms['after'] = _products(d_after, d_after)

@@ -153,8 +153,7 @@ def _link(engine: Engine) -> optax.GradientTransformationExtraArgs:
   def update(
     updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
   ) -> tuple[optax.Updates, ProjectionDecayState]:
-    del extra_args
-    step, state = engine.decide(state, *engine.view(updates, state, params))
+    step, state = engine.decide(state, *engine.view(updates, state, params), extra_args)
     if not checks.is_zero(engine.strength):
       updates = replaced(updates, step, step.view.gradients, _turned_back)
     return updates, state

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from spd_optax import leafwise, placement, trees
+from spd_optax.budgets import BudgetState
 from spd_optax.engine import PER_LAYER, ProjectionDecayState, states_of
 from spd_optax.exchange import is_dropped
 from spd_optax.layers import Arrangement, Group, StackAxis, layer_key, layer_name, sum_of
@@ -131,6 +132,8 @@ def scalars(
   - ``spd/distance``: ‖θ − θ_0‖.
   - ``spd/relative_distance``: the distance of the layers with a known ‖θ_0‖, divided by that; not
     if none is known and above 0.
+  - ``spd/budget``, ``spd/drift``, ``spd/strength``: those of the `BudgetState`, if there is one. Of
+    several, each begins with the number of its state: ``spd/state_0/budget``.
 
   For each layer there are ``spd/NAME/condition``, `ratio`, `distance`, `constrained_share`,
   `relative_distance` unless it is None, and each of the rule's own numbers. TensorBoard takes no
@@ -143,7 +146,8 @@ def scalars(
   Raises:
     TypeError, ValueError: as `layer_report`.
   """
-  records, norms = _records(states_in(opt_state, 'scalars'), stack_axis, group)
+  states = states_in(opt_state, 'scalars')
+  records, norms = _records(states, stack_axis, group)
   distance = np.array([record.distance for record in records])
   found = {
     word: float(np.mean([getattr(record, word) for record in records] or [0]))
@@ -152,6 +156,7 @@ def scalars(
   found['distance'] = float(np.linalg.norm(distance))
   if np.any(norms > 0):
     found['relative_distance'] = float(overall(distance, norms))
+  found |= {name: float(value) for name, value in budgets_of(states).items()}
   names = {record.name for record in records}
   for record in records:
     spelled = f'{record.name.rpartition("[")[0]}/{record.slice}'
@@ -183,13 +188,14 @@ def states_in(opt_state: optax.OptState, name: str) -> States:
 
 def _plain(state: ProjectionDecayState) -> ProjectionDecayState:
   """The state without the boxes of nnx.Optimizer, its layers in natural order."""
-  keys = _natural(tuple(state.condition))
+  keys, budget = _natural(tuple(state.condition)), state.budget_state
 
   def ordered(values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return dict(zip(keys, jax.tree.leaves([values[key] for key in keys]), strict=True))
 
   return state._replace(
     count=jax.tree.leaves(state.count)[0],
+    budget_state=type(budget)(*jax.tree.leaves(budget)),
     rule_state={name: ordered(values) for name, values in state.rule_state.items()},
     **{field: ordered(getattr(state, field)) for field in PER_LAYER},
   )
@@ -210,6 +216,17 @@ def shapes(state: ProjectionDecayState) -> dict[str, tuple[int, ...]]:
 def sizes(states: States) -> list[int]:
   """How many layers each state has, with a slice as one."""
   return [sum(map(math.prod, shapes(state).values())) for state in states]
+
+
+def budgets_of(states: States) -> dict[str, Any]:
+  """The budget, the drift and the strength of each state that has a budget."""
+  each = [state.budget_state for state in states]
+  found = {i: state for i, state in enumerate(each) if isinstance(state, BudgetState)}
+  return {
+    (f'state_{i}/' if len(found) > 1 else '') + name: _whole(getattr(state, name))
+    for i, state in found.items()
+    for name in ('budget', 'drift', 'strength')
+  }
 
 
 def slots(states: States) -> list[LayerRecord]:

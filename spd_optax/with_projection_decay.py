@@ -203,7 +203,7 @@ class _Around:
     updates, inner_state = self.inner.update(gradients, state.inner_state, params, **extra_args)
     leaves = trees.leaves_like(updates, view.flat, 'updates of the inner optimizer')
     moved = [_sum(p, leaves[i]) for i, p in zip(view.at, view.params, strict=True)]  # θ̃
-    step, own = self.engine.decide(state.projection_decay, view, layers, moved)
+    step, own = self.engine.decide(state.projection_decay, view, layers, extra_args, moved)
     return step, updates, moved, WithProjectionDecayState(own, inner_state)
 
   def update(

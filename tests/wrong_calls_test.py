@@ -11,6 +11,7 @@ import pytest
 import wrong_calls
 import wrong_calls_of_states as states
 from wrong_calls import LEAVES, PARAMS, Row
+from wrong_calls_of_budgets import BUDGETS
 from wrong_calls_of_reports import AUDIT, REPORTS
 from wrong_calls_of_states import EXCHANGE, LOADING
 
@@ -20,8 +21,8 @@ from spd_optax import audit
 PACKAGE = Path(spd.__file__).parent
 # Made by the library, or by a user's own rule, which nothing checks before it is used.
 RESULTS = {
-  'Advice', 'AuditFileError', 'AuditWarning', 'Decision', 'DroppedLeaf', 'LayerRecord',
-  'ProjectionDecayOptimizer', 'ProjectionDecayState', 'Record', 'Rule', 'Run',
+  'Advice', 'AuditFileError', 'AuditWarning', 'Budget', 'BudgetState', 'Decision',
+  'DroppedLeaf', 'LayerRecord', 'ProjectionDecayOptimizer', 'ProjectionDecayState', 'Record', 'Rule', 'Run',
   'WithProjectionDecayState',
 }  # fmt: skip
 # What optax, JAX or Python answer for themselves.
@@ -44,7 +45,7 @@ def rows():
   for mistake, (anchor, fragments) in LEAVES.items():
     call = lambda anchor=anchor: spd.interpolate(anchor, PARAMS, 0.5)  # noqa: E731
     yield Row('interpolate', 'anchor', mistake, call, ValueError, fragments)
-  for name, call, error, fragments in [*EXCHANGE, *LOADING, *REPORTS, *AUDIT]:
+  for name, call, error, fragments in [*EXCHANGE, *LOADING, *REPORTS, *AUDIT, *BUDGETS]:
     function, _, argument = name.rpartition('.')
     yield Row(function, argument, fragments, call, error, fragments)
 

@@ -1,11 +1,13 @@
 """Warnings that a person can act on, found in the records of a run."""
 
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from spd_optax import reports
 from spd_optax.audit.format import Header, Record, Run
+from spd_optax.budgets import PRESSING
 
 PATIENCE = 100  # updates
 ALWAYS = 0.99  # the share of layers and updates that counts as all
@@ -13,6 +15,8 @@ GROWTH = 1.1  # by how much a distance grows that should not
 ROUNDED = 0.01  # how far, relative to the anchor, a narrower anchor_dtype rounds at most
 FAR = 0.5  # how far, relative to the anchor, no run goes in its first updates
 FIRST = 10  # updates
+
+OWN = re.compile(r'spd/(state_\d+/)?strength')  # what the log itself calls a metric
 
 Found = dict[str, dict[str, Any]]  # by code: what the message says
 
@@ -45,6 +49,9 @@ MESSAGES = {
   'growing': 'the distance from the anchor grows although the layer is constrained all the time: '
   '{layers}. The transform may sit behind the optimizer instead of before it: '
   'optax.chain(spd.projection_decay(), optax.adam(...)). If it is before it, raise the strength.',
+  'budget': 'the budget is so tight that every layer was held in the last {updates} updates '
+  '(strength {strength:.3g}), as by a uniform pull. Look at the learning rate (a smaller one '
+  'drifts less) and at the budget (too small for the task).',
   'not finite': 'not finite: {what}. Look at the learning rate, the scale of the loss, and the '
   'last step before this one; optax.apply_if_finite passes over single bad gradients.',
 }
@@ -99,6 +106,9 @@ class Watcher:
     share = reports.constrained_share(held, updates)
     # L2-SP holds all, as it is meant to.
     uniform = base.condition & record.condition & (base.ratio == 1) & (record.ratio == 1)
+    tight = [_strength(x) for x in (base, record)]
+    if min(tight) > PRESSING and np.mean(share) >= ALWAYS:
+      return {'budget': {'updates': _age(record) - _age(base), 'strength': tight[-1]}}
     if not uniform.all() and (mean := np.mean(share[~uniform])) >= ALWAYS:
       found['always held'] = {'share': 100 * mean, 'updates': _age(record) - _age(base)}
     grown = (record.distance > GROWTH * base.distance) & (base.distance > 0)
@@ -108,10 +118,17 @@ class Watcher:
   def _of_numbers(self, record: Record) -> Found:
     """NaN or infinity."""
     bad = ~(np.isfinite(record.distance) & np.isfinite(record.ratio))
-    metrics = [name for name, value in record.metrics.items() if not np.isfinite(value)]
+    # A drift of the log's own is NaN until it is measured.
+    bad_metrics = [name for name, value in record.metrics.items() if not np.isfinite(value)]
+    metrics = [name for name in bad_metrics if not name.startswith('spd/')]
     what = [f'layers {self._named(bad)}'] if bad.any() else []
     what += [f'metrics {", ".join(metrics)}'] if metrics else []
     return {'not finite': {'what': '; '.join(what)}} if what else {}
+
+
+def _strength(record: Record) -> float:
+  """The largest strength that a budget has set; 0 without a budget."""
+  return max((x for name, x in record.metrics.items() if OWN.fullmatch(name)), default=0.0)
 
 
 def _age(record: Record) -> int:

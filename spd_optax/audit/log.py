@@ -153,7 +153,8 @@ class AuditLog:
     """
     self._check_owner()
     states = reports.states_in(opt_state, 'AuditLog.record(step, opt_state)')
-    metrics = _checked_metrics({} if metrics is None else metrics)
+    own = {f'spd/{name}': value for name, value in reports.budgets_of(states).items()}
+    metrics = _checked_metrics({} if metrics is None else metrics, own)
     step = operator.index(step)
     if self._last_step is not None and step <= self._last_step:
       order = f'step {step} after step {self._last_step}'
@@ -340,17 +341,19 @@ def _plain_items(items: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
   return found, problems
 
 
-def _checked_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
-  """A copy of the metrics; raises a TypeError that names all that are no numbers."""
+def _checked_metrics(metrics: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+  """A copy of the metrics and the log's own; raises a TypeError that names all bad ones."""
   problems = [
     f'{name!r}: {checks.kind_of(value)}'
     for name, value in metrics.items()
     if not isinstance(name, str) or not checks.is_array(value) or np.ndim(value)
   ]
+  problems += [f'{name!r}: the log has one of its own' for name in own if name in metrics]
   checks.raise_all(problems, 'AuditLog.record: metrics must be numbers by name:', TypeError)
   # Arrays of NumPy may change, and those of JAX be donated, before the record is written.
   return {
-    name: jax.numpy.copy(x) if isinstance(x, jax.Array) else float(x) for name, x in metrics.items()
+    name: jax.numpy.copy(x) if isinstance(x, jax.Array) else float(x)
+    for name, x in {**metrics, **own}.items()
   }
 
 

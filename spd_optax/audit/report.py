@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ LABELS = 48  # layers' names along an axis
 CURVES = 10  # layers with a curve of their own color
 SMALLEST = 1e-4  # distance shown, relative to the largest
 POINTS = 240  # of a run in pictures
+OWN = re.compile(r'spd/(state_\d+/)?budget')  # what the log itself calls a metric
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 
 
@@ -105,8 +107,42 @@ def facts_table(run: Run) -> Table:
     'last hash': run.hash,
     'resumed at step': ', '.join(str(x.step) for x in records if x.resumed),
     'torn': torn(run) if run.torn else '',
-  }
+  } | _verdicts(Series(run))
   return _table(run.path.name, ['', ''], [row for row in rows.items() if row[1]])
+
+
+def _budgets(series: Series) -> dict[str, list[np.ndarray]]:
+  """For each budget of a run what its names begin with, and [steps, budget, drift, strength]."""
+  starts = [name.removesuffix('budget') for name in series.metrics if OWN.fullmatch(name)]
+  return {
+    start: [
+      series.metrics[f'{start}budget'][0],
+      *(series.metrics[start + name][1] for name in ('budget', 'drift', 'strength')),
+    ]
+    for start in starts
+  }
+
+
+def _verdicts(series: Series) -> dict[str, str]:
+  """Whether each budget was kept, when it bound, and what it cost, in words."""
+  found = {}
+  for start, (steps, budget, drift, strength) in _budgets(series).items():
+    share, at_work = drift / budget, np.flatnonzero(strength > 0)
+    last = share[-1]
+    kept = 'kept' if last <= 1 else 'kept within 10 %' if last <= 1.1 else 'not kept'
+    text = f'{kept}: the last drift is {drift[-1]:.3g}, {100 * last:.0f} % of {budget[-1]:.3g}'
+    text = text if np.isfinite(last) else f'{budget[-1]:.3g}, but no drift was measured'
+    if over := np.count_nonzero(share > 1):
+      text += f'; above it in {over} of {len(steps)} records, at most {np.nanmax(share):.2g} times'
+    if len(at_work):
+      often, most = 100 * len(at_work) / len(steps), np.max(strength)
+      text += f'. It bound from step {steps[at_work[0]]} on, in {often:.0f} % of the records'
+      text += f'. Cost: strength {strength[-1]:.3g} at the end, {most:.3g} at most; layers held in '
+      text += f'{100 * np.mean(series.share):.0f} % of the updates'
+    else:
+      text += '. It never bound, and cost nothing: in each record all layers were free'
+    found[f'{start}budget'.removeprefix('spd/')] = text
+  return found
 
 
 def layers_table(runs: Sequence[Series], most: int | None = None) -> Table:
@@ -327,7 +363,11 @@ def metrics(runs: Sequence[Series]) -> Figure:
       if name in panel:
         steps, values = panel[name]
         marker = '.' if len(steps) < 40 else ''
-        axes.plot(steps, values, marker=marker, label=_text(series.name), lw=1.3)
+        (line,) = axes.plot(steps, values, marker=marker, label=_text(series.name), lw=1.3)
+        if (budget := f'{name.removesuffix("drift")}budget') in series.metrics:
+          axes.plot(*series.metrics[budget], color=line.get_color(), ls='--')
+        if OWN.fullmatch(f'{name.removesuffix("strength")}budget'):
+          axes.set_yscale('symlog', linthresh=0.01)
     axes.set_title(_text(name), fontsize=9)
     axes.set_xlabel('step', fontsize=8)
     axes.grid(alpha=0.3)
@@ -342,4 +382,5 @@ def _panels(series: Series) -> dict[str, Curve]:
   name, far = 'distance, % of ‖θ₀‖', 100 * reports.overall(series.distance, series.norms)
   if np.isnan(far).all():
     name, far = 'distance', np.linalg.norm(series.distance, axis=-1)
-  return {'layers held, %': (series.edges[1:], share), name: (series.step, far), **series.metrics}
+  own = {name: curve for name, curve in series.metrics.items() if not OWN.fullmatch(name)}
+  return {'layers held, %': (series.edges[1:], share), name: (series.step, far), **own}
