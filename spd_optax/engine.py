@@ -38,8 +38,8 @@ class ProjectionDecayState(NamedTuple):
   Attributes:
     count: int32[], updates so far.
     anchor: tree like the params: θ_0, or `optax.MaskedNode()` where none is stored.
-    condition: bool[] or bool[L] per layer: whether the rule held the layer at the last update.
-      The layer was moved only where `ratio` > 0, too.
+    condition: bool[] or bool[L] per layer: whether the rule held the layer at the last update;
+      False at strength 0. The layer was moved only where `ratio` > 0, too.
     ratio: float32, same shapes. Around an optimizer: r, the part of the deviation from the
       anchor by which the last step grew (eq. 9), whether held or not. In a chain: the
       size of the pull relative to the gradient at strength 1; 0 where there is none.
@@ -268,13 +268,13 @@ def _outcome(
 ) -> Outcome:
   """What the rule decides for one layer.
 
-  A sum, or a strength, that is not finite holds nothing, nor does a negative strength.
+  A sum, or a strength, that is not finite holds nothing, nor does a strength of 0 or below.
   `decide` has the class and its method: the treedefs of two rules may be equal.
   """
   del decide
   norms = {name: x if name == 'inner' else formulas.norm(x) for name, x in sums.items()}
   inner = norms['inner']
-  usable = (strength >= 0) & jnp.isfinite(strength)
+  usable = (strength > 0) & jnp.isfinite(strength)
   decision = rule.decide(norms, numbers, jnp.where(usable, strength, 0.0))
   decision = _per_layer(rule, decision, inner)
   condition, ratio, scale, new = (

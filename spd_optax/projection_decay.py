@@ -7,7 +7,7 @@ import chex
 import jax
 import optax
 
-from spd_optax import checks, rules
+from spd_optax import checks, misuse, rules, trees
 from spd_optax.anchors import Anchoring
 from spd_optax.engine import Engine, ProjectionDecayState, replaced
 from spd_optax.layers import Arrangement, AxisName, Group, StackAxis
@@ -158,7 +158,12 @@ def _link(engine: Engine) -> optax.GradientTransformationExtraArgs:
       updates = replaced(updates, step, step.view.gradients, _turned_back)
     return updates, state
 
-  return optax.GradientTransformationExtraArgs(engine.init, update)
+  def init(params: optax.Params) -> ProjectionDecayState:
+    if isinstance(engine.rule, GradientTurn) and not trees.is_placeholder(params):
+      misuse.warn_of_link()
+    return engine.init(params)
+
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 @functools.partial(jax.jit, static_argnames='axis')

@@ -8,7 +8,7 @@ import chex
 import jax
 import optax
 
-from spd_optax import checks, rules, trees
+from spd_optax import checks, misuse, rules, trees
 from spd_optax.anchors import Anchoring
 from spd_optax.engine import Engine, ProjectionDecayState, Step, check_state, replaced
 from spd_optax.layers import Arrangement, AxisName, Group, StackAxis
@@ -192,6 +192,8 @@ class _Around:
   inner: optax.GradientTransformationExtraArgs
 
   def init(self, params: optax.Params) -> WithProjectionDecayState:
+    if not trees.is_placeholder(params):
+      misuse.warn_of_optimizer(self.inner)
     return WithProjectionDecayState(self.engine.init(params), self.inner.init(params))
 
   def _decide(

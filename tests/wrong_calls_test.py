@@ -21,8 +21,8 @@ from spd_optax import audit
 PACKAGE = Path(spd.__file__).parent
 # Made by the library, or by a user's own rule, which nothing checks before it is used.
 RESULTS = {
-  'Advice', 'AuditFileError', 'AuditWarning', 'Budget', 'BudgetState', 'Decision',
-  'DroppedLeaf', 'LayerRecord', 'ProjectionDecayOptimizer', 'ProjectionDecayState', 'Record', 'Rule', 'Run',
+  'Advice', 'AuditFileError', 'AuditWarning', 'Budget', 'BudgetState', 'Decision', 'DroppedLeaf',
+  'LayerRecord', 'ProjectionDecayOptimizer', 'ProjectionDecayState', 'Record', 'Rule', 'Run',
   'WithProjectionDecayState',
 }  # fmt: skip
 # What optax, JAX or Python answer for themselves.

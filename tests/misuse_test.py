@@ -1,0 +1,115 @@
+"""Warnings where a transformation stands in a wrong place, and none where it stands well."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import spd_optax as spd
+
+ADAM, LINK, SPD = optax.adam(0.1), spd.projection_decay(), spd.adam_spd(0.1)
+SCHEDULE = optax.constant_schedule(0.1)
+PARAMS = {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)}
+
+WRONG = {
+  'behind the optimizer': (
+    lambda: optax.chain(ADAM, LINK),
+    'behind scale_by_adam, so that it sees',
+  ),
+  'behind momentum': (lambda: optax.chain(optax.sgd(0.1, momentum=0.9), LINK), 'behind trace'),
+  'behind it in a chain of chains': (
+    lambda: optax.chain(ADAM, optax.chain(optax.clip(1.0), LINK)),
+    'behind scale_by_adam',
+  ),
+  'under inject_hyperparams': (
+    lambda: optax.chain(ADAM, optax.inject_hyperparams(spd.projection_decay)(strength=1.0)),
+    'behind scale_by_adam',
+  ),
+  'both forms, in a chain': (lambda: optax.chain(LINK, SPD), 'are links of one chain'),
+  'both forms, one around the other': (
+    lambda: spd.with_projection_decay(optax.chain(LINK, ADAM)),
+    'is around a projection_decay',
+  ),
+  'around MultiSteps': (
+    lambda: spd.with_projection_decay(optax.MultiSteps(ADAM, 2)),
+    r'around optax.MultiSteps.* Put MultiSteps outside',
+  ),
+  'around MultiSteps in a chain': (
+    lambda: spd.with_projection_decay(
+      optax.chain(optax.clip(1.0), optax.MultiSteps(ADAM, 2).gradient_transformation())
+    ),
+    'around optax.MultiSteps',
+  ),
+  'around AdamW': (
+    lambda: spd.with_projection_decay(optax.adamw(0.1)),
+    r'weight decay toward 0 \(0.0001\).*pass weight_decay=0',
+  ),
+  'around a Lion with its default decay': (
+    lambda: spd.with_projection_decay(optax.lion(0.1)),
+    r'weight decay toward 0 \(0.001\)',
+  ),
+  'around AdamW for some params': (
+    lambda: spd.with_projection_decay(
+      optax.partition({'a': optax.adamw(0.1), 'b': ADAM}, {'kernel': 'a', 'bias': 'b'})
+    ),
+    'weight decay toward 0',
+  ),
+  'adam_spd behind Adam': (
+    lambda: optax.chain(optax.scale_by_adam(), SPD),
+    r'adam_spd\) stands behind scale_by_adam',
+  ),
+  'a schedule behind adam_spd': (
+    lambda: optax.chain(SPD, optax.scale_by_schedule(SCHEDULE)),
+    r'adam_spd\) stands before scale_by_schedule',
+  ),
+}
+
+
+@pytest.mark.parametrize('wrap', [lambda init: init, jax.jit], ids=['eager', 'jit'])
+@pytest.mark.parametrize('name', WRONG)
+def test_a_wrong_place_is_said_once(name, wrap):
+  """At the user's own line."""
+  make, message = WRONG[name]
+  with warnings.catch_warnings(record=True) as found:
+    warnings.simplefilter('always')
+    wrap(make().init)(PARAMS)
+  (said,) = found
+  assert said.filename == __file__
+  with pytest.warns(UserWarning, match=message):
+    wrap(make().init)(PARAMS)
+
+
+RIGHT = {
+  'first in a chain': lambda: optax.chain(LINK, ADAM),
+  'behind clipping': lambda: optax.chain(optax.clip_by_global_norm(1.0), LINK, ADAM),
+  'adam_spd behind clipping': lambda: optax.chain(optax.clip_by_global_norm(1.0), SPD),
+  'around a chain': lambda: spd.with_projection_decay(optax.chain(optax.clip(1.0), ADAM)),
+  'around a schedule': lambda: spd.adam_spd(SCHEDULE),
+  'around AdamW without decay': lambda: spd.with_projection_decay(
+    optax.adamw(0.1, weight_decay=0.0)
+  ),
+  'around Lion without decay': lambda: spd.with_projection_decay(optax.lion(0.1, weight_decay=0.0)),
+  'MultiSteps outside': lambda: optax.MultiSteps(SPD, 2),
+  'for some params': lambda: optax.partition(
+    {'a': optax.chain(LINK, ADAM), 'b': SPD}, {'kernel': 'a', 'bias': 'b'}
+  ),
+  'L2-SP, decoupled': lambda: optax.chain(
+    optax.scale_by_adam(), spd.l2_sp(), optax.scale_by_learning_rate(SCHEDULE)
+  ),
+  'L2-SP, coupled': lambda: optax.chain(spd.l2_sp(), ADAM),
+  'under inject_hyperparams': lambda: optax.inject_hyperparams(spd.adam_spd)(0.1),
+  'around others': lambda: spd.with_projection_decay(optax.contrib.schedule_free_adamw(0.1)),
+  'finite alone': lambda: optax.apply_if_finite(optax.chain(LINK, ADAM), 3),
+}
+
+
+@pytest.mark.parametrize('name', RIGHT)
+def test_no_false_alarm(name):
+  tx = RIGHT[name]()
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    tx.init(PARAMS)
+    if name != 'for some params':
+      optax.tree.map_params(tx, lambda x: x, tx.init(PARAMS))
