@@ -179,15 +179,35 @@ def test_patience_is_a_number_of_updates(log, value, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_the_module_runs_as_a_command_and_names_the_extra_it_needs(log, tmp_path):
+def run_without(library, log):
+  """The report in a process that cannot import a library."""
   code = (
-    'import sys; sys.modules["matplotlib.figure"] = None; sys.argv[0] = "audit"; '
+    f'import sys; sys.modules["{library}"] = None; sys.argv[0] = "audit"; '
     'from spd_optax.audit.__main__ import main; sys.exit(main())'
   )
-  found = subprocess.run(
-    [sys.executable, '-c', code, 'report', str(log)], capture_output=True, text=True
-  )
+  call = [sys.executable, '-c', code, 'report', str(log)]
+  return subprocess.run(call, capture_output=True, text=True)
+
+
+def test_the_module_runs_as_a_command_and_names_the_extra_it_needs(log, tmp_path):
+  found = run_without('rich.table', log)
   assert found.returncode == 1
   assert "pip install 'spd_optax[audit]'" in found.stderr
   module = [sys.executable, '-m', 'spd_optax.audit', 'verify', str(log)]
   assert subprocess.run(module, capture_output=True).returncode == 0
+
+
+def test_the_text_needs_no_matplotlib(log):
+  found = run_without('matplotlib.figure', log)
+  assert found.returncode == 0
+  assert "no pictures, which need matplotlib.figure: pip install 'spd_optax[audit]'" in found.stderr
+  assert re.search('layer .*held', found.stdout)
+
+
+def test_a_reader_who_stops_early_loses_no_page(log, tmp_path):
+  # As `report RUN --html PAGE | head -1` does.
+  page = tmp_path / 'page.html'
+  call = [sys.executable, '-m', 'spd_optax.audit', 'report', str(log), '--html', str(page)]
+  with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    process.stdout.close()
+  assert page.read_text().rstrip().endswith('</pre>')

@@ -13,7 +13,7 @@ from audited import FACTS, PARAMS, TX, made_up, states, write
 
 import spd_optax as spd
 from spd_optax import audit
-from spd_optax.audit import report
+from spd_optax.audit import pictures, report
 
 
 @pytest.fixture
@@ -248,7 +248,7 @@ def test_a_layer_without_an_update_between_two_records_has_no_share_there(path):
       log.record(step, state)
   over_time = report.Series(audit.verify(path))
   assert np.isnan(over_time.held[:, 1]).tolist() == [True, False, True, True, False, True]
-  assert np.isfinite(report._panels(over_time)['layers held, %'][1]).all()
+  assert np.isfinite(pictures._panels(over_time)['layers held, %'][1]).all()
 
 
 @pytest.mark.parametrize('captured', [True, False, None])

@@ -1,5 +1,6 @@
 """Reports of audit logs: tables and pictures that say what the logs say."""
 
+import html
 import itertools
 import json
 import re
@@ -7,12 +8,13 @@ import time
 
 import matplotlib.image
 import numpy as np
+import optax
 import pytest
-from audited import made_up, names, run
+from audited import made_up, names, run, states, write
 
 import spd_optax as spd
 from spd_optax import audit
-from spd_optax.audit import format, report
+from spd_optax.audit import format, pictures, report
 
 
 @pytest.fixture(scope='module')
@@ -77,13 +79,13 @@ def test_the_heat_map_shows_the_share_of_the_updates_between_its_columns(logs):
   first, second, _ = few.edges
   between = np.mean([r.condition for r in log.records if first < r.step <= second], axis=0)
   np.testing.assert_allclose(few.held[0], between)
-  (axes, _) = report.held([every]).axes
+  (axes, _) = pictures.held([every]).axes
   assert axes.collections[0].get_array().shape == (12, 29)
 
 
 @pytest.mark.parametrize('count', [12, 400])
 def test_names_in_the_heat_map_do_not_overlap(logs, count):
-  figure = report.held([report.Series(audit.read(logs[f'a{count}']))])
+  figure = pictures.held([report.Series(audit.read(logs[f'a{count}']))])
   figure.canvas.draw()
   labels = [label for label in figure.axes[0].get_yticklabels() if label.get_text()]
   assert len(labels) >= 12
@@ -96,9 +98,9 @@ def test_every_layer_with_a_color_is_in_the_legend(tmp_path):
   # Would catch: names that begin with '_', which matplotlib leaves out by itself.
   layers = ['_k', 'b', '__c', '$d$', *(f'_far/{i}' for i in range(10))]
   over_time = report.Series(audit.read(made_up(tmp_path / 'run.jsonl', layers, 3)))
-  figure = report.draw([over_time])['distance']
+  figure = pictures.draw([over_time])['distance']
   shown = [text.get_text().strip() for text in figure.axes[0].get_legend().get_texts()]
-  farthest = sorted(zip(-over_time.distance[-1], over_time.layers, strict=True))[: report.CURVES]
+  farthest = sorted(zip(-over_time.distance[-1], over_time.layers, strict=True))[: pictures.CURVES]
   assert shown[:2] == ['the other 4 layers', 'median of all layers']
   assert shown[2:] == [name.replace('$', r'\$') for _, name in farthest]
 
@@ -141,7 +143,7 @@ def test_compare_puts_two_runs_side_by_side(logs, tmp_path, capsys):
   printed = capsys.readouterr().out
   assert f'A: a{count}' in printed
   assert f'B: b{count}' in printed
-  assert len(report.held([report.Series(audit.read(path)) for path in (a, b)]).axes) == 3
+  assert len(pictures.held([report.Series(audit.read(path)) for path in (a, b)]).axes) == 3
   first, second = (report.Series(audit.read(path)).share for path in (a, b))
   (row,) = re.findall(f'^ *{names(count)[-1]} .*', page.read_text(), re.M)
   at = audit.read(a).layers.index(names(count)[-1])
@@ -170,3 +172,40 @@ def test_the_format_is_as_documented(logs):
   header, first, *_ = map(json.loads, logs['a12'].read_text().splitlines())
   for name in {*header, *header['anchor'], *first}:
     assert f'`{name}`' in format.__doc__, name
+
+
+VERDICTS = {
+  'some': ((1.0, 1.0, -0.2), 0.1, 'Layers were held in 33 % of 9 updates: from 33 % '),
+  'none': (
+    (1.0,),
+    0.1,
+    "No layer was held in 9 updates: this run equals its inner optimizer's. Every",
+  ),
+  'no step': ((1.0,), 0.0, 'The params have not left their anchor; is the learning rate 0'),
+  'all': ((1.0,), None, 'Every layer was held in each of 9 updates, as by a uniform pull.'),
+}
+
+
+@pytest.mark.parametrize('name', VERDICTS)
+def test_the_report_begins_with_a_verdict(tmp_path, capsys, name):
+  """Catches a verdict that is not of this run; the page has it, too."""
+  gradients, rate, words = VERDICTS[name]
+  inner = optax.sgd(0.1 if rate is None else rate, momentum=0.9)
+  tx = optax.chain(spd.l2_sp(), inner) if rate is None else spd.with_projection_decay(inner)
+  path, page = tmp_path / 'run.jsonl', tmp_path / 'page.html'
+  with spd.AuditLog(path) as log:
+    for step, state in enumerate(states(9, tx, gradient=lambda i: gradients[i % len(gradients)])):
+      log.record(step, state)
+  assert run('report', path, '--html', page) == 0
+  assert words in capsys.readouterr().out.splitlines()[0]
+  assert html.escape(words) in page.read_text()
+
+
+def test_a_run_that_begins_again_in_the_same_file_is_kept_apart(tmp_path, capsys):
+  """As a script that is run twice does; catches records of two runs in one curve, unsaid."""
+  path = write(tmp_path / 'run.jsonl', 5)
+  with pytest.warns(spd.audit.AuditWarning, match='begins again at step 0.*pass another path'):
+    write(path, 3)
+  assert [record.step for record in audit.read(path).current()] == [0, 1, 2]
+  assert run('report', path) == 0
+  assert '5 records before the last start at the first step, not shown' in capsys.readouterr().out

@@ -93,7 +93,7 @@ class AuditLog:
     self,
     path: str | os.PathLike[str],
     *,
-    transform: str,
+    transform: str = 'SPD',
     hyperparameters: Mapping[str, Any] | None = None,
     source: str | os.PathLike[str] | None = None,
     captured: bool | None = None,
@@ -194,6 +194,12 @@ class AuditLog:
     except BaseException:  # a full disk, or an interrupt, perhaps behind the write
       self._pending = now if os.fstat(self._file).st_size == size else None
       raise
+    if self._resumed and record.step <= self._first:
+      checks.warn(
+        f'{self.path}: begins again at step {record.step}, as another run would. Reports show the '
+        'records from here on alone. To keep both runs apart, pass another path.',
+        AuditWarning,
+      )
     self._resumed, self._written = False, record.step
     for advice in self._watcher.see(record):
       checks.warn(f'step {advice.step}: {advice.message}', AuditWarning)
@@ -280,8 +286,10 @@ class AuditLog:
   def _continue(self, header: Header) -> bool:
     """Goes on after the last whole line of the file, if it has any."""
     lines = format.Lines(self.path)
-    for _ in lines:
-      pass
+    self._first = -math.inf
+    for line in lines:
+      if lines.count == 2:  # the first record
+        self._first = msgspec.json.decode(line)['step']
     if lines.header is None:
       return False
     _compare(self.path, lines.header, header)

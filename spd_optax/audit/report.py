@@ -1,9 +1,9 @@
-"""A report of one run, or of two side by side: in the terminal, as pictures, and as a page."""
+"""A report of one run, or of two side by side: in the terminal, and as a page with pictures."""
 
 import base64
+import html
 import io
 import json
-import math
 import os
 import re
 import sys
@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import rich.box
 import rich.table
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from spd_optax import reports
@@ -25,17 +23,29 @@ from spd_optax.audit.format import AuditFileError, Run, printable, torn
 ROWS = 40  # layers that are shown one by one in the terminal
 FIRST = 20  # that are shown if there are more
 WIDTH, PAGE_WIDTH = 120, 200  # of what is no terminal
+WORDS = {
+  'held': 'the rule was true, so the layer was taken back; "held, %" is the share of its updates',
+  'ratio': 'around an optimizer: the part of the distance by which the last step grew; in a chain: '
+  'the pull, relative to the gradient',
+  'distance': '‖θ − θ₀‖, from the anchor θ₀, before the last update',
+  '% of ‖θ₀‖': "the distance relative to the anchor's norm; – where that is 0 or not known",
+  'slope, slope_square': 'of SignificantProjection: means of ⟨g, d⟩ / ‖d‖ and its square',
+  'budget, drift': 'what may be lost, and what was measured',
+  'strength': 'λ as the budget set it; 0 leaves all layers free, above 10 none is',
+}
 PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy"
   content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>SPD audit</title>
-<style>img { max-width: 100% }</style>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body { font-family: sans-serif; max-width: 75em; margin: 1em auto; padding: 0 1em }
+img { max-width: 100% }
+pre { overflow-x: auto }
+</style>
 """
 TEXT = '<pre>{code}</pre>\n'
-LABELS = 48  # layers' names along an axis
-CURVES = 10  # layers with a curve of their own color
-SMALLEST = 1e-4  # distance shown, relative to the largest
 POINTS = 240  # of a run in pictures
 OWN = re.compile(r'spd/(state_\d+/)?budget')  # what the log itself calls a metric
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
@@ -106,9 +116,19 @@ def facts_table(run: Run) -> Table:
     'layers': str(len(run.layers)),
     'last hash': run.hash,
     'resumed at step': ', '.join(str(x.step) for x in records if x.resumed),
+    'earlier runs': _earlier(run),
     'torn': torn(run) if run.torn else '',
   } | _verdicts(Series(run))
   return _table(run.path.name, ['', ''], [row for row in rows.items() if row[1]])
+
+
+def _earlier(run: Run) -> str:
+  """What is said of runs that were begun again in the same file."""
+  records = run.records
+  starts = [i for i, x in enumerate(records) if x.resumed and x.step <= records[0].step]
+  return (
+    f'{starts[-1]} records before the last start at the first step, not shown' if starts else ''
+  )
 
 
 def _budgets(series: Series) -> dict[str, list[np.ndarray]]:
@@ -143,6 +163,34 @@ def _verdicts(series: Series) -> dict[str, str]:
       text += '. It never bound, and cost nothing: in each record all layers were free'
     found[f'{start}budget'.removeprefix('spd/')] = text
   return found
+
+
+def verdict(series: Series) -> str:
+  """What SPD did in a run, in words."""
+  last, share = series.last, 100 * series.share
+  updates = int(last.updates.max(initial=0))
+  if not last.constrained.any():
+    text = f"No layer was held in {updates} updates: this run equals its inner optimizer's. "
+    if not last.distance.any():
+      text += 'The params have not left their anchor; is the learning rate 0, as in a warm-up?'
+    else:
+      text += (
+        'Every gradient pointed away from the anchor, as happens without momentum, with full '
+        'batches and at small learning rates. A margin holds layers earlier.'
+      )
+  elif share.min() > 99:
+    text = f'Every layer was held in each of {updates} updates, as by a uniform pull.'
+  else:
+    few, most = (series.layers[i] for i in (share.argmin(), share.argmax()))
+    text = (
+      f'Layers were held in {share.mean():.0f} % of {updates} updates: from {share.min():.0f} % '
+      f'({few}) to {share.max():.0f} % ({most}).'
+    )
+  far = 100 * reports.overall(last.distance, series.norms)
+  if np.isfinite(far):
+    text += f" In the end the params are {far:.2g} % of the anchor's norm away from it."
+  budgets = [f' Budget {words}.' for words in _verdicts(series).values()]
+  return printable(text + ''.join(budgets))
 
 
 def layers_table(runs: Sequence[Series], most: int | None = None) -> Table:
@@ -200,7 +248,7 @@ def _number(value: Any, form: str = '.4g') -> str:
 
 
 def show(
-  runs: Sequence[Run], out: Path | None, html: Path | None, every: bool, patience: int
+  runs: Sequence[Run], out: Path | None, page: Path | None, every: bool, patience: int
 ) -> None:
   """Prints the tables of one or two runs, and writes the pictures; see `__main__`."""
   empty = [str(run.path) for run in runs if not (run.records and run.layers)]
@@ -215,30 +263,58 @@ def show(
     for found in advise(run, patience)
   ]
   facts = [facts_table(run) for run in runs]
+  verdicts = [start + verdict(one) for start, one in zip(starts, series, strict=True)]
+  out = out or runs[0].path.parent / ('_'.join(run.path.stem for run in runs) + '_report')
+  drawn = {out / f'{name}.png': figure for name, figure in _pictures(series).items()}
+  # All files first: a reader of the text may close the pipe, as `head` does.
+  for path, figure in drawn.items():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+  if page:
+    tables = _tables(series, every=True)
+    page.write_text(_page(verdicts, facts, advice, list(drawn), tables), 'utf-8')
+  print('\n'.join(verdicts))
   known = sys.stdout.isatty() or 'COLUMNS' in os.environ
   _print(_console(None if known else WIDTH), [*facts, *_tables(series, every)], advice)
-  out = out or runs[0].path.parent / ('_'.join(run.path.stem for run in runs) + '_report')
-  out.mkdir(parents=True, exist_ok=True)
-  drawn = {out / f'{name}.png': figure for name, figure in draw(series).items()}
-  for path, figure in drawn.items():
-    figure.savefig(path)
-  print(f'Pictures: {", ".join(map(str, drawn))}')
-  if html:
-    html.write_text(_page(facts, advice, list(drawn), _tables(series, every=True)), 'utf-8')
-    print(f'Page: {html}')
+  if drawn:
+    print(f'Pictures: {", ".join(map(str, drawn))}')
+  if page:
+    print(f'Page: {page}')
+
+
+def _pictures(series: Sequence[Series]) -> dict[str, Any]:
+  """Every picture by its name; none without matplotlib."""
+  try:
+    from spd_optax.audit import pictures
+  except ImportError as error:
+    print(f"no pictures, which need {error.name}: pip install 'spd_optax[audit]'", file=sys.stderr)
+    return {}
+  return pictures.draw(series)
 
 
 def _page(
-  facts: Sequence[Table], advice: Sequence[str], images: Sequence[Path], shown: Sequence[Table]
+  verdicts: Sequence[str],
+  facts: Sequence[Table],
+  advice: Sequence[str],
+  images: Sequence[Path],
+  shown: Sequence[Table],
 ) -> str:
   console = _console(PAGE_WIDTH, file=io.StringIO(), record=True)
-  _print(console, facts, advice)
-  page = PAGE + console.export_html(code_format=TEXT, inline_styles=True)
+
+  def exported(tables: Sequence[Table], advice: Sequence[str] = ()) -> str:
+    _print(console, tables, advice)
+    return console.export_html(code_format=TEXT, inline_styles=True)
+
+  page = PAGE + '<h1>SPD audit</h1>\n'
+  page += ''.join(f'<p><strong>{html.escape(text)}</strong></p>\n' for text in verdicts)
+  page += exported([], advice) if advice else ''
+  page += '<h2>Pictures</h2>\n' if images else ''
   for path in images:
     data = base64.b64encode(path.read_bytes()).decode()
     page += f'<p><img alt="{path.stem}" src="data:image/png;base64,{data}"></p>\n'
-  _print(console, shown, [])
-  return page + console.export_html(code_format=TEXT, inline_styles=True)
+  page += f'<h2>Numbers</h2>\n{exported(shown)}<h2>Words</h2>\n<dl>\n'
+  page += ''.join(f'<dt>{html.escape(x)}</dt><dd>{html.escape(WORDS[x])}</dd>\n' for x in WORDS)
+  return f'{page}</dl>\n<h2>The run</h2>\n{exported(facts)}'
 
 
 def _tables(runs: Sequence[Series], every: bool) -> list[Table]:
@@ -265,122 +341,3 @@ def _print(console: Console, shown: Sequence[Table], advice: Sequence[str]) -> N
       console.print(table)
   for message in advice:
     console.print(f'WARNING: {message}', style='bold yellow')
-
-
-# The pictures: what was held, distances, and metrics.
-
-
-def draw(runs: Sequence[Series]) -> dict[str, Figure]:
-  """Every picture by its name; the relative distances only if a norm is known."""
-  found = {'held': held(runs), 'distance': distances(runs, relative=False)}
-  if any(np.isfinite(series.relative).any() for series in runs):
-    found['relative_distance'] = distances(runs, relative=True)
-  return found | {'metrics': metrics(runs)}
-
-
-def _figure(rows: int, columns: int, size: Any, **options: Any) -> tuple[Figure, Any]:
-  """A figure, and a grid of its panels."""
-  figure = Figure(figsize=size, dpi=120, layout='constrained')
-  return figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
-def held(runs: Sequence[Series]) -> Figure:
-  """A heat map of layers × time: the share of the updates with a true condition."""
-  height = 1.7 + 0.22 * max(len(series.layers) for series in runs)
-  figure, ((*panels,),) = _figure(1, len(runs), (8 + 2 * len(runs), min(height, 12)))
-  for axes, series in zip(panels, runs, strict=True):
-    rows = np.arange(len(series.layers) + 1)
-    image = axes.pcolormesh(series.edges, rows, series.held.T, vmin=0, vmax=1, rasterized=True)
-    axes.set_facecolor('0.85')  # where a layer had no update
-    axes.invert_yaxis()
-    _name_layers(axes, series.layers)
-    axes.set(xlabel='step', title=f'{_text(series.name)}: updates held')
-  figure.colorbar(image, ax=panels[-1], label='share of the updates held', fraction=0.05)
-  return figure
-
-
-def _name_layers(axes: Axes, layers: Sequence[str]) -> None:
-  """Names the layers left of the axes; of many as many as there is room for."""
-  at = range(0, len(layers), math.ceil(len(layers) / LABELS))
-  axes.set_yticks([i + 0.5 for i in at], [_text(layers[i]) for i in at], fontsize=7)
-  axes.tick_params(axis='y', length=0)
-
-
-def _text(name: str) -> str:
-  """A name as it is, but the end of a long one; no part of it is taken for mathematics."""
-  shown = printable(name)
-  shown = shown if len(shown) <= 44 else '…' + shown[-43:]
-  return shown.replace('$', r'\$')
-
-
-def distances(runs: Sequence[Series], relative: bool) -> Figure:
-  """Curves of each layer over time; relative to the anchor, or on a logarithmic axis."""
-  figure, grid = _figure(len(runs), 1, (10, 5.5 * len(runs)), sharex=True, sharey=True)
-  for axes, series in zip(grid[:, 0], runs, strict=True):
-    values = 100 * series.relative if relative else series.distance
-    shown = np.where(np.isfinite(values) & (relative | (values > 0)), values, np.nan)
-    _layer_curves(axes, series, shown)
-    label = '‖θ − θ₀‖ / ‖θ₀‖, %' if relative else '‖θ − θ₀‖'
-    axes.set(xlabel='step', ylabel=label, title=f'{_text(series.name)}: distance of each layer')
-    axes.grid(alpha=0.3)
-  largest = max(axes.dataLim.y1 for axes in grid[:, 0])
-  if not relative and 0 < largest < math.inf:  # the axes are shared
-    smallest = min(axes.dataLim.y0 for axes in grid[:, 0])
-    axes.set(yscale='log', ylim=(max(smallest, largest * SMALLEST), 2 * largest))
-  return figure
-
-
-def _layer_curves(axes: Axes, series: Series, values: np.ndarray) -> None:
-  """All layers as lines; where there are many, only the farthest in color and with a name."""
-  steps = series.step
-  known = np.flatnonzero(np.isfinite(values).any(axis=0))
-  last = np.array([values[np.isfinite(values[:, i]), i][-1] for i in known])
-  order = known[np.argsort(-last, kind='stable')]
-  rest, shown = order[CURVES:], order[:CURVES]
-  marker = 'o' if len(steps) == 1 else ''
-  lines, names = [], [_text(series.layers[i]) for i in shown]
-  if len(rest):
-    middle = np.ma.median(np.ma.masked_invalid(values[:, known]), axis=1).filled(np.nan)
-    lines = axes.plot(steps, values[:, rest], color='0.75', lw=0.5, marker=marker, zorder=1)[:1]
-    lines += axes.plot(steps, middle, 'k--')
-    names = [f'the other {len(rest)} layers', 'median of all layers', *names]
-  lines += axes.plot(steps, values[:, shown], marker=marker, lw=1.3)
-  beside: dict[str, Any] = {'loc': 'center left', 'bbox_to_anchor': (1.01, 0.5), 'frameon': False}
-  labels = [f' {name}' for name in names]  # one that begins with '_' would be left out
-  axes.legend(lines, labels, fontsize=7, **beside)
-
-
-def metrics(runs: Sequence[Series]) -> Figure:
-  """One panel for each of the user's metrics, after the share held and the distance of all."""
-  panels = [_panels(series) for series in runs]
-  names = list(dict.fromkeys(name for panel in panels for name in panel))
-  rows = math.ceil(len(names) / 3)
-  figure, grid = _figure(rows, 3, (12, 2.9 * rows))
-  for axes in grid.flat[len(names) :]:
-    axes.remove()
-  for name, axes in zip(names, grid.flat, strict=False):
-    for series, panel in zip(runs, panels, strict=True):
-      if name in panel:
-        steps, values = panel[name]
-        marker = '.' if len(steps) < 40 else ''
-        (line,) = axes.plot(steps, values, marker=marker, label=_text(series.name), lw=1.3)
-        if (budget := f'{name.removesuffix("drift")}budget') in series.metrics:
-          axes.plot(*series.metrics[budget], color=line.get_color(), ls='--')
-        if OWN.fullmatch(f'{name.removesuffix("strength")}budget'):
-          axes.set_yscale('symlog', linthresh=0.01)
-    axes.set_title(_text(name), fontsize=9)
-    axes.set_xlabel('step', fontsize=8)
-    axes.grid(alpha=0.3)
-    if len(runs) > 1:
-      axes.legend(fontsize=7)
-  return figure
-
-
-def _panels(series: Series) -> dict[str, Curve]:
-  """Curves by name, those of the library first."""
-  share = 100 * np.ma.masked_invalid(series.held).mean(axis=1).filled(np.nan)
-  name, far = 'distance, % of ‖θ₀‖', 100 * reports.overall(series.distance, series.norms)
-  if np.isnan(far).all():
-    name, far = 'distance', np.linalg.norm(series.distance, axis=-1)
-  own = {name: curve for name, curve in series.metrics.items() if not OWN.fullmatch(name)}
-  return {'layers held, %': (series.edges[1:], share), name: (series.step, far), **own}
