@@ -188,7 +188,7 @@ def verdict(series: Series) -> str:
     )
   far = 100 * reports.overall(last.distance, series.norms)
   if np.isfinite(far):
-    text += f" In the end the params are {far:.2g} % of the anchor's norm away from it."
+    text += f" In the end the params are {far:.3g} % of the anchor's norm away from it."
   budgets = [f' Budget {words}.' for words in _verdicts(series).values()]
   return printable(text + ''.join(budgets))
 
