@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from spd_optax import checks, leafwise, placement, trees
+from spd_optax import checks, leafwise, patterns, placement, trees
+from spd_optax.patterns import Patterns
 
 
 class View(NamedTuple):
@@ -39,6 +40,7 @@ class Anchoring:
   dtype: jax.typing.DTypeLike | None = None
   memory_kind: str | None = None
   ema: chex.Numeric | None = None
+  free: Patterns | None = None
 
   def __post_init__(self) -> None:
     module = getattr(sys.modules.get('flax.nnx'), 'Module', ())
@@ -63,6 +65,11 @@ class Anchoring:
       )
     if self.ema is not None:
       checks.fraction('anchor_ema', self.ema, ', or None')
+    if not (self.free is None or patterns.are_patterns(self.free)):
+      raise TypeError(
+        "free: expected a pattern of paths such as 'head', or a list of patterns, "
+        f'found {checks.kind_of(self.free)}'
+      )
 
   def given(self, params: trees.Flat) -> list[Any]:
     """For each leaf of the params None (free), 0 (zero), an array, or its struct (captured).
@@ -70,13 +77,16 @@ class Anchoring:
     Goes by structure alone. Inside shard_map a param is a shard, and the shape of the
     anchor that the user gave says nothing; `init` has checked it.
     """
+    is_free = [at is not None for at in patterns.places('free', self.free, params)]
+    held = params.without(is_free)  # of the rest the anchor need not speak
     if self.anchor is None:
-      values = [jax.ShapeDtypeStruct(jnp.shape(x), checks.dtype_of(x)) for x in params.leaves]
+      values = [jax.ShapeDtypeStruct(jnp.shape(x), checks.dtype_of(x)) for x in held.leaves]
     else:
-      values = trees.prefix_values(self.anchor, params, 'anchor')
+      values = trees.prefix_values(self.anchor, held, 'anchor')
+    by_path = dict(zip(held.paths, values, strict=True))
+    each = zip(params.leaves, map(by_path.get, params.paths), strict=True)
     return [
-      None if never_held(leaf) else 0 if checks.is_zero(value) else value
-      for leaf, value in zip(params.leaves, values, strict=True)
+      None if never_held(leaf) else 0 if checks.is_zero(value) else value for leaf, value in each
     ]
 
   def checked(self, params: trees.Flat) -> list[Any]:

@@ -5,18 +5,20 @@ per layer have shape ``[]``, or ``[L]`` where the leaves stack L layers.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from spd_optax import checks, placement, trees
+from spd_optax import checks, patterns, placement, trees
+from spd_optax.patterns import Patterns
 
-StackAxis = Any  # an int, None, a prefix tree of them, or (path, leaf) -> int | None
+# An int, None, a prefix tree of them, {int: patterns}, or (path, leaf) -> int | None.
+StackAxis = Any
 AxisName = Any  # a name, a tuple of names, None, a prefix tree, or (path, leaf) -> names
-Group = Callable[[str], str | int | None] | None
+Group = Callable[[str], str | int | None] | Patterns | None
 Sums = dict[str, jax.Array]  # over one leaf or layer, by name
 
 SEPARATOR = '~'  # of paths in the keys of the state; writers of checkpoints join theirs by / or .
@@ -110,24 +112,25 @@ class Arrangement:
   axis_name: AxisName = None
 
   def __post_init__(self) -> None:
-    if self.group is not None and not checks.is_function(self.group):
+    by_pattern = self.group is None or patterns.are_patterns(self.group)
+    if not by_pattern and not checks.is_function(self.group):
       found = checks.kind_of(self.group)
       raise TypeError(
-        f'group: expected a function path -> key or None, found {found}'
-        + checks.STATIC.format('group')
+        f'group: expected a function path -> key or None, a pattern of paths or a list of them, '
+        f'found {found}' + checks.STATIC.format('group')
       )
 
   def find_layers(self, params: trees.Flat, at: Sequence[int]) -> Layers:
     """Arranges the leaves of the params at these places into layers."""
     paths = [params.paths[i] for i in at]
-    axes = trees.values_for(self.stack_axis, params, 'stack_axis', _is_axis)
+    axes = self._axes(params)
     mapped = trees.values_for(self.axis_name, params, 'axis_name', _is_axes)
     checks.raise_all(
       [f'{params.paths[i]}: {checks.kind_of(mapped[i])}' for i in at if not _is_axes(mapped[i])],
       'axis_name: a name or a tuple of names of mapped axes, or None; found',
     )
     stacked = _stack_axes(paths, [params.leaves[i] for i in at], [axes[i] for i in at])
-    names = _layer_names(self.group, paths)
+    names = _layer_names(self._group_keys(params, at), paths)
     order = {name: i for i, name in enumerate(dict.fromkeys(names))}
     counts = [
       () if axis is None else (jnp.shape(params.leaves[i])[axis],)
@@ -146,6 +149,20 @@ class Arrangement:
       shapes=_layer_shapes(names, paths, counts),
     )
 
+  def _axes(self, params: trees.Flat) -> list[Any]:
+    """For each leaf what `stack_axis` says of it."""
+    rule = self.stack_axis
+    if isinstance(rule, Mapping) and all(map(patterns.are_patterns, rule.values())):
+      return list(patterns.stack_axes(rule, params))
+    return trees.values_for(rule, params, 'stack_axis', _is_axis)
+
+  def _group_keys(self, params: trees.Flat, at: Sequence[int]) -> list[str | int | None]:
+    """For each of these leaves the key of its group, or None."""
+    if callable(self.group):
+      return [self.group(params.paths[i]) for i in at]
+    places = patterns.places('group', self.group, params)
+    return [places[i] for i in at]
+
 
 def _is_axis(value: object) -> bool:
   return isinstance(value, int) and not isinstance(value, bool)
@@ -156,11 +173,8 @@ def _is_axes(value: object) -> bool:
   return value is None or all(isinstance(name, str) for name in names)
 
 
-def _layer_names(group: Group, paths: Sequence[str]) -> list[str]:
+def _layer_names(keys: Sequence[str | int | None], paths: Sequence[str]) -> list[str]:
   """For each leaf the name of its layer: the key of its group, else its own path."""
-  if group is None:
-    return list(paths)
-  keys = [group(path) for path in paths]
   alone = {path for path, key in zip(paths, keys, strict=True) if key is None}
   taken = sorted(alone & {str(key) for key in keys if key is not None})
   checks.raise_all(

@@ -12,6 +12,7 @@ from spd_optax.anchors import Anchoring
 from spd_optax.engine import Engine, ProjectionDecayState, replaced
 from spd_optax.layers import Arrangement, AxisName, Group, StackAxis
 from spd_optax.leafwise import deviation, fusion_barrier, taken_back
+from spd_optax.patterns import Patterns
 from spd_optax.rules import L2SP, GradientTurn, Rule
 
 
@@ -21,6 +22,7 @@ def projection_decay(
   *,
   margin: chex.Numeric = 0.05,
   rule: Rule | None = None,
+  free: Patterns | None = None,
   stack_axis: StackAxis = None,
   group: Group = None,
   axis_name: AxisName = None,
@@ -57,10 +59,18 @@ def projection_decay(
       or 0.1, also holds layers that walk out sideways. It holds a layer the more, the larger
       the layer is and the noisier its gradients are.
     rule: a `Rule` in place of `GradientTurn`, the equation above.
+    free: a pattern, or a list of patterns, of leaves that are free, whatever the anchor says or
+      lacks of them: a new head. A pattern matches whole names of a '/'-joined path, anywhere
+      in it, and all that lies below: 'head' matches 'params/head/kernel' and does not match
+      'overhead/kernel'. In a name '*', '?' and '[ab]' are as in a shell, '**' is any number of
+      names, and a first '/' is the root.
     stack_axis: the axis that stacks layers in a leaf (nn.scan): an int, a prefix
-      tree of ints and None, or ``(path, leaf) -> int | None``. Each slice is a layer.
+      tree of ints and None, ``(path, leaf) -> int | None``, or patterns by axis, as in
+      ``{0: ['encoder/layers', 'decoder/layers']}``. Each slice is a layer.
     group: ``path -> key | None``; leaves with one key, a string or an int, are one layer. Paths
-      are '/'-joined, as in 'encoder/block_0/kernel'. 1 and '1' are the same key.
+      are '/'-joined, as in 'encoder/block_0/kernel'. 1 and '1' are the same key. Or patterns:
+      all leaves below one place where a pattern ends are one layer. 'block_*' makes one of
+      each block, with the key 'encoder/block_0'. The first pattern that matches counts.
     axis_name: inside `shard_map` or `pmap`, the mapped axes over which one layer is
       split: a name, a tuple of names, or a prefix tree or function like
       `stack_axis` where leaves differ. Leave out an axis over which a leaf is
@@ -102,7 +112,7 @@ def projection_decay(
     Engine(
       rules.chosen(rule, GradientTurn, margin),
       strength,
-      Anchoring(anchor, anchor_dtype, anchor_memory_kind, anchor_ema),
+      Anchoring(anchor, anchor_dtype, anchor_memory_kind, anchor_ema, free),
       Arrangement(stack_axis, group, axis_name),
     )
   )
@@ -112,6 +122,7 @@ def l2_sp(
   anchor: optax.Params | None = None,
   strength: optax.ScalarOrSchedule = 0.01,
   *,
+  free: Patterns | None = None,
   stack_axis: StackAxis = None,
   group: Group = None,
   axis_name: AxisName = None,
@@ -127,8 +138,8 @@ def l2_sp(
 
   Args:
     strength: λ, a number ≥ 0 or a schedule of the step.
-    anchor, stack_axis, group, axis_name, anchor_dtype: see `projection_decay`; layers are for the
-      reports.
+    anchor, free, stack_axis, group, axis_name, anchor_dtype: see `projection_decay`; layers are
+      for the reports.
 
   Returns:
     A transformation whose state is a `ProjectionDecayState`, with every `condition`
@@ -139,7 +150,7 @@ def l2_sp(
     Convolutional Networks <https://arxiv.org/abs/1802.01483>`_, 2018.
   """
   arrangement = Arrangement(stack_axis, group, axis_name)
-  return _link(Engine(L2SP(), strength, Anchoring(anchor, anchor_dtype), arrangement))
+  return _link(Engine(L2SP(), strength, Anchoring(anchor, anchor_dtype, free=free), arrangement))
 
 
 def _link(engine: Engine) -> optax.GradientTransformationExtraArgs:

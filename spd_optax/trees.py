@@ -8,7 +8,7 @@ fits FrozenDict, dataclass, Equinox or ``nnx.State`` params. Transformations tha
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +40,16 @@ class Flat:
   def by_path(self) -> dict[str, Any]:
     """Leaves by their '/'-joined paths."""
     return dict(zip(self.paths, self.leaves, strict=True))
+
+  def without(self, left_out: Sequence[bool]) -> 'Flat':
+    """The tree with holes in place of some leaves."""
+    each = list(zip(self.keys, self.leaves, left_out, strict=True))
+    return dataclasses.replace(
+      self,
+      keys=tuple(keys for keys, _, out in each if not out),
+      leaves=[leaf for _, leaf, out in each if not out],
+      holes=(*self.holes, *(keys for keys, _, out in each if out)),
+    )
 
 
 def join(keys: Keys) -> str:

@@ -13,6 +13,7 @@ from spd_optax.anchors import Anchoring
 from spd_optax.engine import Engine, ProjectionDecayState, Step, check_state, replaced
 from spd_optax.layers import Arrangement, AxisName, Group, StackAxis
 from spd_optax.leafwise import at_least_float32, deviation, fusion_barrier, like_param, taken_back
+from spd_optax.patterns import Patterns
 from spd_optax.rules import GradientTurn, Projection, Rule
 
 _jit = functools.partial(jax.jit, static_argnames='axis')
@@ -55,6 +56,7 @@ def with_projection_decay(
   *,
   margin: chex.Numeric = 0.0,
   rule: Rule | None = None,
+  free: Patterns | None = None,
   stack_axis: StackAxis = None,
   group: Group = None,
   axis_name: AxisName = None,
@@ -92,7 +94,7 @@ def with_projection_decay(
       condition.
     rule: a `Rule` in place of `Projection`, the equations above; or `Projection` itself with
       `near`, which leaves a layer free until it is some steps away.
-    anchor, stack_axis, group, axis_name, anchor_dtype, anchor_memory_kind, anchor_ema: see
+    anchor, free, stack_axis, group, axis_name, anchor_dtype, anchor_memory_kind, anchor_ema: see
       `projection_decay`.
 
   Returns:
@@ -133,7 +135,7 @@ def with_projection_decay(
   engine = Engine(
     rules.chosen(rule, Projection, margin),
     strength,
-    Anchoring(anchor, anchor_dtype, anchor_memory_kind, anchor_ema),
+    Anchoring(anchor, anchor_dtype, anchor_memory_kind, anchor_ema, free),
     Arrangement(stack_axis, group, axis_name),
   )
   around = _Around(engine, optax.with_extra_args_support(optimizer))
@@ -153,6 +155,7 @@ def adam_spd(
   nesterov: bool = False,
   margin: chex.Numeric = 0.0,
   rule: Rule | None = None,
+  free: Patterns | None = None,
   stack_axis: StackAxis = None,
   group: Group = None,
   axis_name: AxisName = None,
@@ -175,6 +178,7 @@ def adam_spd(
     strength,
     margin=margin,
     rule=rule,
+    free=free,
     stack_axis=stack_axis,
     group=group,
     axis_name=axis_name,

@@ -78,6 +78,7 @@ def dealt(mistakes: Sequence[Any], functions: Sequence[Any]) -> Iterator[Any]:
 NUMBER = 'strength: expected a finite number ≥ 0 or a schedule, found'
 ANCHOR = 'anchor: expected a tree of arrays, 0 or None, found'
 DTYPE = 'anchor_dtype: expected a floating dtype such as jnp.bfloat16, found'
+FREE = "free: expected a pattern of paths such as 'head', or a list of patterns, found"
 FRACTION = r'expected a number in \[0, 1\)'
 # Wrong whatever the params are: raised where the transformation is made.
 OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
@@ -119,8 +120,14 @@ OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
     TypeError,
     'rule: expected an instance of spd.Rule, found an optax transformation',
   ),
-  ('group', 'enc', TypeError, f"group: expected a function path -> key .*str 'enc' & {STATIC}"),
+  ('group', 3, TypeError, f'group: expected a function path -> key .*int 3 & {STATIC}'),
+  ('group', '', TypeError, "group: expected a function path -> key .* a pattern .*str ''"),
   ('group', {'enc': 'a', 'head': 'b'}, TypeError, 'group: expected a function path -> key .* dict'),
+  ('free', 3, TypeError, f'{FREE} int 3'),
+  ('free', '', TypeError, f"{FREE} str ''"),
+  ('free', ['head', '/'], TypeError, f'{FREE} list'),
+  ('free', {'head': True}, TypeError, f'{FREE} dict'),
+  ('free', lambda path: path == 'head', TypeError, f'{FREE} function'),
   ('anchor_ema', 1, ValueError, f'anchor_ema: {FRACTION}, or None, found 1'),
   ('anchor_ema', '0.9', TypeError, f"anchor_ema: {FRACTION}, or None, found str '0.9'"),
   ('anchor_ema', True, TypeError, f'anchor_ema: {FRACTION}, or None, found bool True'),
@@ -216,6 +223,22 @@ LAYERS: list[tuple[dict[str, Any], str]] = [
     "group 'all': & enc/k: 2 & enc/b: not stacked & head: not stacked",
   ),
   ({'group': {'enc/k': 'head'}.get}, 'head: a leaf, and a key & group'),
+  ({'group': ['enc', 'hed']}, "group: a pattern matches .* & ^ *'hed': .*'head' in head"),
+  (
+    {'free': ['haed', 'hea', 'overhead', 'enc/x', 'zzz']},
+    "free: a pattern matches & no param & ^ *'haed': .*'head' & ^ *'hea': .*'head' & "
+    "^ *'overhead': .*'head' & ^ *'enc/x': .*'enc/k' in enc/k & "
+    "^ *'zzz': the params are enc/b, enc/k, head",
+  ),
+  ({'free': '/k'}, "free: & ^ *'/k': .*'k' in enc/k"),
+  ({'free': 'head/*'}, "free: & ^ *'head/\\*': "),
+  ({'free': 'Head'}, "free: & ^ *'Head': .*'head'"),
+  ({'free': 'h'}, "free: & ^ *'h': the params are"),
+  ({'stack_axis': {0: ['ecn', 'k'], 1: 'enc/q'}}, "^ *'ecn': .*'enc' & ^ *'enc/q': .*'enc/k'"),
+  ({'stack_axis': {0: 'enc', '1': 'k'}}, 'enc/k: 0, 1 & several axes'),
+  ({'stack_axis': {'enc': 'k', 'head': 'b'}}, "'enc' & 'head' & belong to an axis, as in {0: "),
+  ({'stack_axis': {1: 'enc'}}, r'enc/b: stack axis 1, shape \(3,\) & None'),
+  ({'stack_axis': {0: 'enc'}, 'group': 'enc'}, "group 'enc': & enc/k: 2 & enc/b: 3"),
 ]
 INJECTED: list[tuple[dict[str, Any], str]] = [
   ({'anchor': 0}, f'anchor & {STATIC}'),
@@ -241,7 +264,7 @@ def made_and_initialized(wrap: Any, make: Any, options: Any) -> Any:
 def rows() -> Iterator[Row]:
   """Every row."""
   for option, mistakes in by_argument(OPTIONS, lambda row: row[0]).items():
-    everywhere = {'strength', 'anchor', 'anchor_dtype', 'group'}
+    everywhere = {'strength', 'anchor', 'anchor_dtype', 'group', 'free'}
     names = list(MAKERS) if option in everywhere else FORMS
     for (_, value, error, text), name, _ in dealt(mistakes, names):
       call = partial(MAKERS[name], **{option: value})
@@ -283,5 +306,5 @@ def rows() -> Iterator[Row]:
   injected = optax.inject_hyperparams(spd.projection_decay)
   for (options, text), _, (how, wrap) in dealt(INJECTED, [injected]):
     call = partial(made_and_initialized, wrap, injected, options)
-    error = TypeError if options.keys() & {'group', 'anchor_dtype'} else ValueError
+    error = TypeError if 'anchor_dtype' in options else ValueError
     yield Row('projection_decay', next(iter(options)), f'injected, {how}', call, error, text)

@@ -63,7 +63,7 @@ REPORTS: Table = [
       ValueError,
       r'must be those of the transformation & enc/k: \(\) in the state',
     ),
-    (f'{name}.group', partial(report, STATE, group='enc'), TypeError, "group: .*str 'enc'"),
+    (f'{name}.group', partial(report, STATE, group=3), TypeError, 'group: .*int 3'),
     (
       f'{name}.group',
       partial(report, STATE, group=lambda path: 'all'),
@@ -105,7 +105,7 @@ AUDIT: Table = [
   ('AuditLog.patience', lambda: log(patience=0), TypeError, 'patience: .*1 or more.*0'),
   ('AuditLog.patience', lambda: log(patience='x'), TypeError, "patience: .*1 or more.*'x'"),
   ('AuditLog.stack_axis', lambda: record(stack_axis=0), ValueError, r'head: .*0.*\(\)'),
-  ('AuditLog.group', lambda: record(group='enc'), TypeError, "group: .*str 'enc'"),
+  ('AuditLog.group', lambda: record(group=3), TypeError, 'group: .*int 3'),
   ('AuditLog.record.step', twice, ValueError, 'step 3 after step 3'),
   ('AuditLog.record.opt_state', lambda: record(STATE, 1), TypeError, f'{NO_STATE} int '),
   ('AuditLog.record.opt_state', lambda: record(1, None), TypeError, f'{NO_STATE} NoneType'),
