@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spd_optax import budgets, checks, formulas, leafwise, trees
+from spd_optax import budgets, checks, formulas, leafwise, stacked, trees
 from spd_optax.anchors import Anchoring, View
 from spd_optax.budgets import Budget, BudgetState
 from spd_optax.layers import Arrangement, Layers, Sums, layer_name
@@ -119,6 +119,8 @@ class Engine:
     at = [i for i, value in enumerate(self.anchoring.given(flat)) if value is not None]
     layers = self.arrangement.find_layers(flat, at)
     _warn_of_narrow({flat.paths[i]: flat.leaves[i] for i in at})
+    if self.arrangement.stack_axis is None:
+      stacked.warn([flat.paths[i] for i in at], [jnp.shape(flat.leaves[i]) for i in at])
     zeros = layers.zeros([flat.leaves[i] for i in at])
     has_budget = isinstance(self.strength, Budget)
     budget = self.strength.init_state() if has_budget else optax.EmptyState()
