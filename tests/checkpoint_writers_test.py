@@ -1,6 +1,7 @@
 """The optimizer state through writers of checkpoints that join paths: it comes back bit for bit."""
 
 import functools
+import json
 
 import chex
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as old
 import pytest
+import tensorstore
 from flax import serialization
 from orbax.checkpoint import v1 as ocp
 from safetensors.flax import load_file, save_file
@@ -41,6 +43,7 @@ MODELS = {
   'tilde, in bfloat16': (tilde, {'anchor_dtype': jnp.bfloat16}),
   'free and zero': (nested, {'anchor': {'encoder': {'blocks': 0, 'scale': 1.0}, 'head': None}}),
   'stacked': (stacked, STACKED),
+  'with a budget': (nested, {'strength': spd.within_distance(0.05, init=2.0)}),
   'stacked and grouped': (stacked, {**STACKED, 'group': lambda path: path.rpartition('/')[0]}),
 }
 
@@ -79,7 +82,25 @@ def nested_again(flat, separator):
   return tree
 
 
-def joined(separator):
+def in_tensorstore(flat, path):
+  """An array in each directory, and an index of them by path."""
+  path.mkdir()
+  (path / 'index.json').write_text(json.dumps(list(flat)))
+  for name, x in flat.items():
+    store = {'driver': 'file', 'path': str(path / name)}
+    spec = {'driver': 'zarr', 'kvstore': store, 'dtype': x.dtype.name, 'create': True}
+    tensorstore.open({**spec, 'metadata': {'shape': x.shape}}).result()[...] = np.asarray(x)
+
+
+def from_tensorstore(path):
+  def read(name):
+    spec = {'driver': 'zarr', 'kvstore': {'driver': 'file', 'path': str(path / name)}}
+    return jnp.asarray(tensorstore.open(spec).result().read().result())
+
+  return {name: read(name) for name in json.loads((path / 'index.json').read_text())}
+
+
+def joined(separator, save=save_file, load=load_file):
   def through(path, state, target):
     def name(at):
       return jax.tree_util.keystr(at, simple=True, separator=separator)
@@ -90,8 +111,8 @@ def joined(separator):
         node = node[name((key,))]
       return node
 
-    save_file({name(at): jnp.asarray(x) for at, x in jax.tree.leaves_with_path(state)}, path)
-    tree = nested_again(load_file(path), separator)
+    save({name(at): jnp.asarray(x) for at, x in jax.tree.leaves_with_path(state)}, path)
+    tree = nested_again(load(path), separator)
     return jax.tree.map_with_path(found, target), tree
 
   return through
@@ -104,6 +125,7 @@ WRITERS = {
   'msgpack': msgpack,
   'safetensors, /': joined('/'),
   'safetensors, .': joined('.'),
+  'tensorstore': joined('/', in_tensorstore, from_tensorstore),
 }
 
 
@@ -136,7 +158,7 @@ def layers(tree):
 
 # Every writer for names that it may take apart; for the other models one that joins them by '.'
 # and one that nests them.
-NAMED = ('tilde, in bfloat16', 'stacked and grouped')
+NAMED = ('tilde, in bfloat16', 'stacked and grouped', 'with a budget')
 PAIRS = [
   (model, writer)
   for model in MODELS
@@ -155,6 +177,8 @@ def test_the_state_comes_back_bit_for_bit(model, writer, tmp_path):
   chex.assert_trees_all_equal_structs(found, saved)
   assert bits(found) == bits(saved)
   names = set(optax.tree.get(state, 'condition'))
+  budget = optax.tree.get(found[0], 'budget_state')
+  assert isinstance(budget, spd.BudgetState) == (model == 'with a budget')
   assert layers(untyped) == names
   assert not [name for name in names if '/' in name or '.' in name]
   whole, dropped = (spd.reanchor(each, params) for each in found)
