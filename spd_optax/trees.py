@@ -43,6 +43,8 @@ class Flat:
 
   def without(self, left_out: Sequence[bool]) -> 'Flat':
     """The tree with holes in place of some leaves."""
+    if not any(left_out):
+      return self
     each = list(zip(self.keys, self.leaves, left_out, strict=True))
     return dataclasses.replace(
       self,
