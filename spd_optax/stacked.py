@@ -21,15 +21,15 @@ def warn(paths: Sequence[str], shapes: Sequence[Shape]) -> None:
     )
   found = {place: axis for place, inside in _inside(paths, shapes) if (axis := _axis(inside))}
   if found:
-    described = [f'{at} ({length} on axis {axis})' for at, (axis, length) in found.items()]
+    described = [f'{at} have length {n} on axis {axis}' for at, (axis, n) in found.items()]
     rule = {
       axis: [at for at, (own, _) in found.items() if own == axis]
       for axis in sorted({axis for axis, _ in found.values()})
     }
     checks.warn(
-      f'All leaves in {", ".join(described)} are as long on one axis, as where layers are stacked '
-      f'(nn.scan); each leaf counts as one layer. Pass stack_axis={rule} to make a layer of each '
-      'slice, or stack_axis={} if nothing is stacked.'
+      f'Layers look stacked: all leaves in {", in ".join(described)}. Each leaf counts as one '
+      f'layer. Pass stack_axis={rule} to make a layer of each slice, or stack_axis={{}} if '
+      'nothing is stacked.'
     )
 
 

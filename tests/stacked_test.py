@@ -114,6 +114,10 @@ STACKED = {
     {'stages': [{'blocks': {'k': struct(2, 4, 4), 'b': struct(2, 4)}}]},
     {0: ['stages/0/blocks']},
   ),
+  'stacks in a list': (
+    {'blocks': [{'layers': {'k': struct(n, 4, 4), 'b': struct(n, 4)}} for n in (2, 3)]},
+    {0: ['blocks/0/layers', 'blocks/1/layers']},
+  ),
   'several': (two(), {0: ['dec/layers', 'enc/layers'], 1: ['blocks']}),
 }
 
