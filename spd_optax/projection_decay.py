@@ -42,12 +42,11 @@ def projection_decay(
   other layer is turned toward the anchor before the optimizer sees it. The rule is scale-free:
   multiplying the loss changes only the scale of g', and ‖g'‖ ≤ (1 + λ (1 + m)) ‖g‖.
 
-  Before Adam with a constant learning rate it does not reach a minimum in a narrow valley, however
-  long it runs: on Rosenbrock's function it stays some 4 to 10 learning rates away for three
-  million steps, as the gradient across the valley changes sign and is turned back in 40 to 50 %
-  of the steps; with a rate that decays to 0 it comes to within 1e-5, as Adam does.
-  `SignificantProjection` around Adam, and the paper's rule there, come to within a tenth of a
-  learning rate.
+  Before Adam with a constant learning rate a layer circles in a narrow valley and never comes to
+  rest: the gradient across the valley changes sign, and is turned in 40 to 50 % of the steps. On
+  Rosenbrock's function it stays 4 to 10 learning rates away from the minimum for three million
+  steps; with a rate that decays to 0 it comes to within 1e-5, as Adam does. Around Adam
+  `SignificantProjection` and the paper's rule come to within a tenth of a learning rate.
 
   This is *not* the paper's rule, which projects the optimizer's output. `with_projection_decay`
   is the paper's rule. Change ``optax.adam(lr)`` to
