@@ -37,7 +37,7 @@ import numpy as np
 import comparison
 import reporting
 import spd_optax as spd
-from suite import cache, choice, fronts, jobs, methods, pictures, real, tables
+from suite import cache, choice, fronts, jobs, learned, methods, pictures, real, tables
 from suite.methods import Method
 from suite.tasks import Params, Task, cosine
 
@@ -69,7 +69,7 @@ DEFAULTS = {
 }
 
 ALL = TASKS | REAL
-METHODS = dict.fromkeys((*methods.METHODS, *real.METHODS))
+METHODS = dict.fromkeys((*methods.METHODS, *learned.METHODS, *real.METHODS))
 Result = dict[str, Any]  # title, before, records of a task
 
 
@@ -81,8 +81,9 @@ def maker(name: str) -> Callable[[], Task]:
 
 def compared(args: argparse.Namespace) -> dict[str, Method]:
   """The methods that the command line says."""
-  found = real.METHODS if args.real else methods.METHODS
-  return {name: each for name, each in found.items() if name in (args.methods or found)}
+  usual = real.METHODS if args.real else methods.METHODS
+  found = usual if args.real else usual | learned.METHODS
+  return {name: each for name, each in found.items() if name in (args.methods or usual)}
 
 
 def run_task(name: str, args: argparse.Namespace) -> Result:
@@ -196,7 +197,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
   parser.add_argument('--no-warmup', action='store_true', help='of real models: only the decay')
   parser.add_argument('--tasks', nargs='+', choices=ALL, metavar='TASK', help=', '.join(ALL))
   parser.add_argument(
-    '--methods', nargs='+', choices=METHODS, metavar='METHOD', help='Adam and some; default: all'
+    '--methods',
+    nargs='+',
+    choices=METHODS,
+    metavar='METHOD',
+    help='Adam and some; default: all but those of suite/learned.py',
   )
   parser.add_argument('--seeds', type=int, help='default: 5, of real models 3')
   parser.add_argument('--workers', type=int, default=os.cpu_count(), help='tasks at a time')

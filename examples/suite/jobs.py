@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 import comparison
 import spd_optax as spd
 import training
-from suite import adapters, peers
+from suite import adapters, learned, peers
 from suite.choice import PEER
 from suite.methods import EARLY, KL, RANK, WISE_FT, Method, Setting
 from suite.tasks import Data, Params, Task, size, take
@@ -80,11 +80,14 @@ class Split(NamedTuple):
   validation: np.ndarray  # int32[seeds, rows]
 
 
-def split(task: Task, pool: Data, seeds: int, steps: int) -> Split:
+def split(task: Task, pool: Data, seeds: int, steps: int, apart: bool = False) -> Split:
   """Every seed has its own training examples; what it does not train on is for validation."""
   rows, batch = size(pool), min(task.batch, task.shots)
   order = training.batch_order(seeds, steps, batch, rows, task.shots)
-  return Split(order, np.stack([rows_of(task, rows, seed)[1] for seed in range(seeds)]))
+  trained, rest = zip(*(rows_of(task, rows, seed) for seed in range(seeds)), strict=True)
+  if apart:
+    order = learned.order(np.stack(trained), steps, batch)
+  return Split(order, np.stack(rest))
 
 
 class Program(NamedTuple):
@@ -107,6 +110,11 @@ def program(task: Task, method: Method, case: Case) -> Program:
   """The program for all cases like this one."""
   optimizer = injected(task, method, case)
   rank = int(case.setting.get(RANK, task.rank))
+  if method.apart:
+    if rank:
+      raise ValueError('a strength for each layer is not learned with adapters')
+    loss = learned.of_both(task.loss)
+    return Program(loss, optimizer, learned.twins, lambda params: params['model'])
   if rank:
 
     def wrap(params: Params, cases: Sequence[Case]) -> Params:
@@ -152,7 +160,7 @@ def fine_tune(
   params = made.wrap(jax.tree.map(lambda x: jnp.asarray(x)[at], foundation), cases)
   best = Best(task, at) if EARLY in method.ends else None
   for i, stage in enumerate(task.stages):
-    parts = split(task, stage.pool, seeds, steps)
+    parts = split(task, stage.pool, seeds, steps, method.apart)
     state = jax.vmap(made.optimizer.init)(params)
     segments = np.array_split(parts.order[at], len(task.pace), axis=1)
     for pace, segment in zip(task.pace, segments, strict=True):

@@ -24,6 +24,7 @@ class Method(NamedTuple):
     rate: its learning rates are so many times Adam's.
     ends: methods that go on from its trained weights: `WISE_FT` and `EARLY`.
     alphas: of WiSE-FT.
+    apart: whether some of the examples are kept apart, for a second gradient; see `learned`.
   """
 
   optimizer: Callable[..., optax.GradientTransformation]
@@ -31,6 +32,7 @@ class Method(NamedTuple):
   rate: float = 1.0
   ends: tuple[str, ...] = ()
   alphas: tuple[Setting, ...] = ({'alpha': 0.5}, {'alpha': 0.25}, {'alpha': 0.75}, {'alpha': 0.9})
+  apart: bool = False
 
 
 def adam(learning_rate: Scalar, blocks: Any = None) -> optax.GradientTransformation:
