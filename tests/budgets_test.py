@@ -176,6 +176,15 @@ def test_a_budget_can_be_changed_in_a_run():
   assert budget_of(update(state)).measured == 0
 
 
+def test_a_donated_state_takes_nothing_of_the_users():
+  """Catches a budget that lies in the state as the user's own array, or in two places of it."""
+  budget, init = jnp.float32(1.0), jnp.float32(2.0)
+  tx, params = spd.l2_sp(strength=spd.within_budget(budget, init=init)), jnp.ones(2)
+  update = jax.jit(lambda s: tx.update(params, s, params, drift=1.0)[1], donate_argnums=0)
+  state = update(update(tx.init(params)))
+  assert (budget, init, budget_of(state).strength) == (1, 2, 2)
+
+
 def test_nnx_optimizers_pass_the_drift_on():
   model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
   link = spd.projection_decay(strength=spd.within_budget(1.0))
