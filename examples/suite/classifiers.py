@@ -34,6 +34,11 @@ def accuracy(module: nn.Module) -> Callable[[Params, Data], jax.Array]:
   return score
 
 
+def outputs(module: nn.Module) -> Callable[[Params, Data], jax.Array]:
+  """What the module says about (inputs, labels)."""
+  return lambda params, batch: module.apply({'params': params}, batch[0])
+
+
 def initializer(module: nn.Module, inputs: np.ndarray) -> Callable[[jax.Array], Params]:
   """Random key -> params."""
   return lambda key: module.init(key, inputs[:2])['params']
@@ -63,6 +68,7 @@ def digits_in_styles(title: str, module: nn.Module, *styles: str, **options: obj
     stages=tuple(stages),
     ood={style: take(digits.in_style(test, style), SOME) for style in digits.OLD} | earlier,
     pretrain_steps=800,
+    logits=outputs(module),
     **options,
   )
 
@@ -139,6 +145,7 @@ def tumours() -> Task:
     pretrain_steps=500,
     pretrain_rate=1e-3,
     shots=60,
+    logits=outputs(module),
   )
 
 
@@ -180,4 +187,6 @@ def diabetes() -> Task:
     pretrain_steps=150,
     pretrain_rate=1e-3,
     shots=60,
+    logits=outputs(module),
+    drift=lambda values, base, batch: jnp.mean((values - base) ** 2),
   )

@@ -7,7 +7,7 @@ import numpy as np
 
 from suite import classifiers, models, packages
 from suite.efficientnet import LETTERS, load
-from suite.tasks import Data, Params, Stage, Task, cosine, together
+from suite.tasks import Data, Stage, Task, cosine, together
 
 PRINTED = ('serif', 'monospaced', 'poster')
 EACH = 100  # pictures to pre-train on, of each letter in upper and in lower case and of each kind
@@ -52,9 +52,6 @@ def letters_vit(depth: int = 6) -> Task:
   """A ViT that knows printed letters learns handwriting."""
   sets, old, module = load(), printed(), ViT(depth)
 
-  def logits(params: Params, batch: Data) -> jax.Array:
-    return module.apply({'params': params}, batch[0])
-
   return Task(
     title='letters: printed → handwriting (ViT of 3.5 million weights, trained here)',
     init=classifiers.initializer(module, old[0]),
@@ -72,7 +69,7 @@ def letters_vit(depth: int = 6) -> Task:
     pretrain_steps=400,
     pretrain_rate=1e-3,
     shots=416,
-    logits=logits,
+    logits=classifiers.outputs(module),
     pace=cosine(),
     rates=(3e-5, 1e-4, 3e-4, 1e-3),
     by_layer=True,

@@ -67,11 +67,13 @@ def by_size(
   return table
 
 
-def page(title: str, titles: Mapping[str, str], found: Mapping[str, Table]) -> str:
+def page(
+  title: str, titles: Mapping[str, str], found: Mapping[str, Table], script: str = 'compare.py'
+) -> str:
   """All tables as Markdown."""
   parts = [f'## {titles.get(name, name)}\n\n{reporting.markdown(found[name])}\n' for name in found]
   return '\n'.join(
-    [f'# {title}\n\nMade by `examples/compare.py`, which says what is what.\n', *parts]
+    [f'# {title}\n\nMade by `examples/{script}`, which says what is what.\n', *parts]
   )
 
 

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 import optax
 
+import spd_optax as spd
+
 Data = Any  # a tree of arrays [n, …]
 Params = Any
 
@@ -21,6 +23,11 @@ class Stage(NamedTuple):
 
   pool: Data
   test: Data
+
+
+def kl(logits: jax.Array, base: jax.Array, batch: Data) -> jax.Array:
+  """KL(π_0 ‖ π) in nats, the mean over all answers."""
+  return spd.kl_from_base(logits, base)
 
 
 class Task(NamedTuple):
@@ -41,7 +48,8 @@ class Task(NamedTuple):
     pretrained: () -> params that others trained, with a head of zeros; None: `old` is learned.
     features: (params, inputs) -> what the head sees, float32[n, d]. Where there are features,
       `score` takes data that have them in place of all inputs.
-    logits: (params, batch) -> float32[n, classes].
+    logits: (params, batch) -> float32[n, …, classes]; of a regression what it predicts.
+    drift: (logits, those of the base model, batch) -> how far they are from these, a scalar.
     pace: factors of the learning rate, one after the other, each for as many steps;
       early stopping looks at the validation data after each.
     rates: learning rates of Adam to try, where they are not the suite's.
@@ -65,6 +73,7 @@ class Task(NamedTuple):
   pretrained: Callable[[], Params] | None = None
   features: Callable[[Params, Data], jax.Array] | None = None
   logits: Callable[[Params, Data], jax.Array] | None = None
+  drift: Callable[[jax.Array, jax.Array, Data], jax.Array] = kl
   pace: tuple[float, ...] = (1.0,) * 10
   rates: tuple[float, ...] = ()
   by_layer: bool = False

@@ -18,6 +18,7 @@ from transformers import ByT5Tokenizer, FlaxT5ForConditionalGeneration, T5Config
 
 import finetune_t5
 import prose
+import spd_optax as spd
 from suite import models
 from suite.classifiers import initializer, split
 from suite.tasks import Data, Params, Stage, Task
@@ -92,9 +93,12 @@ def decoder(title: str, old: np.ndarray, stage: Stage, ood: dict[str, np.ndarray
   """A decoder reads byte after byte; its score is 100 exp(−nats per byte)."""
   module = models.Decoder(32, 1)
 
+  def logits(params: Params, batch: Data) -> jax.Array:
+    return module.apply({'params': params}, batch[:, :-1])
+
   def loss(params: Params, batch: Data) -> jax.Array:
-    logits = module.apply({'params': params}, batch[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, batch), batch[:, 1:])
+    return losses.mean()
 
   return Task(
     title=title,
@@ -106,6 +110,7 @@ def decoder(title: str, old: np.ndarray, stage: Stage, ood: dict[str, np.ndarray
     ood=ood,
     blocks=('embedding', 'position', 'block_0', 'norm', 'head'),
     batch=8,
+    logits=logits,
   )
 
 
@@ -158,6 +163,8 @@ def keywords() -> Task:
     blocks=('shared', 'encoder', 'decoder'),
     pretrain_steps=800,
     batch=8,
+    logits=functools.partial(finetune_t5.logits_of, model),
+    drift=lambda logits, base, batch: spd.kl_from_base(logits, base, where=batch.weights > 0),
   )
 
 
