@@ -1,0 +1,58 @@
+"""What MkDocs does not do by itself: pages that lie elsewhere, and links to files of the repository.
+
+A page of docs/ links to a file outside it as on GitHub, '../examples/README.md'. On the site such a
+link goes to the page made of that file, to a copy of a picture, or to the repository, if REPO_URL
+says where that is. If nothing says so, the words stay and the link goes.
+"""
+
+import os
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent
+ELSEWHERE = {
+  'examples/README.md': 'experiments.md',
+  'examples/benchmarks/README.md': 'reference/benchmarks.md',
+  'CHANGELOG.md': 'changelog.md',
+  'README.md': 'index.md',
+}
+SOURCES = {page: source for source, page in ELSEWHERE.items() if page != 'index.md'}
+LINK = re.compile(r'\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)')
+CODE = re.compile(r'(^```.*?^```|`[^`\n]+`)', re.S | re.M)
+
+
+def on_files(files: Files, config: Any) -> Files:
+  """Adds the pages that lie elsewhere, and the pictures of the examples."""
+  for page, source in SOURCES.items():
+    files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+  for picture in sorted((ROOT / 'examples/results').rglob('*.png')):
+    uri = picture.relative_to(ROOT).as_posix()
+    files.append(File.generated(config, uri, abs_src_path=str(picture)))
+  return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+  """Rewrites the links of one page."""
+  here = page.file.src_uri
+  source = SOURCES.get(here, f'docs/{here}')
+  parts = CODE.split(markdown)
+  for i in range(0, len(parts), 2):
+    parts[i] = _links(parts[i], source, here, config.repo_url, files)
+  return ''.join(parts)
+
+
+def _links(text: str, source: str, here: str, repository: str, files: Files) -> str:
+  def target(match: re.Match[str]) -> str:
+    path, anchor = match[1], match[2] or ''
+    at = PurePosixPath(os.path.normpath(PurePosixPath(source).parent / path)).as_posix()
+    page = ELSEWHERE.get(at, at.removeprefix('docs/'))
+    if files.get_file_from_path(page):
+      return f']({os.path.relpath(page, PurePosixPath(here).parent)}{anchor})'
+    if repository:
+      return f']({repository.rstrip("/")}/blob/main/{at}{anchor})'
+    return '](#)'
+
+  return re.sub(r'\[([^\]\[]+)\]\(#\)', r'\1', LINK.sub(target, text))

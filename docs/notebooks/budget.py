@@ -1,0 +1,85 @@
+# %% [markdown]
+# # A budget: say how much may be lost
+#
+# The strength of SPD then sets itself, in one run. Here the drift is the KL divergence from the base model on *new* images. It
+# needs no old data and no labels. [Setting a budget](../how-to/set-a-budget.md) has the other ways.
+
+# %%
+import sys
+from pathlib import Path
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+import spd_optax as spd
+
+here = Path.cwd()
+root = next(path for path in (here, *here.parents) if (path / 'examples/digits.py').exists())
+sys.path.insert(0, str(root / 'examples'))
+import small_model
+
+anchor = small_model.pretrained()
+images, labels = small_model.few('striped')
+batches = np.random.default_rng(1).integers(0, len(labels), (400, 16))
+
+# %% [markdown]
+# ## One run
+#
+# The logits of the base model are computed once. `update` gets the drift in every step. A slow measurement may be made in
+# every tenth step, with NaN in the others.
+
+# %%
+probe = images[:100]
+base_logits = small_model.logits(anchor, probe)
+
+
+def finetune(strength):
+  optimizer = spd.adam_spd(1e-3, anchor, strength=strength)
+
+  @jax.jit
+  def step(params, state, images, labels):
+    gradients = jax.grad(small_model.loss)(params, images, labels)
+    drift = spd.kl_from_base(small_model.logits(params, probe), base_logits)
+    updates, state = optimizer.update(gradients, state, params, drift=drift)
+    return optax.apply_updates(params, updates), state, drift
+
+  params, state, drifts, strengths = anchor, optimizer.init(anchor), [], []
+  for batch in batches:
+    params, state, drift = step(params, state, images[batch], labels[batch])
+    drifts.append(drift)
+    strengths.append(optax.tree.get(state, 'budget_state').strength)
+  return params, np.array(drifts), np.array(strengths)
+
+
+budgets = [0.5, 1.0, 2.0]
+runs = {budget: finetune(spd.within_budget(budget)) for budget in budgets}
+
+# %% [markdown]
+# ## What the strength did
+#
+# The drift rises until it is near the budget (dashed). Then the strength rises and keeps it there. Early on it may be above the
+# budget, because the model learns fastest then.
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
+for budget, (_, drifts, strengths) in runs.items():
+  (line,) = left.plot(drifts, label=f'budget {budget} nats')
+  left.axhline(budget, color=line.get_color(), ls='--', lw=0.8)
+  right.plot(np.maximum(strengths, 1e-3), color=line.get_color())
+left.set(xlabel='step', ylabel='KL from the base model, nats')
+right.set(xlabel='step', ylabel='strength', yscale='log')
+left.legend(fontsize=8)
+
+# %% [markdown]
+# ## What it bought
+#
+# A smaller budget keeps more of the old styles and costs new ones. The numbers are of one seed.
+
+# %%
+print(f'{"":18} striped   old   KL at the end')
+print(f'{"pre-trained":18} {small_model.accuracy(anchor, "striped"):7.1f} {small_model.accuracy(anchor, "old"):5.1f}')
+for budget, (params, drifts, _) in runs.items():
+  new, old = small_model.accuracy(params, 'striped'), small_model.accuracy(params, 'old')
+  print(f'budget {budget:<11} {new:7.1f} {old:5.1f} {np.mean(drifts[-20:]):8.2f}')
