@@ -69,12 +69,12 @@ def _parts() -> tuple[digits.Split, digits.Split, digits.Split]:
   return digits.load()
 
 
-def pretrained(steps: int = 800) -> Params:
+def pretrained(steps: int = 300) -> Params:
   """The params after training on the eight old styles."""
   known = [digits.in_style(_parts()[0], style) for style in digits.OLD]
   images, labels = (jnp.concatenate(x) for x in zip(*known, strict=True))
-  tx = optax.adam(2e-3)
-  order = np.random.default_rng(0).integers(0, len(labels), (steps, 64))
+  tx = optax.adam(3e-3)
+  order = np.random.default_rng(0).integers(0, len(labels), (steps, 128))
 
   @jax.jit
   def train(params: Params, order: jax.Array) -> Params:

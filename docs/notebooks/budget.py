@@ -22,7 +22,7 @@ import small_model
 
 anchor = small_model.pretrained()
 images, labels = small_model.few('striped')
-batches = np.random.default_rng(1).integers(0, len(labels), (400, 16))
+batches = np.random.default_rng(1).integers(0, len(labels), (300, 16))
 
 # %% [markdown]
 # ## One run
@@ -36,7 +36,8 @@ base_logits = small_model.logits(anchor, probe)
 
 
 def finetune(strength):
-  optimizer = spd.adam_spd(1e-3, anchor, strength=strength)
+  link = spd.projection_decay(anchor, strength=strength)
+  optimizer = optax.chain(link, optax.adam(1e-3))
 
   @jax.jit
   def step(params, state, images, labels):
@@ -53,21 +54,24 @@ def finetune(strength):
   return params, np.array(drifts), np.array(strengths)
 
 
-budgets = [0.5, 1.0, 2.0]
-runs = {budget: finetune(spd.within_budget(budget)) for budget in budgets}
+runs = {budget: finetune(spd.within_budget(budget)) for budget in (2.0, 4.0, 6.0, 100.0)}
+print(f'without a limit the drift is {runs[100.0][1][-1]:.1f} nats at the end')
 
 # %% [markdown]
 # ## What the strength did
 #
 # The drift rises until it is near the budget (dashed). Then the strength rises and keeps it there. Early on it may be above the
 # budget, because the model learns fastest then.
+#
+# The budget of 100 is far away. So its strength stays 0, and that run is plain Adam's. Such a run says which budgets make sense: here
+# less than 8 nats. (A task that turns the old answers upside down needs many. Others need less than one.)
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
-for budget, (_, drifts, strengths) in runs.items():
+for budget, (_, drifts, strengths) in list(runs.items())[:3]:
   (line,) = left.plot(drifts, label=f'budget {budget} nats')
   left.axhline(budget, color=line.get_color(), ls='--', lw=0.8)
-  right.plot(np.maximum(strengths, 1e-3), color=line.get_color())
+  right.plot(np.maximum(strengths, 1e-2), color=line.get_color())
 left.set(xlabel='step', ylabel='KL from the base model, nats')
 right.set(xlabel='step', ylabel='strength', yscale='log')
 left.legend(fontsize=8)
@@ -75,7 +79,8 @@ left.legend(fontsize=8)
 # %% [markdown]
 # ## What it bought
 #
-# A smaller budget keeps more of the old styles and costs new ones. The numbers are of one seed.
+# A smaller budget keeps more of the old styles, and costs accuracy on the new one. The numbers are of one seed. A budget of 2 is too
+# small for this task: the drift swings about it, and the model hardly learns. The cure is a larger budget or a lower rate.
 
 # %%
 print(f'{"":18} striped   old   KL at the end')

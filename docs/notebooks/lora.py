@@ -54,7 +54,7 @@ def train(model, optimizer, data, kind, steps):
   return nnx.merge(graph, params, rest), state
 
 
-base, _ = train(ViT(nnx.Rngs(0)), optax.adam(3e-3), known, nnx.Param, 600)
+base, _ = train(ViT(nnx.Rngs(0)), optax.adam(3e-3), known, nnx.Param, 400)
 
 # %% [markdown]
 # ## Adapters around every linear layer
@@ -72,8 +72,8 @@ print(f'{sum(x.size for x in jax.tree.leaves(adapters)):,} of {sum(x.size for x 
 
 # %%
 striped = digits.in_style(few, 'striped')
-by_adam, _ = train(model, optax.adam(3e-3), striped, nnx.LoRAParam, 200)
-by_spd, state = train(model, spd.adam_spd(3e-3, anchor=0), striped, nnx.LoRAParam, 200)
+by_adam, _ = train(model, optax.adam(3e-3), striped, nnx.LoRAParam, 150)
+by_spd, state = train(model, spd.adam_spd(3e-3, anchor=0), striped, nnx.LoRAParam, 150)
 assert not jax.tree.leaves(optax.tree.get(state, 'anchor'))  # nothing is stored
 
 # %% [markdown]

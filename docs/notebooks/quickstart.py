@@ -61,7 +61,7 @@ print(f'striped {small_model.accuracy(anchor, "striped"):.1f} %, old {small_mode
 
 # %%
 images, labels = small_model.few('striped')
-batches = np.random.default_rng(1).integers(0, len(labels), (300, 16))
+batches = np.random.default_rng(1).integers(0, len(labels), (200, 16))
 
 
 def finetune(optimizer, log=None):
