@@ -1,4 +1,4 @@
-"""What MkDocs does not do by itself: pages that lie elsewhere, and links to files of the repository.
+"""What MkDocs does not do by itself: pages that lie elsewhere, and links into the repository.
 
 A page of docs/ links to a file outside it as on GitHub, '../examples/README.md'. On the site such a
 link goes to the page made of that file, to a copy of a picture, or to the repository, if REPO_URL

@@ -1,4 +1,4 @@
-"""A small network that knows handwritten digits in eight styles; the notebooks of docs/ start from it.
+"""A small network that knows digits in eight styles; the notebooks of docs/ start from it.
 
 It is pre-trained here in some seconds, in the place of a checkpoint of your own.
 """

@@ -84,7 +84,9 @@ left.legend(fontsize=8)
 
 # %%
 print(f'{"":18} striped   old   KL at the end')
-print(f'{"pre-trained":18} {small_model.accuracy(anchor, "striped"):7.1f} {small_model.accuracy(anchor, "old"):5.1f}')
+print(
+  f'{"pre-trained":18} {small_model.accuracy(anchor, "striped"):7.1f} {small_model.accuracy(anchor, "old"):5.1f}'
+)
 for budget, (params, drifts, _) in runs.items():
   new, old = small_model.accuracy(params, 'striped'), small_model.accuracy(params, 'old')
   print(f'budget {budget:<11} {new:7.1f} {old:5.1f} {np.mean(drifts[-20:]):8.2f}')

@@ -62,7 +62,9 @@ base, _ = train(ViT(nnx.Rngs(0)), optax.adam(3e-3), known, nnx.Param, 400)
 # %%
 model = with_adapters(base, rank=4)
 adapters = nnx.state(model, nnx.LoRAParam)
-print(f'{sum(x.size for x in jax.tree.leaves(adapters)):,} of {sum(x.size for x in jax.tree.leaves(nnx.state(model))):,} weights are trained')
+print(
+  f'{sum(x.size for x in jax.tree.leaves(adapters)):,} of {sum(x.size for x in jax.tree.leaves(nnx.state(model))):,} weights are trained'
+)
 
 # %% [markdown]
 # ## Train the adapters alone

@@ -12,7 +12,6 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -49,10 +48,14 @@ for axis, style in zip(axes, styles, strict=True):
 
 # %%
 trained = small_model.pretrained()
-np.savez(folder / 'pretrained.npz', **{f'params/{k}': v for k, v in flatten_dict(trained, sep='/').items()})
+np.savez(
+  folder / 'pretrained.npz', **{f'params/{k}': v for k, v in flatten_dict(trained, sep='/').items()}
+)
 
 anchor = spd.load_anchor(folder / 'pretrained.npz', like=trained, key='params')
-print(f'striped {small_model.accuracy(anchor, "striped"):.1f} %, old {small_model.accuracy(anchor, "old"):.1f} %')
+print(
+  f'striped {small_model.accuracy(anchor, "striped"):.1f} %, old {small_model.accuracy(anchor, "old"):.1f} %'
+)
 
 # %% [markdown]
 # ## Fine-tune

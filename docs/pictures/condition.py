@@ -31,23 +31,25 @@ def draw(axes: plt.Axes, title: str, downhill: np.ndarray, step: np.ndarray, hel
   axes.plot([0, THETA[0]], [0, THETA[1]], color=GREY, lw=1.2)
   axes.text(1.2, 0.26, 'd', color=GREY, fontsize=13)
   arrow(axes, THETA, THETA + downhill, BLUE)
-  axes.text(*(THETA + downhill * 1.16 - [0.1, 0.08]), '−g', color=BLUE, fontsize=13)
+  axes.text(*(THETA + downhill * 1.16 - np.array([0.1, 0.08])), '−g', color=BLUE, fontsize=13)
   after = THETA + step
   if held:
     end = after * radius / np.linalg.norm(after)
     arrow(axes, THETA, after, GREY, linestyle='--', lw=1.5)
-    axes.text(*(after + [0.06, 0.02]), "the optimizer's step", color='#607d8b', fontsize=10)
+    axes.text(
+      *(after + np.array([0.06, 0.02])), "the optimizer's step", color='#607d8b', fontsize=10
+    )
     arrow(axes, after, end, ORANGE, lw=1.5)
     axes.plot(*end, 'o', color=ORANGE, ms=8)
-    axes.text(*(end + [-0.98, -0.12]), 'taken back', color=ORANGE, fontsize=11)
+    axes.text(*(end + np.array([-0.98, -0.12])), 'taken back', color=ORANGE, fontsize=11)
   else:
     arrow(axes, THETA, after, ORANGE)
     axes.plot(*after, 'o', color=ORANGE, ms=8)
-    axes.text(*(after + [-0.2, 0.16]), "the optimizer's step", color=ORANGE, fontsize=11)
+    axes.text(*(after + np.array([-0.2, 0.16])), "the optimizer's step", color=ORANGE, fontsize=11)
   axes.plot(0, 0, 's', color=INK, ms=8)
   axes.text(-0.1, -0.42, 'θ₀, pre-trained', color=INK, fontsize=11)
   axes.plot(*THETA, 'o', color=INK, ms=7)
-  axes.text(*(THETA + [-0.06, -0.38]), 'θ, now', color=INK, fontsize=11)
+  axes.text(*(THETA + np.array([-0.06, -0.38])), 'θ, now', color=INK, fontsize=11)
   axes.set_title(title, loc='left', fontsize=12, color=INK)
   axes.set(xlim=(-0.3, 4.3), ylim=(-0.75, 2.7), aspect='equal')
   axes.axis('off')
