@@ -7,6 +7,7 @@ says where that is. If nothing says so, the words stay and the link goes.
 
 import os
 import re
+import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,7 +22,27 @@ ELSEWHERE = {
 }
 SOURCES = {page: source for source, page in ELSEWHERE.items() if page != 'index.md'}
 LINK = re.compile(r'\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)')
+COMPILED: list[tempfile.TemporaryDirectory] = []
 CODE = re.compile(r'(^```.*?^```|`[^`\n]+`)', re.S | re.M)
+
+
+SERVES: list[bool] = []
+
+
+def on_startup(command: str, dirty: bool) -> None:
+  """Lets the notebooks share what JAX has compiled; a server does not run them at each change."""
+  SERVES[:] = [command == 'serve']
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    COMPILED.append(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = COMPILED[0].name
+    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+
+
+def on_config(config: Any) -> Any:
+  """A build executes each notebook, also one that has not changed: the library may have."""
+  config.plugins['mkdocs-jupyter'].config['cache'] = SERVES == [True]
+  return config
 
 
 def on_files(files: Files, config: Any) -> Files:
