@@ -5,6 +5,7 @@ link goes to the page made of that file, to a copy of a picture, or to the repos
 says where that is. If nothing says so, the words stay and the link goes.
 """
 
+import logging
 import os
 import re
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from mkdocs.utils import get_relative_url
 
 ROOT = Path(__file__).parent.parent
 ELSEWHERE = {
@@ -26,6 +28,7 @@ COMPILED: list[tempfile.TemporaryDirectory] = []
 CODE = re.compile(r'(^```.*?^```|`[^`\n]+`)', re.S | re.M)
 
 
+LOG = logging.getLogger('mkdocs.hooks')  # strict builds count its warnings
 SERVES: list[bool] = []
 
 
@@ -63,6 +66,22 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
   for i in range(0, len(parts), 2):
     parts[i] = _links(parts[i], source, here, config.repo_url, files)
   return ''.join(parts)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+  """Rewrites the links between a notebook and the other pages, and warns of dead ones."""
+  here = page.file.src_uri
+  if not here.startswith('notebooks/'):
+    return html
+
+  def target(match: re.Match[str]) -> str:
+    found = files.get_file_from_path(os.path.normpath(f'notebooks/{match[1]}'))
+    if found is None:
+      LOG.warning("Notebook '%s' contains a link '%s', but there is no such page.", here, match[1])
+      return match[0]
+    return f'href="{get_relative_url(found.url, page.url)}{match[2] or ""}"'
+
+  return re.sub(r'href="((?!https?:)[^":#]+\.(?:md|py))(#[^"]*)?"', target, html)
 
 
 def _links(text: str, source: str, here: str, repository: str, files: Files) -> str:

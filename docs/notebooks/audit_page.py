@@ -55,11 +55,11 @@ finetune('firm', optax.chain(firm, optax.adam(1e-3)))
 # ## One run
 #
 # In a shell: `python -m spd_optax.audit report adam_spd.jsonl --html page.html`. The page has the same tables and pictures. It
-# is one file that opens without a network. In Python it is:
+# is one file that opens without a network. In Python, without the page:
 
 # %%
 os.chdir(folder)
-status = audit(['report', 'adam_spd.jsonl', '--html', 'page.html', '--out', 'pictures'])
+status = audit(['report', 'adam_spd.jsonl', '--out', 'pictures'])
 
 # %% [markdown]
 # **Look first at the share of steps held.** Near 0 %: the run equals its inner optimizer, and [here is

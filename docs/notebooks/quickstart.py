@@ -108,7 +108,7 @@ for name, params in results.items():
   axis.scatter(new, old, s=60, label=name)
 axis.set(xlabel='new style, %', ylabel='old styles, %')
 axis.grid(alpha=0.3)
-axis.legend(fontsize=8)
+_ = axis.legend(fontsize=8)
 
 # %% [markdown]
 # Up and to the right is better. This is one seed of one small network: it shows how to compare, and not which
