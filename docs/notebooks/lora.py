@@ -106,3 +106,7 @@ for name, found in {'pre-trained': base, 'Adam': by_adam, 'adam_spd': by_spd}.it
 records = sorted(spd.layer_report(state), key=lambda record: -record.constrained_share)
 for record in records[:6]:
   print(f'{record.name:32} held in {100 * record.constrained_share:3.0f} % of the steps')
+
+# %% [markdown]
+# A and B of one adapter are held in the same steps. Only their product matters to the loss, so ⟨g, d⟩ is the same for both
+# where the anchor is 0.
