@@ -36,6 +36,7 @@ def on_startup(command: str, dirty: bool) -> None:
   """Lets the notebooks share what JAX has compiled; a server does not run them at each change."""
   SERVES[:] = [command == 'serve']
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')  # they compile longer than they run
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     COMPILED.append(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
     os.environ['JAX_COMPILATION_CACHE_DIR'] = COMPILED[0].name

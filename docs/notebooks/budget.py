@@ -54,7 +54,7 @@ def finetune(strength):
   return params, np.array(drifts), np.array(strengths)
 
 
-runs = {budget: finetune(spd.within_budget(budget)) for budget in (2.0, 4.0, 6.0, 100.0)}
+runs = {budget: finetune(spd.within_budget(budget)) for budget in (2.0, 4.0, 100.0)}
 print(f'without a limit the drift is {runs[100.0][1][-1]:.1f} nats at the end')
 
 # %% [markdown]
@@ -68,7 +68,7 @@ print(f'without a limit the drift is {runs[100.0][1][-1]:.1f} nats at the end')
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
-for budget, (_, drifts, strengths) in list(runs.items())[:3]:
+for budget, (_, drifts, strengths) in list(runs.items())[:2]:
   (line,) = left.plot(drifts, label=f'budget {budget} nats')
   left.axhline(budget, color=line.get_color(), ls='--', lw=0.8)
   right.plot(np.maximum(strengths, 1e-2), color=line.get_color())

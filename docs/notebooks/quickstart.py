@@ -79,13 +79,13 @@ def finetune(optimizer, log=None):
     params, state, loss = step(params, state, images[batch], labels[batch])
     if log and i % 5 == 0:
       log.record(i, state, {'loss': loss})
-  return params
+  return params, state
 
 
-by_adam = finetune(optax.adam(1e-3))
+by_adam, _ = finetune(optax.adam(1e-3))
 with spd.AuditLog(folder / 'adam_spd.jsonl', transform='adam_spd', source='pretrained.npz') as log:
-  by_spd = finetune(spd.adam_spd(1e-3, anchor), log)
-by_turn = finetune(optax.chain(spd.projection_decay(anchor, 3.0), optax.adam(1e-3)))
+  by_spd, state = finetune(spd.adam_spd(1e-3, anchor), log)
+by_turn, _ = finetune(optax.chain(spd.projection_decay(anchor, 3.0), optax.adam(1e-3)))
 
 # %% [markdown]
 # ## Compare
@@ -117,12 +117,6 @@ _ = axis.legend(fontsize=8)
 # ## See what was held
 
 # %%
-optimizer = spd.adam_spd(1e-3, anchor)
-state = optimizer.init(anchor)
-params = anchor
-for batch in batches[:100]:
-  gradients = jax.grad(small_model.loss)(params, images[batch], labels[batch])
-  params, state = optimizer.apply(gradients, state, params)
 for record in spd.layer_report(state):
   print(f'{record.name:16} held in {100 * record.constrained_share:3.0f} % of the steps')
 
