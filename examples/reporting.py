@@ -1,6 +1,6 @@
 """Results as a table, a JSON file and a picture; shared by the examples.
 
-    python examples/reporting.py README.md examples/README.md
+    python examples/reporting.py README.md examples/README.md docs/evidence.md docs/understand/*.md
 
 puts the tables of the committed results into the documents that name them.
 """

@@ -35,7 +35,7 @@ from spd_optax.with_projection_decay import (
   with_projection_decay,
 )
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
 __all__ = [
   'L2SP',

@@ -58,12 +58,13 @@ def projection_decay(
       leaf or subtree leaves it free. A `jax.ShapeDtypeStruct` captures that param at the first
       update. `None` as a whole captures all, so that pre-trained weights may be put in after
       `init`. Arrays are copied into the state with the sharding of the params.
-    strength: λ ≥ 0, a number or a schedule of the step. 0 changes no bit, 0.3 is gentle, 1
-      counts the homeward part of a turned gradient twice, 10 holds firmly. At a step where a
-      schedule gives a negative number, infinity or NaN, no layer is held.
+    strength: λ ≥ 0, a number, a schedule of the step, or a budget that sets it (`within_budget`,
+      `within_distance`). 0 changes no bit, 0.3 is gentle, 1 counts the homeward part of a turned
+      gradient twice, 10 holds firmly. At a step where a schedule gives a negative number, infinity
+      or NaN, no layer is held.
     margin: m in [0, 1). 0 asks whether the gradient points back at all. A small margin, 0.05
-      or 0.1, also holds layers that walk out sideways. It holds a layer the more, the larger
-      the layer is and the noisier its gradients are.
+      or 0.1, also holds layers that walk out sideways. The larger a layer is, and the noisier its
+      gradients are, the more a margin holds it.
     rule: a `Rule` in place of `GradientTurn`, the equation above.
     free: a pattern, or a list of patterns, of leaves that are free, whatever the anchor says or
       lacks of them: a new head. A pattern matches whole names of a '/'-joined path, anywhere
@@ -138,9 +139,9 @@ def l2_sp(
 
       u' = u + λ (θ − θ_0)
 
-  First in a chain it is the gradient of the penalty λ/2 ‖θ − θ_0‖² (coupled);
-  behind `optax.scale_by_adam` and before the learning rate it is decoupled, as
-  `optax.add_decayed_weights` is, whose place it takes.
+  First in a chain it is the gradient of the penalty λ/2 ‖θ − θ_0‖² (coupled). Behind
+  `optax.scale_by_adam` and before the learning rate it is decoupled. There it takes the place of
+  `optax.add_decayed_weights`.
 
   Args:
     strength: λ, a number ≥ 0 or a schedule of the step.

@@ -149,7 +149,7 @@ class Projection(Rule):
 
 
 class SignificantProjection(Rule):
-  """Projects a layer back unless its loss has lately fallen outward, on average.
+  """Projects a layer back, unless moving outward has lately lowered the loss on average.
 
   The slope p says how fast the loss grows as the layer moves away from its anchor. Its running
   mean μ is compared with the standard error that a mean of 0 would have:

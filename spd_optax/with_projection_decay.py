@@ -85,11 +85,11 @@ def with_projection_decay(
   Args:
     optimizer: the inner optimizer, complete with its learning rate: `optax.adam`,
       `optax.lion`, a chain with clipping, … Extra arguments of `update` reach it.
-      `optax.MultiSteps` belongs around the result: inside, c would be of one micro-batch.
-    strength: λ ≥ 0, a number or a schedule of the step. 0 is the inner optimizer,
-      bit for bit. Up to 1 the distance never exceeds that of θ̃. Where λ r is above 1 the
-      layer goes past its anchor. At a step where a schedule gives a negative number, infinity
-      or NaN, no layer is held.
+      `optax.MultiSteps` belongs around the result: inside, c would come from one micro-batch.
+    strength: λ ≥ 0, a number, a schedule of the step, or a budget that sets it (`within_budget`,
+      `within_distance`). 0 is the inner optimizer, bit for bit. Up to 1 the distance
+      never exceeds that of θ̃. Where λ r is above 1 the layer goes past its anchor. At a step where
+      a schedule gives a negative number, infinity or NaN, no layer is held.
     margin: m in [0, 1): a layer is held where c < m ‖g‖ ‖θ − θ_0‖. 0 is the paper's
       condition.
     rule: a `Rule` in place of `Projection`, the equations above; or `Projection` itself with

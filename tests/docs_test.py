@@ -8,31 +8,96 @@ import pytest
 import reporting
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ['README.md', 'examples/README.md', 'examples/benchmarks/README.md']
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / 'docs').rglob('*.md'))
+DOCUMENTS = [
+  'README.md',
+  'CHANGELOG.md',
+  'examples/README.md',
+  'examples/benchmarks/README.md',
+  *PAGES,
+]
+BLOCK = re.compile(r'^```python\n(.*?)^```', re.S | re.M)
+LINK = re.compile(r'\]\(([^)\s#]*)(?:#([^)\s]*))?\)')
+
+
+def text_of(document):
+  return (ROOT / document).read_text()
+
+
+def run(document):
+  """Executes the snippets of a page in one session, in reading order."""
+  namespace: dict = {'__name__': document}
+  text = text_of(document)
+  for block in BLOCK.finditer(text):
+    lines = '\n' * text.count('\n', 0, block.start(1))  # so that an error names the line
+    exec(compile(lines + block[1], ROOT / document, 'exec'), namespace)
+  return namespace
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+  """Snippets may write files."""
+  monkeypatch.chdir(tmp_path)
 
 
 def test_readme_snippets_run():
   """Catches an example in the README that a user cannot paste."""
-  blocks = re.findall(r'^```python\n(.*?)^```', (ROOT / 'README.md').read_text(), re.S | re.M)
-  assert len(blocks) >= 7
-  namespace: dict = {}
-  for block in blocks:
-    exec(compile(block, 'README.md', 'exec'), namespace)  # one session, in reading order
-  assert set(namespace['held']) == {'layers', 'head'}
-  assert namespace['held']['layers'].shape == (12,)
+  namespace = run('README.md')
+  assert set(namespace['held']) == {'dense~bias', 'dense~kernel'}
+  assert Path('run.jsonl').exists()
 
 
-@pytest.mark.parametrize('document', DOCUMENTS)
+@pytest.mark.parametrize('document', [page for page in PAGES if BLOCK.search(text_of(page))])
+@pytest.mark.filterwarnings('ignore:.*(params that the checkpoint lacks|narrower):UserWarning')
+def test_snippets_of_a_page_run(document):
+  """Catches an example on the site that a user cannot paste."""
+  run(document)
+
+
+def test_pages_are_short():
+  """Catches a page that a busy person does not finish."""
+  most = {'README.md': 150} | {page: 100 for page in PAGES if page.startswith('docs/how-to/')}
+  long = {page: text_of(page).count('\n') for page in most}
+  assert {page: lines for page, lines in long.items() if lines > most[page]} == {}
+
+
+@pytest.mark.parametrize('document', [x for x in DOCUMENTS if reporting.BLOCK.search(text_of(x))])
 def test_tables_are_the_committed_results(document):
   """Catches a number that was edited, or is older than its results file."""
-  text = (ROOT / document).read_text()
-  assert reporting.BLOCK.search(text)
+  text = text_of(document)
   assert reporting.with_tables(text, ROOT) == text
+
+
+def test_pages_have_tables():
+  """Catches a page that lost the marks around its tables."""
+  for document in (*DOCUMENTS[:1], *DOCUMENTS[2:4], 'docs/evidence.md'):
+    assert reporting.BLOCK.search(text_of(document)), document
 
 
 @pytest.mark.parametrize('document', DOCUMENTS)
 def test_links_to_files_exist(document):
-  """Catches a picture or page that was moved."""
+  """Catches a picture, page or heading that was moved."""
   path = ROOT / document
-  for link in re.findall(r'\]\(([^)#]+)\)', path.read_text()):
-    assert link.startswith('https://') or (path.parent / link).exists(), link
+  for link, anchor in LINK.findall(
+    re.sub(r'^```.*?^```|`[^`\n]+`', '', path.read_text(), flags=re.S | re.M)
+  ):
+    if link.startswith(('https://', 'http://')):
+      continue
+    target = path.parent / link if link else path
+    assert target.exists(), link
+    if anchor and target.suffix == '.md' and 'api.md' not in link:
+      assert anchor in anchors_of(target), f'{link}#{anchor}'
+
+
+def anchors_of(path):
+  """The names of the headings, as a repository's web view and the site make them."""
+  headings = re.findall(r'^#+ (.*)$', path.read_text(), re.M)
+  plain = (re.sub(r'[^\w\- ]', '', heading.lower()) for heading in headings)
+  return {heading.strip().replace(' ', '-') for heading in plain}
+
+
+def test_the_version_is_the_same_everywhere():
+  """Catches a release that says two things."""
+  version = re.search(r"__version__ = '(.*)'", text_of('spd_optax/__init__.py'))[1]
+  assert f'\nversion: {version}\n' in text_of('CITATION.cff')
+  assert f'\n## {version} ' in text_of('CHANGELOG.md')
