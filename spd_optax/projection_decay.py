@@ -9,6 +9,7 @@ import optax
 
 from spd_optax import checks, misuse, rules, trees
 from spd_optax.anchors import Anchoring
+from spd_optax.budgets import Budget
 from spd_optax.engine import Engine, ProjectionDecayState, replaced
 from spd_optax.layers import Arrangement, AxisName, Group, StackAxis
 from spd_optax.leafwise import deviation, fusion_barrier, taken_back
@@ -18,7 +19,7 @@ from spd_optax.rules import L2SP, GradientTurn, Rule
 
 def projection_decay(
   anchor: optax.Params | None = None,
-  strength: optax.ScalarOrSchedule = 1.0,
+  strength: optax.ScalarOrSchedule | Budget = 1.0,
   *,
   margin: chex.Numeric = 0.05,
   rule: Rule | None = None,
@@ -127,7 +128,7 @@ def projection_decay(
 
 def l2_sp(
   anchor: optax.Params | None = None,
-  strength: optax.ScalarOrSchedule = 0.01,
+  strength: optax.ScalarOrSchedule | Budget = 0.01,
   *,
   free: Patterns | None = None,
   stack_axis: StackAxis = None,

@@ -10,6 +10,7 @@ import optax
 
 from spd_optax import checks, misuse, rules, trees
 from spd_optax.anchors import Anchoring
+from spd_optax.budgets import Budget
 from spd_optax.engine import Engine, ProjectionDecayState, Step, check_state, replaced
 from spd_optax.layers import Arrangement, AxisName, Group, StackAxis
 from spd_optax.leafwise import at_least_float32, deviation, fusion_barrier, like_param, taken_back
@@ -52,7 +53,7 @@ class ProjectionDecayOptimizer(optax.GradientTransformationExtraArgs):  # type: 
 def with_projection_decay(
   optimizer: optax.GradientTransformation,
   anchor: optax.Params | None = None,
-  strength: optax.ScalarOrSchedule = 1.0,
+  strength: optax.ScalarOrSchedule | Budget = 1.0,
   *,
   margin: chex.Numeric = 0.0,
   rule: Rule | None = None,
@@ -145,7 +146,7 @@ def with_projection_decay(
 def adam_spd(
   learning_rate: optax.ScalarOrSchedule,
   anchor: optax.Params | None = None,
-  strength: optax.ScalarOrSchedule = 1.0,
+  strength: optax.ScalarOrSchedule | Budget = 1.0,
   *,
   b1: chex.Numeric = 0.9,
   b2: chex.Numeric = 0.999,
