@@ -200,11 +200,12 @@ class Anchoring:
     if not at:
       return stored
     old, new = [flat.leaves[i] for i in at], [starts[flat.paths[i]] for i in at]
-    if isinstance(count, jax.core.Tracer):
+    is_first = count == 0
+    if isinstance(is_first, jax.core.Tracer):
       # A conditional leaves the anchor's buffers alone on every later step,
       # where a select would read and write a copy of the model each time.
-      taken = jax.lax.cond(count == 0, _cast, _first, old, new)
-    elif count == 0:
+      taken = jax.lax.cond(is_first, _cast, _first, old, new)
+    elif is_first:
       taken = [placement.copy(p, p, a.dtype) for a, p in zip(old, new, strict=True)]
     else:
       return stored

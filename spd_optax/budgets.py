@@ -1,4 +1,4 @@
-"""Budgets: a strength that sets itself in one run, so that no more is lost than was said.
+"""Budgets: a strength that sets itself in one run, so that no more is lost than was asked for.
 
 Also what may be measured for one: how far a model has drifted from its base, in what it says.
 """
@@ -94,14 +94,14 @@ def _followed(
     crossed=crossed,
   )
   is_measured = jnp.isfinite(drift) & (error < jnp.inf)
-  kept = state._replace(budget=budget)
+  kept = state._replace(budget=budget)  # which may be injected anew
   return BudgetState(
     *(jnp.where(is_measured, x, y).astype(y.dtype) for x, y in zip(new, kept, strict=True))
   )
 
 
 def pressed(decision: Decision, norms: Numbers, strength: jax.Array) -> Decision:
-  """The decision, but no layer is free at a strength above PRESSING; see `within_budget`."""
+  """The decision, but none is held at strength 0, and all above PRESSING; see `within_budget`."""
   least = jnp.maximum(strength / PRESSING - 1, 0)
   if 'after' in norms:
     least = least * formulas.projection_ratio(norms['distance'], norms['after'])
@@ -109,7 +109,7 @@ def pressed(decision: Decision, norms: Numbers, strength: jax.Array) -> Decision
     least = least * formulas.divide(norms['gradient_norm'], norms['distance'])
   scale = jnp.maximum(jnp.where(decision.condition, decision.scale, 0), least)
   return decision._replace(
-    condition=decision.condition | (least > 0),
+    condition=(decision.condition | (least > 0)) & (strength > 0),
     scale=jnp.minimum(scale, 1) if 'after' in norms else scale,
   )
 
@@ -120,7 +120,7 @@ def within_budget(
   init: chex.Numeric = 1.0,
   bounds: tuple[float, float] = (0.01, 100.0),
 ) -> Budget:
-  r"""A strength that sets itself in one run, so that a measured drift ends at most at a budget.
+  r"""A strength that sets itself in one run, so that a measured drift ends within a budget.
 
   Pass it as the `strength` of any function of this library, and the drift y ≥ 0 to each `update`,
   such as ``optimizer.update(gradients, state, params, drift=kl)``. It may be anything that
@@ -136,7 +136,9 @@ def within_budget(
 
   A measurement may be noisy, late, or made only every k-th step. Pass NaN or None in other steps. λ
   then stays as it is, as it does for a drift that is not finite. In some steps the drift is above
-  the budget, most of all early on, when the model learns fastest.
+  the budget, most of all early on, when the model learns fastest; it ends near the budget, or below
+  it. The drift must be one number on all devices: in shard_map or pmap pass its mean over them.
+  Under `optax.MultiSteps` pass the last drift in every micro-step; that of the last one counts.
 
   Up to λ = 10 the rule alone says which layers are held. If that is not enough, no layer is free:
 
@@ -196,7 +198,7 @@ def within_distance(
     init, bounds: see `within_budget`.
 
   Raises:
-    ValueError: as `within_budget`; in `update`, where the anchor is zero.
+    ValueError: as `within_budget`; in `update`, where all of the anchor is `0`.
 
   Example:
     >>> import spd_optax as spd
@@ -240,9 +242,10 @@ def _passed(extra_args: Mapping[str, Any]) -> Any:
 def _relative_distance(totals: Sequence[Sums]) -> jax.Array:
   """‖θ − θ_0‖ / ‖θ_0‖ over all layers."""
   distance, norm = (
-    sum(jnp.sum(sums[name]) for sums in totals) for name in ('distance', 'anchor_norm')
+    sum((jnp.sum(sums[name]) for sums in totals), jnp.zeros([]))
+    for name in ('distance', 'anchor_norm')
   )
-  return jnp.sqrt(distance / norm)
+  return formulas.norm(distance / norm)
 
 
 def kl_from_base(
@@ -282,7 +285,9 @@ def kl_from_base(
   arrays = {'logits': logits, 'base_logits': base_logits}
   new, base = _matched('kl_from_base', arrays, where)
   new, base = (jax.nn.log_softmax(x) for x in (new, base))
-  return jnp.mean(optax.losses.kl_divergence_with_log_targets(new, base), where=where)
+  # Classes that are ruled out by logits of −∞ count for nothing.
+  terms = jnp.where(base > -jnp.inf, jnp.exp(base) * (base - new), 0)
+  return jnp.mean(jnp.sum(terms, -1), where=where)
 
 
 def cosine_from_base(
@@ -334,4 +339,6 @@ def _matched(
     fits = False
   if not fits:
     raise ValueError(f'{name}: where: expected a shape that broadcasts to {rows}, found {given}')
+  if where is not None and not jnp.issubdtype(checks.dtype_of(where), jnp.bool_):
+    raise TypeError(f'{name}: where: expected bool, as in mask > 0, found {checks.kind_of(where)}')
   return [jnp.asarray(x, jnp.float32) for x in arrays.values()]

@@ -38,8 +38,8 @@ class ProjectionDecayState(NamedTuple):
   Attributes:
     count: int32[], updates so far.
     anchor: tree like the params: θ_0, or `optax.MaskedNode()` where none is stored.
-    condition: bool[] or bool[L] per layer: whether the rule held the layer at the last update;
-      False at strength 0. The layer was moved only where `ratio` > 0, too.
+    condition: bool[] or bool[L] per layer: whether the rule held the layer at the last update.
+      The layer was moved only where `ratio` > 0, too.
     ratio: float32, same shapes. Around an optimizer: r, the part of the deviation from the
       anchor by which the last step grew (eq. 9), whether held or not. In a chain: the
       size of the pull relative to the gradient at strength 1; 0 where there is none.
@@ -156,8 +156,11 @@ class Engine:
       own, found = sorted(self.rule.numbers), sorted(state.rule_state)
       raise ValueError(f'the optimizer state is of another rule: it has {found}, not {own}')
     if isinstance(state.budget_state, BudgetState) != isinstance(self.strength, Budget):
-      one, other = type(state.budget_state).__name__, type(self.strength).__name__
-      raise ValueError(f'the optimizer state is of another strength: {one}, and this is a {other}')
+      raise ValueError(
+        'the optimizer state was made with a strength that is no budget, and strength is one now'
+        if isinstance(self.strength, Budget)
+        else 'the optimizer state was made with a budget, and strength is none now'
+      )
     return view, layers
 
   def decide(
@@ -210,7 +213,7 @@ class Engine:
     """What a budget needs to know of each layer."""
     if not isinstance(self.strength, Budget):
       return ()
-    if self.strength.of_distance and all(anchor is None for anchor in view.anchors):
+    if self.strength.of_distance and view.at and all(x is None for x in view.anchors):
       raise ValueError('within_distance: the anchor is zero, so no distance is relative to it')
     norm = ('anchor_norm',) if self.strength.of_distance else ()
     return ('after' if is_around else 'gradient_norm', *norm)
@@ -270,13 +273,13 @@ def _outcome(
 ) -> Outcome:
   """What the rule decides for one layer.
 
-  A sum, or a strength, that is not finite holds nothing, nor does a strength of 0 or below.
+  A sum, or a strength, that is not finite holds nothing, nor does a negative strength.
   `decide` has the class and its method: the treedefs of two rules may be equal.
   """
   del decide
   norms = {name: x if name == 'inner' else formulas.norm(x) for name, x in sums.items()}
   inner = norms['inner']
-  usable = (strength > 0) & jnp.isfinite(strength)
+  usable = (strength >= 0) & jnp.isfinite(strength)
   decision = rule.decide(norms, numbers, jnp.where(usable, strength, 0.0))
   decision = _per_layer(rule, decision, inner)
   condition, ratio, scale, new = (

@@ -132,8 +132,8 @@ def scalars(
   - ``spd/distance``: ‖θ − θ_0‖.
   - ``spd/relative_distance``: the distance of the layers with a known ‖θ_0‖, divided by that; not
     if none is known and above 0.
-  - ``spd/budget``, ``spd/drift``, ``spd/strength``: those of the `BudgetState`, if there is one. Of
-    several, each begins with the number of its state: ``spd/state_0/budget``.
+  - ``spd/budget``, ``spd/drift``, ``spd/strength``: those of the `BudgetState`, if there is one. If
+    there are several states of SPD, they begin with its number: ``spd/state_0/budget``.
 
   For each layer there are ``spd/NAME/condition``, `ratio`, `distance`, `constrained_share`,
   `relative_distance` unless it is None, and each of the rule's own numbers. TensorBoard takes no
@@ -223,7 +223,7 @@ def budgets_of(states: States) -> dict[str, Any]:
   each = [state.budget_state for state in states]
   found = {i: state for i, state in enumerate(each) if isinstance(state, BudgetState)}
   return {
-    (f'state_{i}/' if len(found) > 1 else '') + name: _whole(getattr(state, name))
+    (f'state_{i}/' if len(states) > 1 else '') + name: _whole(getattr(state, name))
     for i, state in found.items()
     for name in ('budget', 'drift', 'strength')
   }

@@ -349,7 +349,7 @@ def test_a_state_of_another_strength(make):
   budget, number = make(strength=spd.within_distance(0.1)), make(strength=1.0)
   params = normal(0)
   for tx, other in ((budget, number), (number, budget)):
-    with pytest.raises(ValueError, match='the optimizer state is of another strength'):
+    with pytest.raises(ValueError, match='the optimizer state was made with a'):
       tx.update(params, other.init(params), params)
 
 
@@ -388,10 +388,32 @@ def test_measures_at_their_ends(measure):
   assert np.isnan(measure(same, same, where=np.array([False])))
 
 
+def test_classes_that_are_ruled_out_count_for_nothing():
+  """Logits of −∞, of a masked vocabulary; catches 0 · ∞."""
+  base = jnp.array([[1.0, 2.0, -INF]])
+  new = base + jnp.array([[0.5, 0.0, 0.0]])
+  np.testing.assert_allclose(
+    spd.kl_from_base(new, base), spd.kl_from_base(new[:, :2], base[:, :2]), rtol=1e-6
+  )
+
+
+@every_form
+def test_where_no_layer_is_held_a_distance_is_no_error(make):
+  tx, params = make(free='**', strength=spd.within_distance(0.1)), normal(0)
+  tx.update(params, tx.init(params), params)
+
+
+def test_a_step_inside_a_conditional_without_jit():
+  """Where the count is a number, and what depends on it is traced."""
+  tx, params = optax.apply_if_finite(spd.adam_spd(0.1), 2), jnp.ones(2)
+  _, state = tx.update(params, tx.init(params), params)
+  assert optax.tree.get(state, 'anchor').tolist() == [1, 1]
+
+
 # In the log.
 
 
-def logged(path, drifts, budget=0.5, **options):
+def logged(path, drifts, budget=0.5, every=1, **options):
   """A log of one layer whose drift is given."""
   tx = optax.chain(spd.projection_decay(0, spd.within_budget(budget)), optax.sgd(0.1))
   params = jnp.ones(2)
@@ -399,7 +421,8 @@ def logged(path, drifts, budget=0.5, **options):
   with spd.AuditLog(path, transform='projection_decay') as log:
     for i, drift in enumerate(drifts):
       _, state = tx.update(params, state, params, drift=drift)
-      log.record(i + 1, state, **options)
+      if i % every == 0:
+        log.record(i + 1, state, **options)
   return path
 
 
@@ -412,8 +435,14 @@ def test_the_log_has_budget_drift_and_strength(tmp_path):
   np.testing.assert_allclose([x['spd/drift'] for x in metrics], [0.1, 0.5, 0.5], rtol=1e-6)
   np.testing.assert_allclose([x['spd/strength'] for x in metrics], [0, 1, 1], rtol=1e-5)
   assert metrics[0]['loss'] == 1
-  with pytest.raises(TypeError, match="'spd/drift': the log has one of its own"):
-    logged(tmp_path / 'other.jsonl', [0.1], metrics={'spd/drift': 1.0})
+
+
+def test_what_scalars_returns_may_be_logged(tmp_path):
+  """It has the names of the log's own metrics, too."""
+  tx, params = spd.adam_spd(0.1, strength=spd.within_distance(0.1)), jnp.ones(2)
+  _, state = tx.update(params, tx.init(params), params)
+  with spd.AuditLog(tmp_path / 'run.jsonl') as log:
+    log.record(1, state, spd.scalars(state))
 
 
 VERDICTS = {
@@ -427,7 +456,11 @@ VERDICTS = {
   ),
   'nearly': ([0.1, 0.52], ['kept within 10 %: the last drift is 0.52, 104 % of 0.5']),
   'not kept': ([0.1, 0.9], ['not kept: the last drift is 0.9, 180 % of 0.5']),
-  'not measured': ([NAN, None], ['0.5, but no drift was measured']),
+  'not measured': ([NAN, None], ['0.5, but no drift was measured, so all layers were free']),
+  'between records': (
+    [0.1] + [0.6] * 4 + [0.1],
+    ['kept: the last drift is 0.1', 'bound between records only', 'held in 67 % of the updates'],
+  ),
 }
 
 
@@ -437,11 +470,43 @@ def test_the_report_says_what_became_of_the_budget(tmp_path, capsys, monkeypatch
 
   monkeypatch.setenv('COLUMNS', '400')
   drifts, words = VERDICTS[name]
-  path = logged(tmp_path / 'run.jsonl', drifts)
+  path = logged(tmp_path / 'run.jsonl', drifts, every=5 if name == 'between records' else 1)
   assert main(['report', str(path), '--html', str(tmp_path / 'run.html')]) == 0
   printed = capsys.readouterr().out
   assert all(word in printed for word in words), printed
   assert words[0].split(':')[0] in (tmp_path / 'run.html').read_text()
+
+
+def test_two_budgets_are_told_apart(tmp_path, capsys, monkeypatch):
+  """Catches layers that are counted for the budget of others."""
+  from spd_optax.audit.__main__ import main
+
+  monkeypatch.setenv('COLUMNS', '400')
+  params = {'a': jnp.ones(2), 'b': jnp.ones(2)}
+  strengths = {'a': spd.within_budget(1e6), 'b': spd.within_budget(0.01)}
+  parts = {k: optax.chain(spd.projection_decay(0, s), optax.sgd(0.1)) for k, s in strengths.items()}
+  tx = optax.partition(parts, {'a': 'a', 'b': 'b'})
+  state = tx.init(params)
+  with spd.AuditLog(tmp_path / 'run.jsonl') as log:
+    for step in range(3):
+      _, state = tx.update(params, state, params, drift=0.02)
+      log.record(step, state)
+  assert main(['report', str(tmp_path / 'run.jsonl')]) == 0
+  verdict = capsys.readouterr().out.splitlines()[0]
+  assert 'State_0/budget kept' in verdict
+  assert 'never bound' in verdict
+  assert 'State_1/budget not kept' in verdict
+  assert 'held in 100 % of the updates' in verdict
+
+
+@pytest.mark.parametrize(
+  ('drift', 'message'), [(0.1, None), (NAN, 'the budget has seen no drift in 100 updates')]
+)
+def test_free_layers_are_no_reason_to_warn(tmp_path, recwarn, drift, message):
+  """Unless the budget never sees a drift."""
+  logged(tmp_path / 'run.jsonl', [drift] * 105)
+  said = [str(warning.message) for warning in recwarn]
+  assert [message in text for text in said] == ([True] if message else [])
 
 
 def test_a_budget_that_is_too_tight_is_said(tmp_path):

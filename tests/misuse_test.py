@@ -18,6 +18,14 @@ WRONG = {
     lambda: optax.chain(ADAM, LINK),
     'behind scale_by_adam, so that it sees',
   ),
+  'behind an optimizer without state': (
+    lambda: optax.chain(optax.sgd(SCHEDULE), LINK),
+    'behind scale_by_schedule',
+  ),
+  'behind it in a named chain': (
+    lambda: optax.named_chain(('adam', ADAM), ('spd', LINK)),
+    'behind scale_by_adam',
+  ),
   'behind momentum': (lambda: optax.chain(optax.sgd(0.1, momentum=0.9), LINK), 'behind trace'),
   'behind it in a chain of chains': (
     lambda: optax.chain(ADAM, optax.chain(optax.clip(1.0), LINK)),
@@ -31,6 +39,10 @@ WRONG = {
   'both forms, one around the other': (
     lambda: spd.with_projection_decay(optax.chain(LINK, ADAM)),
     'is around a projection_decay',
+  ),
+  'adam_spd in it': (
+    lambda: spd.with_projection_decay(optax.chain(optax.clip(1.0), SPD)),
+    'is around a with_projection_decay',
   ),
   'around MultiSteps': (
     lambda: spd.with_projection_decay(optax.MultiSteps(ADAM, 2)),
@@ -49,6 +61,10 @@ WRONG = {
   'around a Lion with its default decay': (
     lambda: spd.with_projection_decay(optax.lion(0.1)),
     r'weight decay toward 0 \(0.001\)',
+  ),
+  'around an AdamW whose decay is injected': (
+    lambda: spd.with_projection_decay(optax.inject_hyperparams(optax.adamw)(0.1, weight_decay=0.1)),
+    r'weight decay toward 0 \(0.1\)',
   ),
   'around AdamW for some params': (
     lambda: spd.with_projection_decay(
@@ -81,7 +97,29 @@ def test_a_wrong_place_is_said_once(name, wrap):
     wrap(make().init)(PARAMS)
 
 
+def with_an_unbound_variable(flag=False):
+  if flag:
+    extra = 1.0
+
+  def update(updates, state, params=None):
+    return jax.tree.map(lambda g: g * (extra if flag else 1.0), updates), state
+
+  return optax.GradientTransformation(lambda params: (), update)
+
+
+def _link(rate):  # a name that the library has, too
+  scale = optax.scale(rate)
+  return optax.GradientTransformation(
+    lambda p: scale.init(p), lambda g, s, p=None: scale.update(g, s)
+  )
+
+
 RIGHT = {
+  'around one of the user': lambda: spd.with_projection_decay(with_an_unbound_variable()),
+  'around another of the user': lambda: spd.with_projection_decay(_link(0.1)),
+  'around a decay that is injected as 0': lambda: optax.inject_hyperparams(
+    lambda decay: spd.with_projection_decay(optax.adamw(0.1, weight_decay=decay))
+  )(decay=0.0),
   'first in a chain': lambda: optax.chain(LINK, ADAM),
   'behind clipping': lambda: optax.chain(optax.clip_by_global_norm(1.0), LINK, ADAM),
   'adam_spd behind clipping': lambda: optax.chain(optax.clip_by_global_norm(1.0), SPD),

@@ -112,7 +112,7 @@ def with_projection_decay(
     ratio = max(0.0, grown - radius) / grown if grown > 0 else 0.0
     for name, index in members if held else ():
       after[name][index] -= strength * ratio * away[name][index]
-    steps[key] = Held(held and strength > 0, ratio, radius)
+    steps[key] = Held(held, ratio, radius)
   return after, _report(steps)
 
 
@@ -140,5 +140,5 @@ def projection_decay(
     for name, index in members if held else ():
       deviation = (params[name] - anchors[name])[index]
       turned[name][index] += strength * ratio * size * deviation / radius
-    steps[key] = Held(held and strength > 0, ratio, radius)
+    steps[key] = Held(held, ratio, radius)
   return turned, _report(steps)

@@ -113,7 +113,7 @@ STATES: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
   'none': (lambda tx: None, TypeError, 'found NoneType & init'),
   'plain dict': (lambda tx: tx.init(PARAMS)._asdict(), TypeError, 'found dict & init'),
   'the params, swapped': (lambda tx: PARAMS, TypeError, 'found dict & init'),
-  'of a chain': (lambda tx: optax.chain(tx, ADAM).init(PARAMS), TypeError, 'found tuple & init'),
+  'of a chain': (lambda tx: (tx.init(PARAMS), ADAM.init(PARAMS)), TypeError, 'found tuple & init'),
   'other leaves': (lambda tx: tx.init({'w': jnp.ones(3)}), ValueError, f'{ALL} & state'),
   'other shapes': (lambda tx: tx.init(TWICE), ValueError, rf'{ALL} & enc/k: .*2, 2, 3 & state'),
   'no anchor': (lambda tx: with_own(tx, anchor=None), ValueError, f'{ALL} & anchor & state'),

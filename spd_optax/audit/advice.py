@@ -16,7 +16,8 @@ ROUNDED = 0.01  # how far, relative to the anchor, a narrower anchor_dtype round
 FAR = 0.5  # how far, relative to the anchor, no run goes in its first updates
 FIRST = 10  # updates
 
-OWN = re.compile(r'spd/(state_\d+/)?strength')  # what the log itself calls a metric
+# What the log itself calls metrics.
+DRIFT, STRENGTH = (re.compile(rf'spd/(state_\d+/)?{name}') for name in ('drift', 'strength'))
 
 Found = dict[str, dict[str, Any]]  # by code: what the message says
 
@@ -38,6 +39,8 @@ MESSAGES = {
   'equals its inner optimizer. That is right while every gradient keeps pointing away from the '
   'anchor. Look at the learning rate (too small to overshoot, or 0 in a warm-up), the momentum '
   '(none) and the noise of the gradients (full batches have none); a margin holds layers earlier.',
+  'no drift': 'the budget has seen no drift in {updates} updates, so all layers are free. Pass '
+  'drift=… to update; under optax.MultiSteps in every micro-step. It counts where it is finite.',
   'always held': 'SPD constrained {share:.0f} % of the layers in the last {updates} updates: it is '
   'no longer selective, and the model hardly adapts. Look at the margin (too large), the anchor '
   '(not where training started), the sign of the loss, and the order of the chain '
@@ -72,7 +75,11 @@ class Watcher:
     """What is to be said for the first time after this record."""
     found = self._of_start(record) if self.base is None else {}
     if _age(record) >= self.patience and not record.constrained.any():
-      found['never held'] = {'updates': _age(record)}
+      drifts = [x for name, x in record.metrics.items() if DRIFT.fullmatch(name)]
+      if not drifts:
+        found['never held'] = {'updates': _age(record)}
+      elif not np.isfinite(drifts).any():  # a budget that is far from spent is no reason to warn
+        found['no drift'] = {'updates': _age(record)}
     found |= self._of_numbers(record)
     # At the first update nothing has moved yet; a resumed run goes back.
     if self.base is None or _age(self.base) < 2 or _age(record) < _age(self.base):
@@ -128,7 +135,7 @@ class Watcher:
 
 def _strength(record: Record) -> float:
   """The largest strength that a budget has set; 0 without a budget."""
-  return max((x for name, x in record.metrics.items() if OWN.fullmatch(name)), default=0.0)
+  return max((x for name, x in record.metrics.items() if STRENGTH.fullmatch(name)), default=0.0)
 
 
 def _age(record: Record) -> int:

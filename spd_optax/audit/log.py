@@ -350,13 +350,12 @@ def _plain_items(items: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _checked_metrics(metrics: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-  """A copy of the metrics and the log's own; raises a TypeError that names all bad ones."""
+  """A copy of the metrics, and the log's own, which win; raises a TypeError that names bad ones."""
   problems = [
     f'{name!r}: {checks.kind_of(value)}'
     for name, value in metrics.items()
     if not isinstance(name, str) or not checks.is_array(value) or np.ndim(value)
   ]
-  problems += [f'{name!r}: the log has one of its own' for name in own if name in metrics]
   checks.raise_all(problems, 'AuditLog.record: metrics must be numbers by name:', TypeError)
   # Arrays of NumPy may change, and those of JAX be donated, before the record is written.
   return {

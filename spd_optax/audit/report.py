@@ -67,6 +67,7 @@ class Series:
     shown = [records[i] for i in np.unique(at)]
     self.name = name or run.path.stem
     self.layers, self.norms, self.last = run.layers, run.norms, records[-1]
+    self.states = run.header.states  # layers in each
     self.step = np.array([record.step for record in shown])
     self.distance = np.array([record.distance for record in shown])
     self.relative = reports.relative(self.distance, self.norms)
@@ -131,38 +132,58 @@ def _earlier(run: Run) -> str:
   )
 
 
-def _budgets(series: Series) -> dict[str, list[np.ndarray]]:
-  """For each budget of a run what its names begin with, and [steps, budget, drift, strength]."""
-  starts = [name.removesuffix('budget') for name in series.metrics if OWN.fullmatch(name)]
-  return {
-    start: [
-      series.metrics[f'{start}budget'][0],
-      *(series.metrics[start + name][1] for name in ('budget', 'drift', 'strength')),
-    ]
-    for start in starts
-  }
+class BudgetCurves(NamedTuple):
+  """What a run logged of one budget, at these steps, and the layers whose strength it set."""
+
+  steps: np.ndarray
+  budget: np.ndarray
+  drift: np.ndarray
+  strength: np.ndarray
+  layers: slice
+
+
+def _budgets(series: Series) -> dict[str, BudgetCurves]:
+  """The budgets of a run, by what their names begin with: '' or 'state_0/'."""
+  ends = np.cumsum(series.states)
+  found = {}
+  for name in series.metrics:
+    if match := OWN.fullmatch(name):
+      start, of = name.removesuffix('budget'), match[1]
+      (steps, budget), (_, drift), (_, strength) = (
+        series.metrics[start + each] for each in ('budget', 'drift', 'strength')
+      )
+      at = int(of[len('state_') : -1]) if of else 0
+      layers = slice(ends[at] - series.states[at], ends[at]) if of else slice(None)
+      found[of or ''] = BudgetCurves(steps, budget, drift, strength, layers)
+  return found
 
 
 def _verdicts(series: Series) -> dict[str, str]:
   """Whether each budget was kept, when it bound, and what it cost, in words."""
-  found = {}
-  for start, (steps, budget, drift, strength) in _budgets(series).items():
-    share, at_work = drift / budget, np.flatnonzero(strength > 0)
-    last = share[-1]
-    kept = 'kept' if last <= 1 else 'kept within 10 %' if last <= 1.1 else 'not kept'
-    text = f'{kept}: the last drift is {drift[-1]:.3g}, {100 * last:.0f} % of {budget[-1]:.3g}'
-    text = text if np.isfinite(last) else f'{budget[-1]:.3g}, but no drift was measured'
-    if over := np.count_nonzero(share > 1):
-      text += f'; above it in {over} of {len(steps)} records, at most {np.nanmax(share):.2g} times'
-    if len(at_work):
-      often, most = 100 * len(at_work) / len(steps), np.max(strength)
-      text += f'. It bound from step {steps[at_work[0]]} on, in {often:.0f} % of the records'
-      text += f'. Cost: strength {strength[-1]:.3g} at the end, {most:.3g} at most; layers held in '
-      text += f'{100 * np.mean(series.share):.0f} % of the updates'
-    else:
-      text += '. It never bound, and cost nothing: in each record all layers were free'
-    found[f'{start}budget'.removeprefix('spd/')] = text
-  return found
+  return {f'{of}budget': _of_budget(series, x) for of, x in _budgets(series).items()}
+
+
+def _of_budget(series: Series, curves: BudgetCurves) -> str:
+  steps, budget, drift, strength, layers = curves
+  share, bound = drift / budget, strength > 0
+  if not np.isfinite(share).any():
+    return f'{budget[-1]:.3g}, but no drift was measured, so all layers were free'
+  kept = 'kept' if share[-1] <= 1 else 'kept within 10 %' if share[-1] <= 1.1 else 'not kept'
+  text = f'{kept}: the last drift is {drift[-1]:.3g}, {100 * share[-1]:.0f} % of {budget[-1]:.3g}'
+  if over := np.count_nonzero(share > 1):
+    text += f'; above it in {over} of {len(steps)} records, at most {np.nanmax(share):.2g} times'
+  if bound.any():
+    text += (
+      f'. It bound from step {steps[bound][0]} on, in {100 * bound.mean():.0f} % of the records'
+    )
+  elif series.last.constrained[layers].any():
+    text += '. It bound between records only'
+  else:
+    return text + '. It never bound, and cost nothing: all layers were free'
+  return (
+    f'{text}. Cost: strength {strength[-1]:.3g} at the end, {strength.max():.3g} at most; layers '
+    f'held in {100 * series.share[layers].mean():.0f} % of the updates'
+  )
 
 
 def verdict(series: Series) -> str:
@@ -171,7 +192,9 @@ def verdict(series: Series) -> str:
   updates = int(last.updates.max(initial=0))
   if not last.constrained.any():
     text = f"No layer was held in {updates} updates: this run equals its inner optimizer's. "
-    if not last.distance.any():
+    if _budgets(series):
+      text += 'The budget left all layers free.'
+    elif not last.distance.any():
       text += 'The params have not left their anchor; is the learning rate 0, as in a warm-up?'
     else:
       text += (
@@ -189,7 +212,7 @@ def verdict(series: Series) -> str:
   far = 100 * reports.overall(last.distance, series.norms)
   if np.isfinite(far):
     text += f" In the end the params are {far:.3g} % of the anchor's norm away from it."
-  budgets = [f' Budget {words}.' for words in _verdicts(series).values()]
+  budgets = [f' {name.capitalize()} {words}.' for name, words in _verdicts(series).items()]
   return printable(text + ''.join(budgets))
 
 
