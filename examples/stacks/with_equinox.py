@@ -40,8 +40,7 @@ tx = spd.adam_spd(1e-2, free='head', stack_axis={0: 'layers'})
 @eqx.filter_jit
 def step(model, opt_state, x, y):
   """One step; SPD needs the params, which are the arrays of the model."""
-  loss = lambda model: jnp.mean((jax.vmap(model)(x) - y) ** 2)
-  gradients = eqx.filter_grad(loss)(model)
+  gradients = eqx.filter_grad(lambda model: jnp.mean((jax.vmap(model)(x) - y) ** 2))(model)
   params = eqx.filter(model, eqx.is_inexact_array)
   updates, opt_state = tx.update(gradients, opt_state, params)
   return eqx.apply_updates(model, updates), opt_state

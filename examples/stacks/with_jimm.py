@@ -1,4 +1,4 @@
-"""jimm (jax-image-models): a ViT from a directory of safetensors, its layers in one leaf, resumed by Orbax.
+"""jimm (jax-image-models): a ViT from a directory of safetensors, resumed by Orbax.
 
 Tried with jax-image-models 0.4.0, flax 0.12.8, jax 0.10.2, optax 0.2.8, orbax-checkpoint 0.12.8:
 
@@ -65,8 +65,8 @@ def main() -> None:
   train(*resumed, 3, 6)
 
   checks.assert_equal(nnx.state(resumed), nnx.state(whole))
-  held = lambda model: nnx.state(model.encoder, nnx.Param)
-  checks.assert_anchor(whole[1].opt_state, held(begin()[0]), held(whole[0]))
+  pretrained, trained = (nnx.state(model.encoder, nnx.Param) for model in (begin()[0], whole[0]))
+  checks.assert_anchor(whole[1].opt_state, pretrained, trained)
   names = [record.name for record in spd.layer_report(whole[1].opt_state)]
   assert {f'encoder/layers/mlp/layers/0/kernel[{i}]' for i in range(2)} <= set(names), names
   assert not any('classifier' in name for name in names)

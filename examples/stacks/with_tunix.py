@@ -33,7 +33,7 @@ def inputs(batch):
   """What the model is called with."""
   tokens = batch.input_tokens
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-  mask = jnp.broadcast_to(jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool)), tokens.shape + (6,))
+  mask = jnp.broadcast_to(jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool)), (*tokens.shape, 6))
   return {
     'input_tokens': tokens,
     'input_mask': batch.input_mask,
