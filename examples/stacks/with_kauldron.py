@@ -1,0 +1,94 @@
+"""Kauldron: `kd.train.Trainer` from loaded weights, resumed by its own checkpointer.
+
+Tried with kauldron 1.4.2, flax 0.12.8, jax 0.10.2, optax 0.2.8:
+
+    pip install spd_optax kauldron && python examples/stacks/with_kauldron.py
+
+The one line that changes is `optimizer=`. A konfig file can say it, too: every argument here is a
+number, a string or a dict of them.
+"""
+
+import tempfile
+
+import checks
+import jax
+import numpy as np
+from flax import linen as nn
+from kauldron import kd
+
+import spd_optax as spd
+
+
+class Net(nn.Module):
+  """A layer and a new head."""
+
+  x: kd.kontext.Key = 'batch.x'
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(3, name='head')(nn.tanh(nn.Dense(8, name='body')(x)))
+
+
+class Source:
+  """Random examples."""
+
+  def __len__(self):
+    return 64
+
+  def __getitem__(self, i):
+    random = np.random.default_rng(int(i))
+    x, y = random.normal(size=5), random.normal(size=3)
+    return {'x': np.float32(x), 'y': np.float32(y)}
+
+
+class Load(kd.ckpts.InitTransform):
+  """Puts weights into the state that a run begins with; a resumed run does not call it."""
+
+  def __init__(self, params):
+    self.params = params
+
+  def transform(self, state):
+    put = lambda loaded, made: jax.device_put(loaded, made.sharding)
+    return state.replace(params=jax.tree.map(put, self.params, state.params))
+
+
+def trainer(pretrained=None, folder=None, stop=None):
+  """A trainer that saves every second step."""
+  return kd.train.Trainer(
+    seed=0,
+    workdir=folder or tempfile.mkdtemp(),
+    num_train_steps=6,
+    stop_after_steps=stop,
+    train_ds=kd.data.py.DataSource(
+      data_source=Source(), shuffle=True, batch_size=16, num_workers=0
+    ),
+    model=Net(),
+    train_losses={'l2': kd.losses.L2(preds='preds', targets='batch.y')},
+    schedules={},
+    # optimizer=optax.adam(1e-2),
+    optimizer=spd.adam_spd(1e-2, free='head'),
+    checkpointer=kd.ckpts.Checkpointer(save_interval_steps=2),
+    **({} if pretrained is None else {'init_transform': Load(pretrained)}),
+  )
+
+
+def main() -> None:
+  """Trains from loaded weights, once in one go and once in two."""
+  checks.mesh(data=4)
+  random = np.random.default_rng(0)
+  shapes = trainer().init_state().params
+  pretrained = jax.tree.map(lambda x: np.float32(random.normal(size=x.shape)), shapes)
+
+  whole, _ = trainer(pretrained).train()
+  folder = tempfile.mkdtemp()
+  trainer(pretrained, folder, stop=4).train()
+  assert trainer(folder=folder).checkpointer.latest_step > 0
+  resumed, _ = trainer(pretrained, folder).train()
+
+  checks.assert_equal(resumed, whole)
+  checks.assert_anchor(whole.opt_state, pretrained['body'], whole.params['body'])
+  checks.assert_layers(whole.opt_state, ['body/bias', 'body/kernel'])
+
+
+if __name__ == '__main__':
+  main()
