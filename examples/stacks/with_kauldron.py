@@ -48,8 +48,8 @@ class Load(kd.ckpts.InitTransform):
     self.params = params
 
   def transform(self, state):
-    put = lambda loaded, made: jax.device_put(loaded, made.sharding)
-    return state.replace(params=jax.tree.map(put, self.params, state.params))
+    places = jax.tree.map(lambda x: x.sharding, state.params)
+    return state.replace(params=jax.device_put(self.params, places))
 
 
 def trainer(pretrained=None, folder=None, stop=None):
