@@ -2,7 +2,7 @@
 
 Tried with equinox 0.13.8, jax 0.10.2, optax 0.2.8:
 
-    pip install spd_optax equinox && python examples/stacks/with_equinox.py
+    python -m pip install -e . equinox && python examples/stacks/with_equinox.py
 
 The one line that changes is marked below.
 """

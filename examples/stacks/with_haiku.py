@@ -2,7 +2,7 @@
 
 Tried with dm-haiku 0.0.17, jax 0.10.2, optax 0.2.8:
 
-    pip install spd_optax dm-haiku && python examples/stacks/with_haiku.py
+    python -m pip install -e . dm-haiku && python examples/stacks/with_haiku.py
 
 The one line that changes is marked below. Haiku has no checkpoints; pickled arrays do.
 """

@@ -2,7 +2,7 @@
 
 Tried with kauldron 1.4.2, flax 0.12.8, jax 0.10.2, optax 0.2.8:
 
-    pip install spd_optax kauldron && python examples/stacks/with_kauldron.py
+    python -m pip install -e . kauldron && python examples/stacks/with_kauldron.py
 
 The one line that changes is `optimizer=`. A konfig file can say it, too: every argument here is a
 number, a string or a dict of them.

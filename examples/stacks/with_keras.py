@@ -2,7 +2,7 @@
 
 Tried with keras 3.15.1, jax 0.10.2, optax 0.2.8:
 
-    pip install spd_optax keras h5py && python examples/stacks/with_keras.py
+    python -m pip install -e . keras h5py && python examples/stacks/with_keras.py
 
 The one line that changes is in `compiled`. Copy the class `Optax` into your code. Name the model:
 otherwise its paths begin with a name that Keras counts up.

@@ -2,7 +2,7 @@
 
 Tried with google-tunix 0.1.7, qwix 0.1.8, flax 0.12.8, jax 0.10.2, optax 0.2.8:
 
-    pip install spd_optax google-tunix && python examples/stacks/with_tunix.py
+    python -m pip install -e . google-tunix && python examples/stacks/with_tunix.py
 
 The one line that changes is in `trainer`. Make meshes with automatic axes: with the explicit ones
 of `jax.make_mesh`, Tunix fails whatever the optimizer. On a mesh it restores no state with a leaf
