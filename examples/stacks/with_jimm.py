@@ -2,7 +2,8 @@
 
 Tried with jax-image-models 0.4.0, flax 0.12.8, jax 0.10.2, optax 0.2.8, orbax-checkpoint 0.12.8:
 
-    python -m pip install -e . jax-image-models huggingface_hub && python examples/stacks/with_jimm.py
+    python -m pip install -e . jax-image-models huggingface_hub
+    python examples/stacks/with_jimm.py
 
 The one line that changes is in `begin`. jimm stacks the blocks of its encoder on axis 0. It reads
 no checkpoint into another number of classes, so a new head is put in after loading.
