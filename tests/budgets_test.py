@@ -48,8 +48,7 @@ def reference(drifts, budget, init=1.0, low=0.01, high=100.0):
   return found
 
 
-@pytest.mark.parametrize('init', [0.1, 1.0, 10.0])
-@pytest.mark.parametrize('scale', [1e-6, 1.0, 1e6], ids=lambda x: f'unit {x}')
+@pytest.mark.parametrize(('init', 'scale'), [(0.1, 1e-6), (1.0, 1.0), (10.0, 1e6)])
 def test_the_strength_follows_the_equations(init, scale):
   """Catches a wrong power, pace or bound, a NaN that is learned from, and a unit that matters."""
   tx = spd.l2_sp(strength=spd.within_budget(0.05 * scale, init=init))
@@ -123,7 +122,9 @@ def test_layers_are_free_while_the_drift_is_small():
   assert bits(update(gradients, state, moved)[0]) == bits(expected)
 
 
-@every_form
+@pytest.mark.parametrize(
+  'make', [FORMS['around'], pytest.param(FORMS['in the chain'], marks=pytest.mark.slow)], ids=FORMS
+)
 def test_jit_scan_and_eager_agree(make):
   """Catches a state whose dtypes change, and numbers that eager mode takes for Python's."""
   tx = make(strength=spd.within_distance(0.2))
@@ -284,7 +285,9 @@ def in_a_ball(anchor=None, **options):
 
 
 @pytest.mark.eight_devices
-@pytest.mark.parametrize('name', ['FSDP x tensor', 'explicit'])
+@pytest.mark.parametrize(
+  'name', ['FSDP x tensor', pytest.param('explicit', marks=pytest.mark.slow)]
+)
 def test_many_devices_are_one(name):
   """Catches a distance of single shards or slices."""
   expected = alone(in_a_ball, 'captured')
