@@ -48,16 +48,27 @@ def reference(drifts, budget, init=1.0, low=0.01, high=100.0):
   return found
 
 
-@pytest.mark.parametrize(('init', 'scale'), [(0.1, 1e-6), (1.0, 1.0), (10.0, 1e6)])
-def test_the_strength_follows_the_equations(init, scale):
+WIDE = (1e-9, 1e9)  # so that a single measurement could move b far
+
+
+@pytest.mark.parametrize(
+  ('init', 'scale', 'bounds'),
+  [
+    (0.1, 1e-6, (0.01, 100.0)),
+    (1.0, 1.0, (0.01, 100.0)),
+    (10.0, 1e6, (0.01, 100.0)),
+    (1.0, 1.0, WIDE),
+  ],
+)
+def test_the_strength_follows_the_equations(init, scale, bounds):
   """Catches a wrong power, pace or bound, a NaN that is learned from, and a unit that matters."""
-  tx = spd.l2_sp(strength=spd.within_budget(0.05 * scale, init=init))
+  tx = spd.l2_sp(strength=spd.within_budget(0.05 * scale, init=init, bounds=bounds))
   params, state, found = jnp.ones(3), tx.init(jnp.ones(3)), []
   step = jax.jit(lambda state, drift: tx.update(params, state, params, drift=drift)[1])
   for drift in DRIFTS:
     state = step(state, drift if drift is None else drift * scale)
     found.append((float(budget_of(state).strength), float(budget_of(state).base)))
-  np.testing.assert_allclose(found, reference(DRIFTS, 0.05, init), rtol=2e-4)
+  np.testing.assert_allclose(found, reference(DRIFTS, 0.05, init, *bounds), rtol=2e-4)
   assert budget_of(state).drift == np.float32(0.04 * scale)
 
 
