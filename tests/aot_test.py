@@ -50,6 +50,29 @@ def test_one_tpu_chip(make, captured):
   assert not one.collectives
 
 
+def fed(tx):
+  """The transformation, given a drift in each update."""
+  return optax.GradientTransformation(tx.init, lambda g, s, p: tx.update(g, s, p, drift=0.1))
+
+
+BUDGETS = {  # passes over the params, and copies of them on the way, at most
+  'within_budget, v5e': (spd.within_budget(0.05), 'v5e', 8.2, 0.1),
+  'within_distance, v5e': (spd.within_distance(0.02), 'v5e', 12.1, 1.0),
+  'within_distance, v5p-4x4x4': (spd.within_distance(0.02), 'v5p-4x4x4', 8.1, 0.01),
+}
+
+
+@pytest.mark.parametrize(('strength', 'target', 'passes', 'copies'), BUDGETS.values(), ids=BUDGETS)
+@pytest.mark.parametrize('form', ['projection_decay', 'with_projection_decay'])
+def test_budgets_on_a_tpu(form, strength, target, passes, copies):
+  """Catches layers that wait for each other where they need not."""
+  tx = fed(FORMS[form](None, strength=strength))
+  one, _ = compiled.compile_step(tx, shapes.vit_b16(), compiled.TARGETS[target])
+  print(f'{form}, {target}: {one.passes:.2f} passes, {one.temporaries:.2f} copies')
+  assert 7.9 < one.passes <= passes
+  assert one.temporaries <= copies
+
+
 def test_apply_is_at_the_floor_on_a_tpu():
   """Catches params or an anchor that are read again once the sums are known."""
   tx, tree = methods.OPTIMIZERS['adam_spd, apply'], shapes.vit_b16()

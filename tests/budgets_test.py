@@ -1,6 +1,7 @@
 """Budgets: a strength that sets itself, what it does to layers, and what it is measured by."""
 
 import math
+import re
 
 import chex
 import flax.serialization
@@ -16,6 +17,8 @@ from meshes import ANCHOR, alone, assert_close, sharded
 from scipy import special, stats
 
 import spd_optax as spd
+from spd_optax import audit
+from spd_optax.audit.__main__ import main
 
 NAN, INF = math.nan, math.inf
 # As measured: nothing moved, noise, nothing known, rounded below 0, far too much, about right.
@@ -414,7 +417,8 @@ def test_classes_that_are_ruled_out_count_for_nothing():
 @every_form
 def test_where_no_layer_is_held_a_distance_is_no_error(make):
   tx, params = make(free='**', strength=spd.within_distance(0.1)), normal(0)
-  tx.update(params, tx.init(params), params)
+  _, state = tx.update(params, tx.init(params), params)
+  assert budget_of(state).measured == 0
 
 
 def test_a_step_inside_a_conditional_without_jit():
@@ -441,10 +445,8 @@ def logged(path, drifts, budget=0.5, every=1, **options):
 
 
 def test_the_log_has_budget_drift_and_strength(tmp_path):
-  from spd_optax.audit import format
-
   path = logged(tmp_path / 'run.jsonl', [0.1, 0.5, NAN], metrics={'loss': 1.0})
-  metrics = [record.metrics for record in format.read(path).records]
+  metrics = [record.metrics for record in audit.read(path).records]
   assert [x['spd/budget'] for x in metrics] == [0.5] * 3
   np.testing.assert_allclose([x['spd/drift'] for x in metrics], [0.1, 0.5, 0.5], rtol=1e-6)
   np.testing.assert_allclose([x['spd/strength'] for x in metrics], [0, 1, 1], rtol=1e-5)
@@ -455,8 +457,20 @@ def test_what_scalars_returns_may_be_logged(tmp_path):
   """It has the names of the log's own metrics, too."""
   tx, params = spd.adam_spd(0.1, strength=spd.within_distance(0.1)), jnp.ones(2)
   _, state = tx.update(params, tx.init(params), params)
+  found = spd.scalars(state)
   with spd.AuditLog(tmp_path / 'run.jsonl') as log:
-    log.record(1, state, spd.scalars(state))
+    log.record(1, state, found)
+  assert audit.read(tmp_path / 'run.jsonl').records[0].metrics == found
+
+
+def test_a_metric_of_the_same_name_is_the_users(tmp_path, capsys):
+  """Without a budget; catches a report that looks for the drift beside it."""
+  tx, params = spd.adam_spd(0.1), jnp.ones(2)
+  _, state = tx.update(params, tx.init(params), params)
+  with spd.AuditLog(tmp_path / 'run.jsonl') as log:
+    log.record(1, state, {'spd/budget': 3.0})
+  assert main(['report', str(tmp_path / 'run.jsonl')]) == 0
+  assert re.search('spd/budget .* 3 ', capsys.readouterr().out)
 
 
 VERDICTS = {
@@ -480,8 +494,6 @@ VERDICTS = {
 
 @pytest.mark.parametrize('name', VERDICTS)
 def test_the_report_says_what_became_of_the_budget(tmp_path, capsys, monkeypatch, name):
-  from spd_optax.audit.__main__ import main
-
   monkeypatch.setenv('COLUMNS', '400')
   drifts, words = VERDICTS[name]
   path = logged(tmp_path / 'run.jsonl', drifts, every=5 if name == 'between records' else 1)
@@ -493,8 +505,6 @@ def test_the_report_says_what_became_of_the_budget(tmp_path, capsys, monkeypatch
 
 def test_two_budgets_are_told_apart(tmp_path, capsys, monkeypatch):
   """Catches layers that are counted for the budget of others."""
-  from spd_optax.audit.__main__ import main
-
   monkeypatch.setenv('COLUMNS', '400')
   params = {'a': jnp.ones(2), 'b': jnp.ones(2)}
   strengths = {'a': spd.within_budget(1e6), 'b': spd.within_budget(0.01)}

@@ -21,7 +21,9 @@ The first line is the header:
 
 Every other line is a record:
 
-- `step`: the user's; `time`: seconds since 1970; `metrics`: the user's numbers by name.
+- `step`: the user's; `time`: seconds since 1970; `metrics`: the user's numbers by name. Where a
+  budget sets the strength, the log adds `spd/budget`, `spd/drift` and `spd/strength`, with the
+  number of the state behind `spd/` if there are several: `spd/state_0/budget`.
 - `updates`: updates so far, a number for each of `states`. They differ if one part is updated
   more rarely, as under `optax.MultiSteps`.
 - `condition` (0 or 1), `ratio`, `distance` (7 digits), `constrained`: those of

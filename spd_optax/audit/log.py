@@ -143,6 +143,7 @@ class AuditLog:
         go back to where a checkpoint was, and supersedes the records that it goes through again.
       opt_state: the optimizer state after the step, with SPD in it at any depth.
       metrics: the user's own numbers by name: loss, accuracy on the new data and on the old, ...
+        The log adds those of a budget: spd/budget, spd/drift and spd/strength.
 
     Raises:
       TypeError: if there is no state of SPD; naming every metric that is no number.

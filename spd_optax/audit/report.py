@@ -149,6 +149,8 @@ def _budgets(series: Series) -> dict[str, BudgetCurves]:
   for name in series.metrics:
     if match := OWN.fullmatch(name):
       start, of = name.removesuffix('budget'), match[1]
+      if not {start + 'drift', start + 'strength'} <= set(series.metrics):
+        continue  # a metric of the user's own
       (steps, budget), (_, drift), (_, strength) = (
         series.metrics[start + each] for each in ('budget', 'drift', 'strength')
       )
