@@ -7,6 +7,7 @@ spd.adam_spd(lr, anchor)                                    # the same, with Ada
 
 from spd_optax.anchors import interpolate
 from spd_optax.audit import AuditLog
+from spd_optax.baseline import baseline_state
 from spd_optax.budgets import (
   Budget,
   BudgetState,
@@ -53,6 +54,7 @@ __all__ = [
   'SignificantProjection',
   'WithProjectionDecayState',
   'adam_spd',
+  'baseline_state',
   'cosine_from_base',
   'drop_anchor',
   'fingerprint',

@@ -72,6 +72,41 @@ REPORTS: Table = [
     ),
   )
 ]
+BASELINE: Table = [
+  (
+    'baseline_state.params',
+    lambda: spd.baseline_state({'enc': 'x'}, 0, 1),
+    TypeError,
+    "params & enc: .*'x'",
+  ),
+  (
+    'baseline_state.anchor',
+    lambda: spd.baseline_state(PARAMS, None, 1),
+    TypeError,
+    'anchor: expected the pre-trained weights, found None',
+  ),
+  (
+    'baseline_state.anchor',
+    lambda: spd.baseline_state(PARAMS, {'enc': 0}, 1),
+    ValueError,
+    'anchor & head',
+  ),
+  ('baseline_state.count', lambda: spd.baseline_state(PARAMS, 0, -1), ValueError, 'count: .*-1'),
+  ('baseline_state.count', lambda: spd.baseline_state(PARAMS, 0, 1.5), ValueError, 'count: .*1.5'),
+  ('baseline_state.count', lambda: spd.baseline_state(PARAMS, 0, 'x'), TypeError, "count: .*'x'"),
+  (
+    'baseline_state.stack_axis',
+    lambda: spd.baseline_state(PARAMS, 0, 1, stack_axis='0'),
+    ValueError,
+    "enc/k: .*'0'",
+  ),
+  (
+    'baseline_state.group',
+    lambda: spd.baseline_state(PARAMS, 0, 1, group=3),
+    TypeError,
+    'group: .*int 3',
+  ),
+]
 JSON = 'hyperparameters & finite number, a string, None'
 AUDIT: Table = [
   (

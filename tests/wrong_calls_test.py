@@ -12,7 +12,7 @@ import wrong_calls
 import wrong_calls_of_states as states
 from wrong_calls import LEAVES, PARAMS, Row
 from wrong_calls_of_budgets import BUDGETS
-from wrong_calls_of_reports import AUDIT, REPORTS
+from wrong_calls_of_reports import AUDIT, BASELINE, REPORTS
 from wrong_calls_of_states import EXCHANGE, LOADING
 
 import spd_optax as spd
@@ -29,6 +29,7 @@ RESULTS = {
 ADAMS = ('b1', 'b2', 'eps', 'eps_root', 'mu_dtype', 'nesterov')
 OTHERS = {('adam_spd', name) for name in ADAMS} | {
   ('advise', 'run'), ('advise', 'patience'), ('AuditLog', 'moving_anchor'), ('AuditLog', 'fsync'),
+  ('AuditLog', 'baseline'),
   ('scalars', 'prefix'),
 }  # fmt: skip
 CALLS = {
@@ -45,7 +46,7 @@ def rows():
   for mistake, (anchor, fragments) in LEAVES.items():
     call = lambda anchor=anchor: spd.interpolate(anchor, PARAMS, 0.5)  # noqa: E731
     yield Row('interpolate', 'anchor', mistake, call, ValueError, fragments)
-  for name, call, error, fragments in [*EXCHANGE, *LOADING, *REPORTS, *AUDIT, *BUDGETS]:
+  for name, call, error, fragments in [*EXCHANGE, *LOADING, *REPORTS, *BASELINE, *AUDIT, *BUDGETS]:
     function, _, argument = name.rpartition('.')
     yield Row(function, argument, fragments, call, error, fragments)
 

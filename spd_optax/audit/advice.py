@@ -66,7 +66,9 @@ class Watcher:
   def __init__(self, header: Header, patience: int = PATIENCE):
     self.layers, self.norms = header.layers, np.array(header.anchor.norms, float)
     source, captured = header.anchor.source, header.anchor.captured
-    self.expects_start = source is None if captured is None else captured
+    self.baseline = header.baseline
+    captures = source is None if captured is None else captured
+    self.expects_start = captures and not self.baseline
     self.patience = patience
     self.base: Record | None = None  # what the next records are compared with
     self.given: set[str] = set()
@@ -74,7 +76,8 @@ class Watcher:
   def see(self, record: Record) -> list[Advice]:
     """What is to be said for the first time after this record."""
     found = self._of_start(record) if self.base is None else {}
-    if _age(record) >= self.patience and not record.constrained.any():
+    silent = not (self.baseline or record.constrained.any())
+    if silent and _age(record) >= self.patience:
       drifts = [x for name, x in record.metrics.items() if DRIFT.fullmatch(name)]
       if not drifts:
         found['never held'] = {'updates': _age(record)}

@@ -18,6 +18,7 @@ The first line is the header:
   other: 'layers/kernel[0]', 'layers/kernel[1]', ...
 - `states`: how many of the layers are in each state of SPD; several numbers only for an optimizer
   with several states (`optax.partition`). The layers of one state stand in a row.
+- `baseline`: whether the run is one without SPD; false where it is missing.
 
 Every other line is a record:
 
@@ -84,6 +85,7 @@ class Header(msgspec.Struct, frozen=True):
   anchor: Anchor
   layers: list[str]
   states: list[Count]
+  baseline: bool = False
 
   def __post_init__(self) -> None:
     for name, count in (('anchor.norms', len(self.anchor.norms)), ('states', sum(self.states))):

@@ -71,6 +71,7 @@ class AuditLog:
     captured: True says that the anchor is the params at the first update (`anchor=None`), False
       that it was passed, None neither. A warning that training does not start at the anchor is
       then given only if `source` is None, too.
+    baseline: whether the run is one without SPD, whose records are of `baseline_state`.
     moving_anchor: whether the anchor is meant to change (`anchor_ema`, `reanchor`). A log is then
       continued with another, and there are no relative distances.
     stack_axis, group: the transformation's own; only for relative distances, see `layer_report`.
@@ -97,6 +98,7 @@ class AuditLog:
     hyperparameters: Mapping[str, Any] | None = None,
     source: str | os.PathLike[str] | None = None,
     captured: bool | None = None,
+    baseline: bool = False,
     moving_anchor: bool = False,
     stack_axis: StackAxis = None,
     group: Group = None,
@@ -120,6 +122,7 @@ class AuditLog:
     ]
     checks.raise_all(problems, 'AuditLog:', TypeError)
     self._run: dict[str, Any] = {'transform': transform, 'hyperparameters': plain}
+    self._run['baseline'] = bool(baseline)
     moving = bool(moving_anchor)
     self._anchor: dict[str, Any] = {'source': source, 'captured': captured, 'moving': moving}
     self._stack_axis, self._group = stack_axis, group
@@ -381,7 +384,9 @@ def _compare(path: Path, in_file: Header, now: Header) -> None:
 
 def _facts(header: Header) -> dict[str, object]:
   """What must not differ, by name."""
-  found = {name: getattr(header, name) for name in ('transform', 'hyperparameters', 'states')}
+  found = {
+    name: getattr(header, name) for name in ('transform', 'hyperparameters', 'baseline', 'states')
+  }
   for name in ('source', 'captured', 'moving', 'fingerprint'):
     found[f'anchor {name}'] = getattr(header.anchor, name)
   return found | {f'layer {name}': f'layer {i}' for i, name in enumerate(header.layers)}

@@ -67,6 +67,7 @@ class Series:
     shown = [records[i] for i in np.unique(at)]
     self.name = name or run.path.stem
     self.layers, self.norms, self.last = run.layers, run.norms, records[-1]
+    self.baseline = run.header.baseline
     self.states = run.header.states  # layers in each
     self.step = np.array([record.step for record in shown])
     self.distance = np.array([record.distance for record in shown])
@@ -192,7 +193,9 @@ def verdict(series: Series) -> str:
   """What SPD did in a run, in words."""
   last, share = series.last, 100 * series.share
   updates = int(last.updates.max(initial=0))
-  if not last.constrained.any():
+  if series.baseline and not last.constrained.any():
+    text = f'A run of {updates} updates without SPD.'
+  elif not last.constrained.any():
     text = f"No layer was held in {updates} updates: this run equals its inner optimizer's. "
     if _budgets(series):
       text += 'The budget left all layers free.'
