@@ -4,6 +4,7 @@ import inspect
 import sys
 
 import chex
+import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,6 +87,13 @@ def npz(path, tree):
   return path.with_suffix('.npz')
 
 
+def h5(path, tree):
+  with h5py.File(path.with_suffix('.h5'), 'w') as file:
+    for name, array in named(tree).items():
+      file[name] = array
+  return path.with_suffix('.h5')
+
+
 FORMATS = [
   orbax_v1,
   orbax_standard,
@@ -95,8 +103,9 @@ FORMATS = [
   safetensors_shards,
   msgpack,
   npz,
+  h5,
 ]
-FILES = [safetensors, msgpack, npz]
+FILES = [safetensors, msgpack, npz, h5]
 each_format = pytest.mark.parametrize('save', FORMATS)
 each_kind = pytest.mark.parametrize('save', [orbax_v1, *FILES])  # where all read the same way
 each_file = pytest.mark.parametrize('save', FILES)
@@ -279,6 +288,7 @@ def test_paths_that_differ_in_a_dot_alone(names, tmp_path):
     ('orbax.checkpoint', orbax_v1),
     ('safetensors', safetensors),
     ('flax.serialization', msgpack),
+    ('h5py', h5),
   ],
 )
 def test_a_missing_library_is_named(module, save, tmp_path, monkeypatch):
@@ -351,3 +361,124 @@ def test_a_bucket_goes_to_epath(monkeypatch):
   assert seen == ['gs://bucket/model']
   with pytest.raises(ValueError, match='ftp://a/b: cannot be read'):
     spd.load_anchor('ftp://a/b', {'kernel': jnp.zeros(2)})
+
+
+PARAMS = {
+  'encoder': {
+    'dense': {'kernel': np.arange(12.0).reshape(3, 4), 'bias': np.arange(4.0)},
+    'query': {'kernel': np.arange(18.0).reshape(3, 2, 3), 'bias': np.arange(6.0).reshape(2, 3)},
+    'conv': {'kernel': np.arange(24.0).reshape(2, 2, 2, 3)},
+  },
+  'shared': np.arange(6.0).reshape(2, 3),
+  'tied': np.arange(6.0).reshape(2, 3),
+  'head': np.ones(2),
+}
+IN_TORCH = {
+  'encoder.layer.0.dense.weight': PARAMS['encoder']['dense']['kernel'].T,
+  'encoder.layer.0.dense.bias': PARAMS['encoder']['dense']['bias'],
+  'encoder.layer.0.query.weight': PARAMS['encoder']['query']['kernel'].reshape(3, 6).T,
+  'encoder.layer.0.query.bias': PARAMS['encoder']['query']['bias'].ravel(),
+  'conv.weight': PARAMS['encoder']['conv']['kernel'].transpose(3, 2, 0, 1),
+  'shared.weight': PARAMS['shared'],
+  'pooler.weight': np.ones((2, 2)),
+}
+
+
+def in_torch(path):
+  """The names and axes of a PyTorch model, as a user would write it."""
+  names = {
+    'encoder/conv/kernel': ('conv.weight', (2, 3, 1, 0)),
+    'head': None,
+    'shared': 'shared.weight',
+    'tied': 'shared.weight',
+  }
+  if path in names:
+    return names[path]
+  path = path.replace('encoder', 'encoder.layer.0').replace('/', '.')
+  if path.endswith('kernel'):
+    return path.replace('kernel', 'weight'), (1, 0)
+  return (path, (0,)) if 'query' in path else path
+
+
+def torch_file(tmp_path, key=''):
+  arrays = {key + name: np.ascontiguousarray(x, np.float32) for name, x in IN_TORCH.items()}
+  save_file(arrays, tmp_path / 'torch.safetensors')
+  return tmp_path / 'torch.safetensors'
+
+
+@pytest.mark.parametrize('key', ['', 'model.'])
+@pytest.mark.parametrize('as_dict', [False, True], ids=['function', 'dict'])
+def test_names_and_layouts_of_pytorch(as_dict, key, tmp_path):
+  """Catches a kernel that is not transposed, heads that are split otherwise, and a tied copy."""
+  rename = {path: in_torch(path) for path in named(PARAMS)} if as_dict else in_torch
+  path = torch_file(tmp_path, key)
+  with pytest.warns(UserWarning, match='same leaves') as caught:
+    anchor = spd.load_anchor(path, zeros(PARAMS), rename=rename, key=key)
+  chex.assert_trees_all_equal(anchor, jax.tree.map(jnp.asarray, PARAMS | {'head': None}))
+  message = str(caught[0].message)
+  assert 'head: in the params' in message
+  assert 'pooler/weight: in the checkpoint' in message
+  assert 'dense' not in message
+
+
+def test_a_renamed_leaf_lies_where_the_param_does(tmp_path):
+  """Catches a transposed leaf that stays on one device, or in the file's dtype."""
+  mesh = jax.make_mesh((4,), ('model',), axis_types=(jax.sharding.AxisType.Auto,))
+  put = NamedSharding(mesh, PartitionSpec(None, 'model'))
+  like = {'kernel': jax.ShapeDtypeStruct((3, 4), jnp.bfloat16, sharding=put)}
+  rename = {'kernel': ('encoder.layer.0.dense.weight', (1, 0))}
+  with pytest.warns(UserWarning, match='same leaves'):
+    anchor = spd.load_anchor(torch_file(tmp_path), like, rename=rename)
+  assert anchor['kernel'].sharding == put
+  assert anchor['kernel'].dtype == jnp.bfloat16
+  np.testing.assert_array_equal(anchor['kernel'], PARAMS['encoder']['dense']['kernel'])
+
+
+def test_what_rename_gets_wrong_is_one_error(tmp_path):
+  """Catches a name that is not there and leaves its param free, or axes that do not fit."""
+  like = zeros(PARAMS['encoder']['dense'])
+  path = torch_file(tmp_path)
+  with pytest.raises(ValueError, match='not there') as caught:
+    spd.load_anchor(path, like, rename=lambda path: f'dense.{path}')
+  assert 'kernel: dense/kernel' in str(caught.value)
+  assert 'bias: dense/bias' in str(caught.value)
+  assert 'encoder/layer/0/dense/weight' in str(caught.value)
+  dense = 'encoder.layer.0.dense.weight'
+  for axes in [(0,), (0, 0), (0, 2)]:
+    with pytest.raises(
+      ValueError, match=r'kernel: .*\[3, 4\], .*\[4, 3\], transposed by'
+    ) as caught:
+      spd.load_anchor(path, {'kernel': jnp.zeros((3, 4))}, rename={'kernel': (dense, axes)})
+  with pytest.raises(ValueError, match=r'kernel: .*\[3, 4\], .*\[4, 3\]$'):
+    spd.load_anchor(path, {'kernel': jnp.zeros((3, 4))}, rename={'kernel': dense})
+
+
+def test_weights_as_keras_saves_them(tmp_path):
+  """Catches names and groups of a file that Keras wrote."""
+  with h5py.File(tmp_path / 'model.weights.h5', 'w') as file:  # as keras 3.15 lays it out
+    file['layers/dense/vars/0'] = np.float32(PARAMS['encoder']['dense']['kernel'])
+    file['layers/dense/vars/1'] = np.float32(PARAMS['encoder']['dense']['bias'])
+    file.create_group('layers/dropout/vars')
+    file['_layer_checkpoint_dependencies'] = h5py.SoftLink('/layers')
+  rename = {'dense/kernel': 'layers/dense/vars/0', 'dense/bias': 'layers/dense/vars/1'}
+  like = zeros({'dense': PARAMS['encoder']['dense']})
+  anchor = spd.load_anchor(tmp_path / 'model.weights.h5', like, rename=rename, strict=True)
+  chex.assert_trees_all_equal(
+    anchor['dense'], jax.tree.map(jnp.asarray, PARAMS['encoder']['dense'])
+  )
+
+
+def test_a_file_that_points_to_another_is_refused(tmp_path):
+  """Catches a checkpoint from outside that reads a file of the user's."""
+  (tmp_path / 'secret').write_bytes(np.ones(4, np.float32).tobytes())
+  with h5py.File(tmp_path / 'a.h5', 'w') as file:
+    outside = [(str(tmp_path / 'secret'), 0, 16)]
+    file.create_dataset('bias', (4,), np.float32, external=outside)
+  with pytest.raises(ValueError, match='bias: its values are in another file'):
+    spd.load_anchor(tmp_path / 'a.h5', {'bias': jnp.zeros(4)})
+  with h5py.File(tmp_path / 'b.h5', 'w') as file:
+    file['bias'] = h5py.ExternalLink(str(tmp_path / 'c.h5'), 'bias')
+  with h5py.File(tmp_path / 'c.h5', 'w') as file:
+    file['bias'] = np.ones(4, np.float32)
+  with pytest.raises(ValueError, match='none of the params'):
+    spd.load_anchor(tmp_path / 'b.h5', {'bias': jnp.zeros(4)})

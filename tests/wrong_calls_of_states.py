@@ -327,6 +327,36 @@ LOADING: Table = [
     "none .*under 'a'",
   ),
   (
+    'load_anchor.rename',
+    lambda: spd.load_anchor(NPZ, PARAMS, rename='x'),
+    TypeError,
+    "rename: .*function, a dict.*'x'",
+  ),
+  (
+    'load_anchor.rename',
+    lambda: spd.load_anchor(NPZ, PARAMS, rename=lambda path: 3),
+    TypeError,
+    f'rename: .*axes & {ALL} & int 3',
+  ),
+  (
+    'load_anchor.rename',
+    lambda: spd.load_anchor(NPZ, PARAMS, rename=lambda path: (path, 'ab')),
+    TypeError,
+    f'rename: .*axes & {ALL}',
+  ),
+  (
+    'load_anchor.rename',
+    lambda: spd.load_anchor(NPZ, PARAMS, rename={'no': 'enc'}),
+    ValueError,
+    'not the path of a param .*enc/k & no',
+  ),
+  (
+    'load_anchor.rename',
+    lambda: spd.load_anchor(NPZ, PARAMS, rename=lambda path: f'x/{path}'),
+    ValueError,
+    'entries that are not there & enc/k: x/enc/k',
+  ),
+  (
     'load_anchor.strict',
     lambda: spd.load_anchor(NPZ, {'enc': {'k': jnp.ones((2, 3))}, 'new': 1.0}, strict=True),
     ValueError,
