@@ -14,11 +14,14 @@ HERE = pathlib.Path(__file__).parents[1] / 'examples' / 'stacks'
 RECIPES = sorted(path.stem for path in HERE.glob('with_*.py'))
 # The module that a stack's package has, where it is not called as the recipe.
 MODULES = {
+  'with_easydel': ['easydel', 'torch'],
   'with_equinox': ['equinox'],
+  'with_gemma': ['gemma'],
   'with_haiku': ['haiku'],
   'with_jimm': ['jimm', 'huggingface_hub'],
   'with_kauldron': ['kauldron'],
   'with_keras': ['keras', 'h5py'],
+  'with_maxtext': ['maxtext'],
   'with_tunix': ['tunix'],
 }
 

@@ -1,20 +1,21 @@
-"""Kauldron: `kd.train.Trainer` from loaded weights, resumed by its own checkpointer.
+"""Kauldron: `kd.train.Trainer` from loaded weights, resumed by its checkpointer; and by a konfig.
 
 Tried with kauldron 1.4.2, flax 0.12.8, jax 0.10.2, optax 0.2.8:
 
     python -m pip install -e . kauldron && python examples/stacks/with_kauldron.py
 
-The one line that changes is `optimizer=`. A konfig file can say it, too: every argument here is a
-number, a string or a dict of them.
+The one line that changes is marked below, as Python and as konfig. A konfig takes no functions, so
+say `free`, `stack_axis` and `group` by patterns.
 """
 
+import json
 import tempfile
 
 import checks
 import jax
 import numpy as np
 from flax import linen as nn
-from kauldron import kd
+from kauldron import kd, konfig
 
 import spd_optax as spd
 
@@ -52,7 +53,22 @@ class Load(kd.ckpts.InitTransform):
     return state.replace(params=jax.device_put(self.params, places))
 
 
-def trainer(pretrained=None, folder=None, stop=None):
+# optimizer = optax.adam(1e-2)
+optimizer = spd.adam_spd(1e-2, free='head')
+
+
+def configured():
+  """The same from a konfig, which was written to JSON and read again."""
+  with konfig.imports():
+    import spd_optax as spd
+  # config = konfig.ConfigDict({'optimizer': optax.adam(1e-2)})
+  config = konfig.ConfigDict({'optimizer': spd.adam_spd(1e-2, free='head')})
+  read = konfig.ConfigDict(json.loads(config.to_json()))
+  assert read == config
+  return konfig.resolve(read)['optimizer']
+
+
+def trainer(pretrained=None, folder=None, stop=None, optimizer=optimizer):
   """A trainer that saves every second step."""
   return kd.train.Trainer(
     seed=0,
@@ -65,8 +81,7 @@ def trainer(pretrained=None, folder=None, stop=None):
     model=Net(),
     train_losses={'l2': kd.losses.L2(preds='preds', targets='batch.y')},
     schedules={},
-    # optimizer=optax.adam(1e-2),
-    optimizer=spd.adam_spd(1e-2, free='head'),
+    optimizer=optimizer,
     checkpointer=kd.ckpts.Checkpointer(save_interval_steps=2),
     **({} if pretrained is None else {'init_transform': Load(pretrained)}),
   )
@@ -85,7 +100,10 @@ def main() -> None:
   assert trainer(folder=folder).checkpointer.latest_step > 0
   resumed, _ = trainer(pretrained, folder).train()
 
+  by_konfig, _ = trainer(pretrained, optimizer=configured()).train()
+
   checks.assert_equal(resumed, whole)
+  checks.assert_equal(by_konfig, whole)
   checks.assert_anchor(whole.opt_state, pretrained['body'], whole.params['body'])
   checks.assert_layers(whole.opt_state, ['body/bias', 'body/kernel'])
 
