@@ -2,7 +2,7 @@
 
     python examples/compare.py           # ten tasks of five kinds; resumes where it was interrupted
     python examples/compare.py --quick   # three tasks, a few steps: does it run?
-    python examples/compare.py --real    # four tasks of larger models; best on a GPU
+    python examples/compare.py --real    # five tasks of larger models; best on a GPU
 
 Each of the ten tasks has a model that is pre-trained on something old and learns something new from
 a few examples. Every method trains on the same examples in the same order, at four learning
@@ -11,7 +11,7 @@ with its own pre-trained model, training examples and batch order). What a metho
 in the tables is chosen on in-distribution validation data alone; *oracle* columns
 show the configuration with the best mean of both test scores, which no one can choose.
 
-With --real there are two kinds. Three tasks have models that are loaded from packages: each seed
+With --real there are two kinds. Four tasks have models that are loaded from packages: each seed
 has its own examples, batch order and linear probe to start from. The models of `letters_vit`, of
 3.5 million weights, are pre-trained here, one for each seed. All have three seeds, rates of their
 own over a range of 30 to 100, a warm-up over a tenth of the steps and a cosine decay.
@@ -59,6 +59,7 @@ REAL = {
   'minilm_tense': 'minilm',
   'minilm_voice': 'minilm',
   'handwriting': 'efficientnet',
+  'digits_by_hand': 'efficientnet',
   'letters_vit': 'printed',
 }
 QUICK = ('digits_mlp', 'code_to_prose', 'tumours')

@@ -66,7 +66,8 @@ def layer_report(
   Call it outside jit. With several processes, call it in all of them.
 
   Args:
-    opt_state: the state of any optimizer with SPD in it, at any depth, also several times.
+    opt_state: the state of any optimizer with SPD in it, at any depth, also several times, or
+      what `nnx.split` makes of one.
     stack_axis: the `stack_axis` of the transformation. Only the relative distance needs it, and
       only if two axes of a leaf are as long as its stack.
     group: the `group` of the transformation. Only the relative distance of groups needs it.
@@ -174,7 +175,8 @@ def scalars(
 
 def states_in(opt_state: optax.OptState, name: str) -> States:
   """Finds every `ProjectionDecayState` in an optimizer state; see `_plain`."""
-  found = [_plain(x) for x in states_of(opt_state, name)]
+  joined = jax.tree.map(_joined, opt_state, is_leaf=_is_split)
+  found = [_plain(x) for x in states_of(joined, name)]
   for state in found:
     if isinstance(state.count, jax.core.Tracer | jax.ShapeDtypeStruct):
       raise TypeError(f'{name}: call it outside jit, with the state that a step returned')
@@ -184,6 +186,22 @@ def states_in(opt_state: optax.OptState, name: str) -> States:
         '(vmap over seeds, or pmap); pass a part: jax.tree.map(lambda x: x[0], opt_state)'
       )
   return found
+
+
+def _is_split(node: object) -> bool:
+  """Whether a node has the fields of a state by name, without those that are empty."""
+  always = {'count', *PER_LAYER}
+  return isinstance(node, Mapping) and always <= set(node) <= {*ProjectionDecayState._fields}
+
+
+def _joined(node: Any) -> Any:
+  """The state again of which `nnx.split` made a mapping; any other node as it is."""
+  if not _is_split(node):
+    return node
+  fields = {'anchor': {}, 'rule_state': {}, **node}
+  if 'budget_state' in fields:
+    fields['budget_state'] = BudgetState(**fields['budget_state'])
+  return ProjectionDecayState(**fields)
 
 
 def _plain(state: ProjectionDecayState) -> ProjectionDecayState:

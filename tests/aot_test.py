@@ -15,7 +15,7 @@ import pytest
 from host_memory import like_an_accelerator
 
 import spd_optax as spd
-from benchmarks import compiled, methods, shapes
+from benchmarks import at_scale, compiled, methods, shapes
 
 pytestmark = pytest.mark.aot
 
@@ -124,6 +124,17 @@ def test_bytes_per_parameter(make, options, expected, monkeypatch):
   per_parameter = 4 / one.param_bytes
   found = one.argument_bytes * per_parameter, one.host_bytes * per_parameter
   np.testing.assert_allclose(found, expected, rtol=0.01)
+
+
+@pytest.mark.parametrize(('name', 'packets'), [('v5p-64', 2), ('8 H100', 1)])
+def test_seven_billion_parameters(name, packets):
+  """Catches a gathered param, an all-reduce a layer, and a third sweep over stacked layers."""
+  run = at_scale.RUNS[name]
+  tx, target = at_scale.adam_spd(anchor_dtype=jnp.bfloat16), compiled.TARGETS[run.target]
+  one, _ = compiled.compile_step(tx, at_scale.SHAPES, target, axes=run.axes, specs=at_scale.SPECS)
+  assert 7.4 < one.passes <= 11.1
+  assert [kind for kind, _, _ in one.collectives] == ['all-reduce'] * packets
+  assert sum(size for _, _, size in one.collectives) < 4000
 
 
 def test_adam_is_seven_passes():

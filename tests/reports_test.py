@@ -212,8 +212,25 @@ def test_the_boxes_of_nnx_are_opened():
   optimizer.update(model, nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 4)))))(model))
   assert [record.name for record in spd.layer_report(optimizer.opt_state)] == ['bias', 'kernel']
   with pytest.raises(TypeError, match='found State') as error:
-    spd.layer_report(nnx.state(optimizer))  # catches a dump of the state in the message
+    spd.layer_report(nnx.state(model))  # catches a dump of the state in the message
   assert len(str(error.value)) < 250
+
+
+@pytest.mark.parametrize('strength', [1.0, spd.within_distance(0.5)], ids=['fixed', 'budget'])
+@pytest.mark.parametrize('rule', [None, spd.SignificantProjection()], ids=['paper', 'significant'])
+def test_a_state_that_nnx_has_split(rule, strength):
+  """Catches a report that finds no state in what MaxText's loop returns, or mixes its numbers."""
+  nnx = pytest.importorskip('flax.nnx')
+  model = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+  options = {} if rule is None else {'rule': rule}
+  optimizer = nnx.Optimizer(model, spd.adam_spd(0.1, strength=strength, **options), wrt=nnx.Param)
+  for _ in range(3):
+    optimizer.update(model, nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 4)))))(model))
+  _, split = nnx.split(optimizer)
+  assert spd.layer_report(split) == spd.layer_report(optimizer.opt_state)
+  assert spd.scalars(split) == spd.scalars(optimizer.opt_state)
+  with pytest.raises(TypeError, match='expected the state of an optimizer with SPD'):
+    spd.drop_anchor(split)  # what it cannot change it does not pass over
 
 
 def test_names_come_in_natural_order_whatever_the_order_in_the_state():

