@@ -72,7 +72,7 @@ def show(title: str, results: Results) -> None:
 def write_json(path: Path, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:
   """Writes settings, results and the versions that made them."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  names = ('jax', 'jaxlib', 'optax', 'flax', 'transformers', 'spd_optax')
+  names = ('jax', 'jaxlib', 'optax', 'flax', 'spd_optax')
   versions = {name: metadata.version(name) for name in names} | {
     'python': platform.python_version()
   }
