@@ -2,12 +2,13 @@
 
 tests/data has them as torch 2.13.0 (CPU) and transformers 4.57.6 made them:
 
-    python tests/pytorch_models.py
+    python tests/pytorch_models.py FOLDER
 
-and data/vit/flax_model.msgpack is `FlaxViTForImageClassification.from_pretrained('tests/data/vit')`
-of that version, saved by `save_pretrained`.
+with all-MiniLM-L6-v2 unpacked in the folder. `FlaxViTForImageClassification` of that version has
+read data/vit, and has saved itself there as flax_model.msgpack.
 """
 
+import sys
 from pathlib import Path
 
 T5 = {'vocab_size': 20, 'd_model': 8, 'd_kv': 2, 'num_heads': 3, 'd_ff': 10, 'num_layers': 2}
@@ -16,6 +17,7 @@ T5 |= {'num_decoder_layers': 1, 'dropout_rate': 0.0}
 GATED = {'feed_forward_proj': 'gated-gelu', 'tie_word_embeddings': False}
 VIT = {'hidden_size': 12, 'num_hidden_layers': 2, 'num_attention_heads': 3, 'num_channels': 2}
 VIT |= {'intermediate_size': 10, 'image_size': 8, 'patch_size': 4, 'num_labels': 7}
+TEXTS = ['That is a happy person', 'That is a very happy person', 'Shares fell on Monday.']
 
 
 def record(name, folder):
@@ -43,6 +45,24 @@ def record(name, folder):
   save_file({**inputs, 'logits': logits}, folder / 'answers.st')
 
 
+def record_minilm(weights, file):
+  """Saves the means of the hidden states of some texts."""
+  import torch
+  import transformers
+  from safetensors.torch import save_file
+
+  tokens = transformers.AutoTokenizer.from_pretrained(weights)(
+    TEXTS, padding=True, return_tensors='pt'
+  )
+  model = transformers.BertModel.from_pretrained(weights, add_pooling_layer=False)
+  with torch.no_grad():
+    states = model.eval()(**tokens).last_hidden_state
+  seen = tokens['attention_mask'][:, :, None]
+  save_file({'means': (states * seen).sum(1) / seen.sum(1)}, file)
+
+
 if __name__ == '__main__':
+  data = Path(__file__).parent / 'data'
   for name in ('t5_relu', 't5_gated', 'vit'):
-    record(name, Path(__file__).parent / 'data' / name)
+    record(name, data / name)
+  record_minilm(sys.argv[1], data / 'minilm.st')
