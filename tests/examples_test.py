@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import chex
+import jax
 import numpy as np
 import optax
 import pytest
@@ -67,7 +68,10 @@ def test_vit_example_measures_each_method(run):
 
 def test_each_seed_has_a_model_of_its_own(run):
   """Catches copies of one pre-trained model, and a seed that starts from another's."""
-  first, second = (finetune_vit.load(str(run[0] / 'foundation' / name))[1] for name in '01')
+  loaded = [finetune_vit.load(str(run[0] / 'foundation' / name)) for name in '01']
+  for model, anchor in loaded:
+    chex.assert_trees_all_equal(anchor, model.params)  # the head has an anchor, too
+  first, second = (anchor for _, anchor in loaded)
   assert not np.array_equal(first['classifier']['kernel'], second['classifier']['kernel'])
   assert max(x for row in run[1].values() for x in row['moved']) < 50
 
@@ -86,39 +90,42 @@ def test_a_checkpoint_serves_all_seeds(run, tmp_path):
   assert first != pytest.approx(second, rel=1e-2)
 
 
-def test_a_vit_says_what_pytorch_says():
-  """Catches weights under another part's name, transposed, or under another norm or activation."""
+@pytest.fixture(scope='module')
+def recorded():
   config, tensors, _ = checkpoints.read(str(VIT))
-  model = checkpoints.split(vit.ViT(config, 7, nnx.Rngs(0)), config)
-  model = checkpoints.filled(model, tensors)
+  abstract = nnx.eval_shape(lambda: vit.ViT(config, 7, nnx.Rngs(0)))
+  return checkpoints.filled(checkpoints.split(abstract, config), tensors), tensors
+
+
+def test_a_vit_says_what_pytorch_says(recorded):
+  """Catches weights under another part's name, transposed, or under another norm or activation."""
+  model, _ = recorded
   answers = load_file(VIT / 'answers.st')
-  logits = model(answers['pixel_values'].transpose(0, 2, 3, 1), params=model.params)
+  logits = jax.jit(model)(answers['pixel_values'].transpose(0, 2, 3, 1), params=model.params)
   np.testing.assert_allclose(logits, answers['logits'], atol=1e-5)
 
 
-def test_what_is_written_is_what_was_read(tmp_path):
+def test_what_is_written_is_what_was_read(recorded, tmp_path):
   """Catches files that only this code can read: PyTorch's names, layouts and metadata."""
-  config, tensors, _ = checkpoints.read(str(VIT))
-  model = checkpoints.split(vit.ViT(config, 7, nnx.Rngs(0)), config)
-  checkpoints.write(tmp_path, checkpoints.filled(model, tensors))
+  model, tensors = recorded
+  checkpoints.write(tmp_path, model)
   chex.assert_trees_all_equal(load_file(tmp_path / 'model.safetensors'), tensors)
-  assert json.loads((tmp_path / 'config.json').read_text()) == config
+  assert json.loads((tmp_path / 'config.json').read_text()) == model.config
   with safe_open(tmp_path / 'model.safetensors', 'numpy') as file:
     assert file.metadata() == {'format': 'pt'}
 
 
-def test_a_checkpoint_that_does_not_fit_is_an_error():
+def test_a_checkpoint_that_does_not_fit_is_an_error(recorded):
   """Catches weights that stay random because their names or shapes are others."""
-  config, tensors, _ = checkpoints.read(str(VIT))
-  model = checkpoints.split(vit.ViT(config, 7, nnx.Rngs(0)), config)
-  weight = tensors.pop('vit.layernorm.weight')
+  model, tensors = recorded
+  name = 'vit.layernorm.weight'
   with pytest.raises(ValueError, match=r'no safetensors with "vit\.layernorm\.weight"'):
-    checkpoints.filled(model, tensors)
+    checkpoints.filled(model, {key: x for key, x in tensors.items() if key != name})
   with pytest.raises(ValueError, match=r'vit\.layernorm\.weight: the shape \(1,\)'):
-    checkpoints.filled(model, tensors | {'vit.layernorm.weight': weight[:1]})
+    checkpoints.filled(model, tensors | {name: tensors[name][:1]})
 
 
-def test_a_head_with_other_classes_is_new_and_free(run):
+def test_a_head_with_other_classes_is_new_and_free():
   """Catches an anchor that holds a new head to its random initialization."""
   model, anchor = finetune_vit.load(str(VIT))
   assert model.params['classifier']['kernel'].shape == (12, digits.CLASSES)
@@ -132,9 +139,6 @@ def test_a_head_with_other_classes_is_new_and_free(run):
   assert 'vit~layernorm~scale' in names
   assert not any(name.startswith('classifier') for name in names)
 
-  model, anchor = finetune_vit.load(str(run[0] / 'foundation' / '0'))
-  chex.assert_trees_all_equal(anchor, model.params)
-
 
 def test_a_pytorch_file_is_no_anchor_by_itself():
   """Catches weights that are read transposed; only the biases have Flax's names."""
@@ -143,12 +147,11 @@ def test_a_pytorch_file_is_no_anchor_by_itself():
     spd.load_anchor(VIT / 'model.safetensors', model.params)
 
 
-def test_a_checkpoint_of_transformers_flax_models_is_an_anchor():
+def test_a_checkpoint_of_transformers_flax_models_is_an_anchor(recorded):
   """Catches a file by transformers' Flax ViT that load_anchor reads otherwise than it was meant."""
-  config, tensors, _ = checkpoints.read(str(VIT))
-  model = checkpoints.split(vit.ViT(config, 7, nnx.Rngs(0)), config)
+  model, _ = recorded
   anchor = spd.load_anchor(VIT / 'flax_model.msgpack', model.params, strict=True)
-  chex.assert_trees_all_equal(anchor, checkpoints.filled(model, tensors).params)
+  chex.assert_trees_all_equal(anchor, model.params)
 
 
 def test_progress_shows_without_a_terminal(capsys):
