@@ -170,7 +170,7 @@ def buckets(length: int, count: int, most: int, both_ways: bool) -> np.ndarray:
   key, query = np.meshgrid(np.arange(length), np.arange(length))
   ahead = key - query
   count = count // 2 if both_ways else count
-  far = np.abs(ahead) if both_ways else np.maximum(-ahead, 0)
+  far = np.abs(ahead)  # a decoder sees nothing ahead
   exact = count // 2
   ratio = np.log(np.maximum(far, 1).astype(np.float32) / exact) / math.log(most / exact)
   shared = np.minimum(exact + (ratio * (count - exact)).astype(int), count - 1)
