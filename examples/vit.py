@@ -48,6 +48,8 @@ class ViT(nnx.Module):
   """Images float32[n, size, size, channels] in [−1, 1] -> logits float32[n, classes]."""
 
   def __init__(self, config: Mapping[str, Any], classes: int, rngs: nnx.Rngs):
+    if (act := config.get('hidden_act', 'gelu')) != 'gelu':
+      raise ValueError(f'hidden_act: {act} is not gelu')
     width, self.patch = config['hidden_size'], config['patch_size']
     tokens = 1 + (config['image_size'] // self.patch) ** 2
     # A matrix product: XLA has no fast convolution whose kernel differs from seed to seed.

@@ -116,13 +116,15 @@ def test_what_is_written_is_what_was_read(recorded, tmp_path):
 
 
 def test_a_checkpoint_that_does_not_fit_is_an_error(recorded):
-  """Catches weights that stay random because their names or shapes are others."""
+  """Catches weights that stay random as their names or shapes are others; another activation."""
   model, tensors = recorded
   name = 'vit.layernorm.weight'
   with pytest.raises(ValueError, match=r'no safetensors with "vit\.layernorm\.weight"'):
     checkpoints.filled(model, {key: x for key, x in tensors.items() if key != name})
   with pytest.raises(ValueError, match=r'vit\.layernorm\.weight: the shape \(1,\)'):
     checkpoints.filled(model, tensors | {name: tensors[name][:1]})
+  with pytest.raises(ValueError, match='quick_gelu is not gelu'):
+    vit.ViT(model.config | {'hidden_act': 'quick_gelu'}, 7, nnx.Rngs(0))
 
 
 def test_a_head_with_other_classes_is_new_and_free():
