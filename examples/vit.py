@@ -14,7 +14,7 @@ class Block(nnx.Module):
 
   def __init__(self, config: Mapping[str, Any], rngs: nnx.Rngs):
     width, hidden = config['hidden_size'], config['intermediate_size']
-    linear = functools.partial(nnx.Linear, rngs=rngs)
+    linear = functools.partial(nnx.Linear, kernel_init=initial(config), rngs=rngs)
     parts = {name: linear(width, width) for name in ('query', 'key', 'value')}
     self.heads = config['num_attention_heads']
     self.attention = nnx.Dict(
@@ -37,6 +37,11 @@ class Block(nnx.Module):
     return x + self.output.dense(nnx.gelu(y, approximate=False))
 
 
+def initial(config: Mapping[str, Any]) -> nnx.Initializer:
+  """The weights of a model that is not loaded."""
+  return nnx.initializers.truncated_normal(config.get('initializer_range', 0.02))
+
+
 def norm(config: Mapping[str, Any], rngs: nnx.Rngs) -> nnx.LayerNorm:
   """A layer norm of the model's width."""
   return nnx.LayerNorm(
@@ -54,12 +59,16 @@ class ViT(nnx.Module):
     tokens = 1 + (config['image_size'] // self.patch) ** 2
     # A matrix product: XLA has no fast convolution whose kernel differs from seed to seed.
     projection = nnx.LinearGeneral(
-      (self.patch, self.patch, config['num_channels']), width, axis=(-3, -2, -1), rngs=rngs
+      (self.patch, self.patch, config['num_channels']),
+      width,
+      axis=(-3, -2, -1),
+      kernel_init=initial(config),
+      rngs=rngs,
     )
     self.vit = nnx.Dict(
       embeddings=nnx.Dict(
-        cls_token=nnx.Param(jnp.zeros((1, 1, width))),
-        position_embeddings=nnx.Param(0.02 * rngs.params.normal((1, tokens, width))),
+        cls_token=nnx.Param(initial(config)(rngs.params(), (1, 1, width))),
+        position_embeddings=nnx.Param(initial(config)(rngs.params(), (1, tokens, width))),
         patch_embeddings=nnx.Dict(projection=projection),
       ),
       encoder=nnx.Dict(
@@ -67,7 +76,7 @@ class ViT(nnx.Module):
       ),
       layernorm=norm(config, rngs),
     )
-    self.classifier = nnx.Linear(width, classes, rngs=rngs)
+    self.classifier = nnx.Linear(width, classes, kernel_init=initial(config), rngs=rngs)
 
   def __call__(self, images: jax.Array) -> jax.Array:
     n, size, _, channels = images.shape
