@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
   with training.progress_bar() as bar:
     checkpoint = args.checkpoint or str(args.out / 'foundation')
     if args.checkpoint is None:
-      finetune_vit.pretrain(Path(checkpoint), args.pretrain_steps, bar)
+      finetune_vit.pretrain([Path(checkpoint)], args.pretrain_steps, bar)
     courses = compare(args, checkpoint, bar)
   results = {name: summary(course) for name, course in courses.items()}
   reporting.publish(

@@ -1,85 +1,54 @@
-"""Fine-tune a Flax T5 to fill in Python keywords without forgetting English.
+"""Fine-tune a Flax nnx T5 to fill in Python keywords without forgetting English.
 
     python examples/finetune_t5.py                          # makes its own checkpoint
     python examples/finetune_t5.py --checkpoint DIR_OR_HUB_ID
 
-Without a checkpoint a small byte-level T5 is first trained on English prose by span
-corruption and saved with `save_pretrained`. From there every method fine-tunes on
+A checkpoint is a directory with config.json and model.safetensors, as PyTorch's T5 in
+transformers is saved. Without one a small byte-level T5 is first trained on English
+prose by span corruption and saved so. From there every method fine-tunes on
 the same snippets of Python, in the same order, for several seeds. A T5 from
 elsewhere needs an embedding for every token of its tokenizer; it was not
 pre-trained on this prose, so that "old" then only says how it does on English.
 """
 
 import argparse
+import dataclasses
 import functools
-import inspect
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # its Flax classes announce their end
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, ByT5Tokenizer, FlaxT5ForConditionalGeneration, T5Config
-from transformers.models.t5 import modeling_flax_t5
 
+import checkpoints
 import comparison
 import prose
 import reporting
+import t5
 import training
+from checkpoints import Model
 
 SHOWN = ('pre-trained', 'Adam', 'projection_decay, λ = 10, m = 0.1')  # what generates
 
 
-class NumpyWithOldClip:
-  """jax.numpy, whose `clip` still takes `a_min` and `a_max`."""
-
-  def __getattr__(self, name: str) -> Any:
-    return getattr(jnp, name)
-
-  @staticmethod
-  def clip(x: Any, a_min: Any = None, a_max: Any = None) -> jax.Array:
-    """`jnp.clip` by its old names."""
-    return jnp.clip(x, a_min, a_max)
-
-
-def mend_transformers() -> None:
-  """Lets transformers' Flax T5 run on jax ≥ 0.10, which removed names that it calls."""
-  if 'a_max' not in inspect.signature(jnp.clip).parameters:
-    modeling_flax_t5.jnp = NumpyWithOldClip()
-
-
-def small_t5(tokenizer: Any) -> FlaxT5ForConditionalGeneration:
+def small_t5(tokenizer: Any, blocks: int = 2) -> Model:
   """A byte-level T5: 2 + 2 blocks, width 64."""
-  mend_transformers()
-  config = T5Config(
-    vocab_size=len(tokenizer),
-    d_model=64,
-    d_kv=16,
-    d_ff=192,
-    num_layers=2,
-    num_heads=4,
-    dropout_rate=0.0,
-    decoder_start_token_id=tokenizer.pad_token_id,
-  )
-  return FlaxT5ForConditionalGeneration(config, seed=0)
+  config = {'model_type': 't5', 'vocab_size': tokenizer.get_vocab_size(), 'd_model': 64}
+  config |= {'d_kv': 16, 'd_ff': 192, 'num_layers': blocks, 'num_heads': 4}
+  return checkpoints.split(t5.T5(config, nnx.Rngs(0)), config)
 
 
-def logits_of(
-  model: FlaxT5ForConditionalGeneration, params: Any, batch: prose.Examples
-) -> jax.Array:
-  """float32[n, target, vocabulary]. Dropout is off: the model is not told to train."""
-  return model(
-    batch.inputs, batch.attention, decoder_input_ids=batch.decoder_inputs, params=params
-  ).logits
+def logits_of(model: Model, params: Any, batch: prose.Examples) -> jax.Array:
+  """float32[n, target, vocabulary]."""
+  return model(batch.inputs, batch.attention, batch.decoder_inputs, params=params)
 
 
 def losses_of(logits: jax.Array, batch: prose.Examples) -> jax.Array:
@@ -88,7 +57,7 @@ def losses_of(logits: jax.Array, batch: prose.Examples) -> jax.Array:
   return losses * batch.weights
 
 
-def loss_of(model: FlaxT5ForConditionalGeneration) -> training.Loss:
+def loss_of(model: Model) -> training.Loss:
   """Mean cross-entropy per token."""
 
   def loss(params: Any, batch: prose.Examples) -> jax.Array:
@@ -99,8 +68,8 @@ def loss_of(model: FlaxT5ForConditionalGeneration) -> training.Loss:
 
 
 def pretrain(directory: Path, steps: int) -> None:
-  """Trains the small T5 on prose and saves it, with its tokenizer, as a checkpoint."""
-  tokenizer = ByT5Tokenizer()
+  """Trains the small T5 on prose and saves it as a checkpoint; bytes need no tokenizer's file."""
+  tokenizer = t5.Bytes()
   model = small_t5(tokenizer)
   data, _ = prose.old(tokenizer)
   order = training.batch_order(1, steps, 32, len(data.inputs))
@@ -111,31 +80,11 @@ def pretrain(directory: Path, steps: int) -> None:
     params, _ = training.train(
       loss_of(model), optimizer, model.params, data, order, lambda n: bar.advance(task, n)
     )
-  model.save_pretrained(directory, params=jax.tree.map(lambda x: x[0], params))
-  tokenizer.save_pretrained(directory)
+  params = jax.tree.map(lambda x: x[0], params)
+  checkpoints.write(directory, dataclasses.replace(model, params=params))
 
 
-def load(checkpoint: str) -> tuple[FlaxT5ForConditionalGeneration, Any]:
-  """The model and its tokenizer: the checkpoint's own, or bytes for a directory without one."""
-  mend_transformers()
-  model = FlaxT5ForConditionalGeneration.from_pretrained(checkpoint)
-  model.params = model.to_fp32(model.params)  # bfloat16 would round small steps away
-  has_none = Path(checkpoint).is_dir() and not [
-    path for path in Path(checkpoint).iterdir() if path.name.startswith(('tokenizer', 'spiece'))
-  ]
-  tokenizer = ByT5Tokenizer() if has_none else AutoTokenizer.from_pretrained(checkpoint)
-  if len(tokenizer) > model.config.vocab_size:
-    raise ValueError(
-      f'{checkpoint}: its embedding has {model.config.vocab_size} rows, but its tokenizer '
-      f'({type(tokenizer).__name__}) has {len(tokenizer)} tokens. Pass a checkpoint with a row '
-      'for every token, next to the files of the tokenizer it was trained with.'
-    )
-  return model, tokenizer
-
-
-def scores(
-  model: FlaxT5ForConditionalGeneration, params: Any, test: prose.Examples
-) -> tuple[np.ndarray, np.ndarray]:
+def scores(model: Model, params: Any, test: prose.Examples) -> tuple[np.ndarray, np.ndarray]:
   """Nats per target and exact matches in %: an array over seeds each.
 
   The most likely token after each right beginning is the right one, for a whole target,
@@ -146,9 +95,7 @@ def scores(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _scores(
-  model: FlaxT5ForConditionalGeneration, params: Any, test: prose.Examples
-) -> tuple[jax.Array, jax.Array]:
+def _scores(model: Model, params: Any, test: prose.Examples) -> tuple[jax.Array, jax.Array]:
   def score(params: Any) -> tuple[jax.Array, jax.Array]:
     logits = logits_of(model, params, test)
     exact = jnp.all((jnp.argmax(logits, -1) == test.labels) | (test.weights == 0), -1)
@@ -158,7 +105,7 @@ def _scores(
 
 
 def evaluate(
-  model: FlaxT5ForConditionalGeneration, params: Any, tests: Mapping[str, prose.Examples]
+  model: Model, params: Any, tests: Mapping[str, prose.Examples]
 ) -> dict[str, list[float]]:
   """The columns of the table, each a list over seeds."""
   new_loss, new_exact = scores(model, params, tests['new'])
@@ -174,35 +121,35 @@ def evaluate(
 
 
 def written(
-  model: FlaxT5ForConditionalGeneration, rows: Mapping[str, Any], examples: prose.Examples
+  model: Model, rows: Mapping[str, Any], examples: prose.Examples
 ) -> dict[str, np.ndarray]:
   """What the model writes, greedily, with the params of each row: tokens int[n, target]."""
 
   @jax.jit
   def write(params: Any) -> jax.Array:
-    tokens = model.generate(
-      examples.inputs,
-      attention_mask=examples.attention,
-      params=params,
-      max_new_tokens=prose.TARGET,
-      do_sample=False,
-    )
-    return tokens.sequences[:, 1:]  # behind the token that starts it
+    module = nnx.merge(model.graph, params)
+    encoded = module.encode(examples.inputs, examples.attention)
+    # Behind the token that starts it; what it has not written yet, it does not see.
+    tokens = jnp.zeros((len(encoded), prose.TARGET + 1), int) + examples.decoder_inputs[:, :1]
+    for i in range(prose.TARGET):
+      logits = module.decode(encoded, examples.attention, tokens[:, :-1])
+      tokens = tokens.at[:, i + 1].set(jnp.argmax(logits[:, i], -1))
+    return tokens[:, 1:]
 
   return {name: np.asarray(write(params)) for name, params in rows.items()}
 
 
 def text_of(tokenizer: Any, tokens: np.ndarray) -> str:
   """Text on one line, with ⟨i⟩ for sentinel i and ⏎ for a new line; up to its end."""
-  end = np.flatnonzero(tokens == tokenizer.eos_token_id)
+  end = np.flatnonzero(tokens == tokenizer.token_to_id('</s>'))
   tokens = tokens[: end[0]] if len(end) else tokens
-  text = tokenizer.decode(tokens, spaces_between_special_tokens=False)
+  text = tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
   text = re.sub(r'<extra_id_(\d+)>', r'⟨\1⟩', text).replace('\n', '⏎')
   return re.sub(' +', ' ', text)
 
 
 def show_generated(
-  model: FlaxT5ForConditionalGeneration,
+  model: Model,
   tokenizer: Any,
   rows: Mapping[str, Any],
   tests: Sequence[prose.Examples],
@@ -222,7 +169,7 @@ def show_generated(
 
 def compare(args: argparse.Namespace, checkpoint: str) -> dict[str, Any]:
   """Fine-tunes with every method; returns its columns by method."""
-  model, tokenizer = load(checkpoint)
+  model, tokenizer = t5.load(checkpoint)
   anchor = model.params  # every weight is pre-trained
   optimizers = comparison.methods(args.lr, anchor)
   data, new = prose.new(tokenizer)
@@ -276,7 +223,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   add(
     '--checkpoint',
     help='directory or hub id of a T5; default: train a small one first. Its embedding needs a '
-    'row for every token of its tokenizer; a directory without tokenizer files is read as bytes',
+    'row for every token of its tokenizer, tokenizer.json; without that file its tokens are bytes',
   )
   add('--lr', type=float, default=3e-3, help='learning rate (default: %(default)s)')
   add('--steps', type=int, default=400, help='fine-tuning steps (default: %(default)s)')

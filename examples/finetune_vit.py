@@ -1,118 +1,113 @@
-"""Fine-tune a Flax ViT on a few images of a new style without forgetting the old ones.
+"""Fine-tune a Flax nnx ViT on a few images of a new style without forgetting the old ones.
 
     python examples/finetune_vit.py                          # makes its own checkpoint
     python examples/finetune_vit.py --checkpoint DIR_OR_HUB_ID
 
-Without a checkpoint each seed first trains a small ViT of its own on real handwritten digits in
-eight styles, and saves it with `save_pretrained`. A checkpoint whose head has not 10
-classes gets a new head without an anchor; it knows no digits, so that "old" then
-only says how it does on styles that it was not fine-tuned on. From there every method fine-tunes
-on the same few images of a ninth style, in the same order. Each seed has its own images and order.
+A checkpoint is a directory with config.json and model.safetensors, as PyTorch's ViT in
+transformers is saved. Without one each seed first trains a small ViT of its own on real handwritten
+digits in eight styles, and saves it so. A checkpoint whose head has not 10 classes gets a new head
+without an anchor; it knows no digits, so that "old" then only says how it does on styles that it
+was not fine-tuned on. From there every method fine-tunes on the same few images of a ninth style,
+in the same order. Each seed has its own images and order.
 """
 
 import argparse
+import dataclasses
 import functools
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # its Flax classes announce their end
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from matplotlib import pyplot as plt
 from scipy import ndimage
-from transformers import FlaxViTForImageClassification, ViTConfig
 
+import checkpoints
 import comparison
 import digits
 import reporting
 import spd_optax as spd
 import training
+import vit
+from checkpoints import Model
 
 
-def small_vit(seed: int = 0) -> FlaxViTForImageClassification:
+def small_vit(seed: int = 0, blocks: int = 3) -> Model:
   """A ViT for 16×16 grey images: 3 blocks, width 48, 59,146 parameters."""
-  config = ViTConfig(
-    image_size=digits.SIZE,
-    patch_size=4,
-    num_channels=1,
-    hidden_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    intermediate_size=96,
-    num_labels=digits.CLASSES,
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0,
-  )
-  return FlaxViTForImageClassification(config, seed=seed)
+  config = {'model_type': 'vit', 'image_size': digits.SIZE, 'patch_size': 4, 'num_channels': 1}
+  config |= {'hidden_size': 48, 'intermediate_size': 96, 'num_labels': digits.CLASSES}
+  config |= {'num_hidden_layers': blocks, 'num_attention_heads': 4}
+  return checkpoints.split(vit.ViT(config, digits.CLASSES, nnx.Rngs(seed)), config)
 
 
-def loss_of(model: FlaxViTForImageClassification) -> training.Loss:
+def loss_of(model: Model) -> training.Loss:
   """Cross-entropy of the model's logits."""
 
   def loss(params: Any, batch: digits.Split) -> jax.Array:
-    logits = model(batch.images, params=params).logits
+    logits = model(batch.images, params=params)
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
 
   return loss
 
 
-def pixels(split: digits.Split, config: ViTConfig) -> digits.Split:
-  """Images as the model takes them: float32[n, channels, size, size] in [−1, 1]."""
-  scale = config.image_size / digits.SIZE
+def pixels(split: digits.Split, config: Mapping[str, Any]) -> digits.Split:
+  """Images as the model takes them: float32[n, size, size, channels] in [−1, 1]."""
+  scale = config['image_size'] / digits.SIZE
   images = ndimage.zoom(split.images, (1, scale, scale), order=1) * 2 - 1
-  images = np.repeat(images[:, None], config.num_channels, axis=1)
+  images = np.repeat(images[..., None], config['num_channels'], axis=-1)
   return digits.Split(images.astype(np.float32), split.labels)
 
 
-def pretrain(directory: Path, steps: int, bar: Any, seed: int = 0) -> None:
-  """Trains the small ViT on the old styles and saves it as a checkpoint."""
-  model = small_vit(seed)
+def pretrain(folders: Sequence[Path], steps: int, bar: Any) -> None:
+  """Trains a small ViT for each folder on the old styles, and saves it as a checkpoint."""
+  models = [small_vit(seed) for seed in range(len(folders))]
   pool, _, _ = digits.load()
-  styled = [pixels(digits.in_style(pool, style), model.config) for style in digits.OLD]
+  styled = [pixels(digits.in_style(pool, style), models[0].config) for style in digits.OLD]
   data = jax.tree.map(lambda *parts: np.concatenate(parts), *styled)
-  order = training.batch_order(seed + 1, steps, 128, len(data.labels))[seed:]
+  order = training.batch_order(len(models), steps, 128, len(data.labels))
   optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0, 3e-3, steps // 10, steps))
+  params = jax.tree.map(lambda *x: jnp.stack(x), *(model.params for model in models))
+  state = jax.vmap(optimizer.init)(params)
   task = bar.add_task('pre-train', total=steps)
   params, _ = training.train(
-    loss_of(model), optimizer, model.params, data, order, lambda n: bar.advance(task, n)
+    loss_of(models[0]), optimizer, params, data, order, lambda n: bar.advance(task, n), state
   )
-  model.save_pretrained(directory, params=jax.tree.map(lambda x: x[0], params))
+  for i, (folder, model) in enumerate(zip(folders, models, strict=True)):
+    own = jax.tree.map(lambda x: x[i], params)  # noqa: B023
+    checkpoints.write(folder, dataclasses.replace(model, params=own))
 
 
-def load(checkpoint: str) -> tuple[FlaxViTForImageClassification, Any]:
+def load(checkpoint: str) -> tuple[Model, Any]:
   """The model, and its anchor: the pre-trained weights, without a head that is new."""
-  model = FlaxViTForImageClassification.from_pretrained(checkpoint)
-  if model.config.num_labels == digits.CLASSES:
+  config, tensors, _ = checkpoints.read(checkpoint)
+  model = checkpoints.split(vit.ViT(config, digits.CLASSES, nnx.Rngs(0)), config)
+  if len(tensors.get('classifier.bias', ())) == digits.CLASSES:
+    model = checkpoints.filled(model, tensors)
     return model, model.params
-  config = ViTConfig.from_pretrained(checkpoint, num_labels=digits.CLASSES)
-  new = FlaxViTForImageClassification(config, seed=0)
-  new.params = {**new.params, 'vit': model.params['vit']}
-  return new, {**new.params, 'classifier': None}
+  model = checkpoints.filled(model, tensors, new='classifier')
+  return model, {**model.params, 'classifier': None}
 
 
-def accuracies(
-  model: FlaxViTForImageClassification, params: Any, tests: dict[str, digits.Split]
-) -> dict[str, np.ndarray]:
+def accuracies(model: Model, params: Any, tests: dict[str, digits.Split]) -> dict[str, np.ndarray]:
   """Accuracy in % for each test set: an array over seeds."""
   return {name: np.asarray(_accuracy(model, params, test)) for name, test in tests.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _accuracy(model: FlaxViTForImageClassification, params: Any, test: digits.Split) -> jax.Array:
+def _accuracy(model: Model, params: Any, test: digits.Split) -> jax.Array:
   def accuracy(params: Any) -> jax.Array:
-    predictions = jnp.argmax(model(test.images, params=params).logits, -1)
+    predictions = jnp.argmax(model(test.images, params=params), -1)
     return 100 * jnp.mean(predictions == test.labels)
 
   return jax.lax.map(accuracy, params)  # one seed at a time: large models fit
 
 
 def evaluate(
-  model: FlaxViTForImageClassification,
+  model: Model,
   params: Any,
   start: Any,
   tests: dict[str, digits.Split],
@@ -125,12 +120,12 @@ def evaluate(
   return comparison.columns({'new style': found[style], 'old styles': old, 'moved': moved})
 
 
-def compare(args: argparse.Namespace, checkpoints: Sequence[str], bar: Any) -> dict[str, Any]:
+def compare(args: argparse.Namespace, names: Sequence[str], bar: Any) -> dict[str, Any]:
   """Fine-tunes with every method: all seeds from one checkpoint, or each from its own.
 
   Returns the columns of each method.
   """
-  loaded = [load(checkpoint) for checkpoint in checkpoints]
+  loaded = [load(name) for name in names]
   model, anchor = loaded[0]
   _, pool, test = digits.load()
   data = pixels(digits.in_style(pool, args.style), model.config)
@@ -224,15 +219,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
   """Runs the comparison and writes results.json and results.png."""
   args = parse(arguments)
   with training.progress_bar() as bar:
-    checkpoints = [args.checkpoint]
+    names = [args.checkpoint]
     if not args.checkpoint:
-      checkpoints = [str(args.out / 'foundation' / str(seed)) for seed in range(args.seeds)]
-      for seed, checkpoint in enumerate(checkpoints):
-        pretrain(Path(checkpoint), args.pretrain_steps, bar, seed)
-    results = compare(args, checkpoints, bar)
+      folders = [args.out / 'foundation' / str(seed) for seed in range(args.seeds)]
+      pretrain(folders, args.pretrain_steps, bar)
+      names = [str(folder) for folder in folders]
+    results = compare(args, names, bar)
   reporting.publish(args, f'New style: {args.style}. Accuracy in %, ± standard error', results)
   picture(args.out / 'results.png', results, args.style)
-  print(f'Checkpoints: {", ".join(checkpoints)}')
+  print(f'Checkpoints: {", ".join(names)}')
   print(f'Results: {args.out}/results.json, {args.out}/results.png')
   comparison.show_audit(args.out / 'audit' / '0')
   return results

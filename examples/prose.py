@@ -83,7 +83,7 @@ def old(tokenizer: Any, copies: int = 6, seed: int = 0) -> tuple[Examples, Examp
   def corrupted(chosen: np.ndarray, copies: int) -> Examples:
     rng = np.random.default_rng(seed)
     text = '\n'.join(parts[i] for i in chosen)
-    tokens = tokenizer(text, add_special_tokens=False).input_ids
+    tokens = tokenizer.encode(text, add_special_tokens=False).ids
     pieces = np.array(tokens[: len(tokens) // LENGTH * LENGTH], np.int32).reshape(-1, LENGTH)
     return pack([corrupt(x, tokenizer, rng) for x in np.tile(pieces, (copies, 1))], tokenizer)
 
@@ -103,10 +103,10 @@ def corrupt(tokens: np.ndarray, tokenizer: Any, rng: np.random.Generator) -> tup
   inputs: list[int] = []
   targets: list[int] = []
   for i in range(spans):
-    sentinel = tokenizer.convert_tokens_to_ids(f'<extra_id_{i}>')
+    sentinel = tokenizer.token_to_id(f'<extra_id_{i}>')
     inputs += [*pieces[2 * i].tolist(), sentinel]
     targets += [sentinel, *pieces[2 * i + 1].tolist()]
-  end = tokenizer.eos_token_id
+  end = tokenizer.token_to_id('</s>')
   return [*inputs, end], [*targets, end]
 
 
@@ -157,16 +157,15 @@ def new(tokenizer: Any, tests: int = 1000, seed: int = 0) -> tuple[Examples, Exa
   chosen = np.random.default_rng(seed).permutation(len(test))[:tests]
 
   def tokens(pairs: Sequence[tuple[str, str]]) -> Examples:
-    inputs = tokenizer([code for code, _ in pairs]).input_ids
-    targets = tokenizer([f'<extra_id_0>{word}' for _, word in pairs]).input_ids
-    return pack(list(zip(inputs, targets, strict=True)), tokenizer)
+    texts = [(code, f'<extra_id_0>{word}') for code, word in pairs]
+    return pack([tuple(tokenizer.encode(x).ids for x in pair) for pair in texts], tokenizer)
 
   return tokens(train), tokens([test[i] for i in chosen])
 
 
 def pack(pairs: Sequence[tuple[list, list]], tokenizer: Any) -> Examples:
   """Inputs and targets as arrays of one size, padded."""
-  pad = tokenizer.pad_token_id
+  pad = tokenizer.token_to_id('<pad>')
   inputs = np.full((len(pairs), LENGTH), pad, np.int32)
   labels = np.full((len(pairs), TARGET), pad, np.int32)
   for i, (source_ids, target_ids) in enumerate(pairs):

@@ -24,6 +24,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+import spd_optax
+
 Values = Sequence[float]
 Results = Mapping[str, Mapping[str, Values | str]]  # cells by method and column
 
@@ -72,9 +74,10 @@ def show(title: str, results: Results) -> None:
 def write_json(path: Path, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:
   """Writes settings, results and the versions that made them."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  names = ('jax', 'jaxlib', 'optax', 'flax', 'transformers', 'spd_optax')
+  names = ('jax', 'jaxlib', 'optax', 'flax')
   versions = {name: metadata.version(name) for name in names} | {
-    'python': platform.python_version()
+    'spd_optax': spd_optax.__version__,  # of the code that runs, installed or not
+    'python': platform.python_version(),
   }
   document = {'settings': dict(settings), 'versions': versions, 'results': results}
   path.write_text(json.dumps(document, indent=1) + '\n')

@@ -1,6 +1,7 @@
 """One training loop for all examples: several seeds at once, compiled in chunks of steps."""
 
 import functools
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -87,9 +88,25 @@ def _compiled(loss: Loss, optimizer: optax.GradientTransformation) -> Callable[.
   return jax.jit(jax.vmap(run, in_axes=(0, 0, None)), donate_argnums=0)
 
 
+class Lines(progress.Progress):
+  """Says in a line now and then how far a task is, where bars cannot be drawn."""
+
+  def __init__(self, every: float = 10):
+    super().__init__(disable=True)
+    self.every, self.said = every, time.monotonic()
+
+  def advance(self, task_id: progress.TaskID, advance: float = 1) -> None:
+    super().advance(task_id, advance)
+    task = next(task for task in self.tasks if task.id == task_id)
+    if task.finished or time.monotonic() - self.said >= self.every:
+      print(f'{task.description}: {task.completed:.0f} of {task.total:.0f}', flush=True)
+      self.said = time.monotonic()
+
+
 @contextmanager
 def progress_bar() -> Iterator[progress.Progress]:
-  """A bar per task with steps done and time left."""
+  """A bar per task with steps done and time left; lines where the output is no terminal."""
   columns = (*progress.Progress.get_default_columns(), progress.MofNCompleteColumn())
-  with progress.Progress(*columns) as bar:
-    yield bar
+  bar = progress.Progress(*columns)
+  with bar if bar.console.is_terminal else Lines() as shown:
+    yield shown

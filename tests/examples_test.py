@@ -1,22 +1,29 @@
 """The examples run, at tiny sizes, and their data are what they say."""
 
 import json
+from pathlib import Path
 
 import chex
-import flax
+import jax
 import numpy as np
 import optax
 import pytest
 import smoke
-from safetensors.numpy import save_file
+from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import load_file
 
+import checkpoints
 import digits
 import finetune_vit
 import spd_optax as spd
 import training
+import vit
 
 pytestmark = pytest.mark.examples
 
+VIT = Path(__file__).parent / 'data/vit'  # by pytorch_models.py
+PROJECTION = 'vit.embeddings.patch_embeddings.projection.weight'
 TINY = ['--pretrain-steps', '3', '--steps', '4', '--seeds', '2', '--batch', '4', '--shots', '8']
 TINY += ['--lr', '0.01']  # AdamW shows beside Adam
 
@@ -61,7 +68,10 @@ def test_vit_example_measures_each_method(run):
 
 def test_each_seed_has_a_model_of_its_own(run):
   """Catches copies of one pre-trained model, and a seed that starts from another's."""
-  first, second = (finetune_vit.load(str(run[0] / 'foundation' / name))[1] for name in '01')
+  loaded = [finetune_vit.load(str(run[0] / 'foundation' / name)) for name in '01']
+  for model, anchor in loaded:
+    chex.assert_trees_all_equal(anchor, model.params)  # the head has an anchor, too
+  first, second = (anchor for _, anchor in loaded)
   assert not np.array_equal(first['classifier']['kernel'], second['classifier']['kernel'])
   assert max(x for row in run[1].values() for x in row['moved']) < 50
 
@@ -80,63 +90,85 @@ def test_a_checkpoint_serves_all_seeds(run, tmp_path):
   assert first != pytest.approx(second, rel=1e-2)
 
 
-def test_a_head_with_other_classes_is_new_and_free(run, tmp_path):
+@pytest.fixture(scope='module')
+def recorded():
+  config, tensors, _ = checkpoints.read(str(VIT))
+  abstract = nnx.eval_shape(lambda: vit.ViT(config, 7, nnx.Rngs(0)))
+  return checkpoints.filled(checkpoints.split(abstract, config), tensors), tensors
+
+
+def test_a_vit_says_what_pytorch_says(recorded):
+  """Catches weights under another part's name, transposed, or under another norm or activation."""
+  model, _ = recorded
+  answers = load_file(VIT / 'answers.st')
+  logits = jax.jit(model)(answers['pixel_values'].transpose(0, 2, 3, 1), params=model.params)
+  np.testing.assert_allclose(logits, answers['logits'], atol=1e-5)
+
+
+def test_what_is_written_is_what_was_read(recorded, tmp_path):
+  """Catches files that only this code can read: PyTorch's names, layouts and metadata."""
+  model, tensors = recorded
+  checkpoints.write(tmp_path, model)
+  chex.assert_trees_all_equal(load_file(tmp_path / 'model.safetensors'), tensors)
+  assert json.loads((tmp_path / 'config.json').read_text()) == model.config
+  with safe_open(tmp_path / 'model.safetensors', 'numpy') as file:
+    assert file.metadata() == {'format': 'pt'}
+
+
+def test_a_checkpoint_that_does_not_fit_is_an_error(recorded):
+  """Catches weights that stay random as their names or shapes are others; another activation."""
+  model, tensors = recorded
+  name = 'vit.layernorm.weight'
+  with pytest.raises(ValueError, match=r'no safetensors with "vit\.layernorm\.weight"'):
+    checkpoints.filled(model, {key: x for key, x in tensors.items() if key != name})
+  with pytest.raises(ValueError, match=r'vit\.layernorm\.weight: the shape \(1,\)'):
+    checkpoints.filled(model, tensors | {name: tensors[name][:1]})
+  with pytest.raises(ValueError, match='quick_gelu is not gelu'):
+    vit.ViT(model.config | {'hidden_act': 'quick_gelu'}, 7, nnx.Rngs(0))
+
+
+def test_a_head_with_other_classes_is_new_and_free():
   """Catches an anchor that holds a new head to its random initialization."""
-  config = finetune_vit.small_vit().config
-  config.num_labels = 7
-  other = type(finetune_vit.small_vit())(config, seed=1)
-  other.save_pretrained(tmp_path)
-  model, anchor = finetune_vit.load(str(tmp_path))
-  assert model.params['classifier']['kernel'].shape == (48, digits.CLASSES)
+  model, anchor = finetune_vit.load(str(VIT))
+  assert model.params['classifier']['kernel'].shape == (12, digits.CLASSES)
   assert anchor['classifier'] is None
+  kernel = np.transpose(load_file(VIT / 'model.safetensors')[PROJECTION], (2, 3, 1, 0))
+  for params in (model.params, anchor):
+    embeddings = params['vit']['embeddings']['patch_embeddings']
+    np.testing.assert_array_equal(embeddings['projection']['kernel'], kernel)
   state = spd.adam_spd(1e-3, anchor).init(model.params)
   names = optax.tree.get(state, 'condition')
   assert 'vit~layernorm~scale' in names
   assert not any(name.startswith('classifier') for name in names)
 
-  model, anchor = finetune_vit.load(str(run[0] / 'foundation' / '0'))
-  assert anchor['classifier'] is not None
 
-
-def torch_names(params):
-  """The weights as transformers' PyTorch ViT names and lays them out."""
-  found = {}
-  for keys, array in flax.traverse_util.flatten_dict(params).items():
-    *module, last = keys
-    name = '.'.join([*module, {'kernel': 'weight', 'scale': 'weight'}.get(last, last)])
-    if last == 'kernel':
-      array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-    found[name] = np.ascontiguousarray(array)
-  return found
-
-
-@pytest.mark.parametrize('labels', [10, 7])
-def test_a_pytorch_checkpoint(labels, tmp_path):
-  """Catches an anchor from before the weights were loaded, and one for a head that is new."""
-  config = finetune_vit.small_vit().config
-  config.num_labels = labels
-  other = type(finetune_vit.small_vit())(config, seed=1)
-  config.save_pretrained(tmp_path)
-  weights = torch_names(other.params)
-  save_file(weights, tmp_path / 'model.safetensors', metadata={'format': 'pt'})
-  model, anchor = finetune_vit.load(str(tmp_path))
-  if labels == 7:
-    assert anchor.pop('classifier') is None
-    chex.assert_trees_all_equal(anchor, {'vit': other.params['vit']})
-  else:
-    chex.assert_trees_all_equal(anchor, other.params)
-  assert model.params['classifier']['kernel'].shape == (48, digits.CLASSES)
-  # The file itself is no anchor for a Flax model; only its biases have the same names.
+def test_a_pytorch_file_is_no_anchor_by_itself():
+  """Catches weights that are read transposed; only the biases have Flax's names."""
+  model, _ = finetune_vit.load(str(VIT))
   with pytest.raises(ValueError, match=r"a PyTorch model's names and layouts \(classifier/weight"):
-    spd.load_anchor(tmp_path, model.params)
+    spd.load_anchor(VIT / 'model.safetensors', model.params)
 
 
-def test_a_flax_checkpoint_is_an_anchor(tmp_path):
-  """Catches a file by transformers that load_anchor reads otherwise than from_pretrained does."""
-  finetune_vit.small_vit().save_pretrained(tmp_path)
-  model, _ = finetune_vit.load(str(tmp_path))
-  anchor = spd.load_anchor(tmp_path / 'flax_model.msgpack', model.params, strict=True)
+def test_a_checkpoint_of_transformers_flax_models_is_an_anchor(recorded):
+  """Catches a file by transformers' Flax ViT that load_anchor reads otherwise than it was meant."""
+  model, _ = recorded
+  anchor = spd.load_anchor(VIT / 'flax_model.msgpack', model.params, strict=True)
   chex.assert_trees_all_equal(anchor, model.params)
+
+
+def test_progress_shows_without_a_terminal(capsys):
+  """Catches a run of minutes that says nothing where its output goes to a file."""
+  with training.progress_bar() as bar:
+    task = bar.add_task('train', total=40)
+    bar.advance(task, 10)
+    assert capsys.readouterr().out == ''  # so soon
+    bar.said -= 100  # seconds
+    bar.advance(task, 10)
+    assert capsys.readouterr().out == 'train: 20 of 40\n'
+    bar.advance(task, 10)
+    assert capsys.readouterr().out == ''
+    bar.advance(task, 10)
+  assert capsys.readouterr().out == 'train: 40 of 40\n'
 
 
 def test_every_seed_draws_its_own_images_once_an_epoch():

@@ -1,34 +1,37 @@
 """The T5 example runs at tiny sizes, its data are what they say, and checkpoints load."""
 
+import dataclasses
 import functools
 import inspect
 import json
 import re
+import shutil
+from pathlib import Path
 
-import flax.traverse_util
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import pytorch_models
 import smoke
-from safetensors.numpy import save_file
-from transformers import ByT5Tokenizer, FlaxT5ForConditionalGeneration
-from transformers.models.t5 import modeling_flax_t5
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+import checkpoints
 import comparison
 import finetune_t5
 import prose
+import t5
 
 pytestmark = pytest.mark.examples
 
+DATA = Path(__file__).parent / 'data'  # by pytorch_models.py
 TINY = ['--pretrain-steps', '3', '--steps', '2', '--seeds', '2', '--batch', '4', '--shots', '8']
 
 
-def tiny_t5(tokenizer, small=finetune_t5.small_t5):
-  """One block each: it compiles in half the time."""
-  config = small(tokenizer).config
-  config.num_layers = config.num_decoder_layers = 1
-  return FlaxT5ForConditionalGeneration(config, seed=0)
+# One block each: it compiles in half the time.
+tiny_t5 = functools.partial(finetune_t5.small_t5, blocks=1)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -39,7 +42,7 @@ def quick_compiles():
 
 @pytest.fixture(scope='module')
 def tokenizer():
-  return ByT5Tokenizer()
+  return t5.Bytes()
 
 
 @pytest.fixture(scope='module')
@@ -88,11 +91,11 @@ def test_span_corruption_can_be_undone(tokenizer):
   off by the array."""
   train, test = prose.old(tokenizer, copies=1)
   everything = '\n'.join(prose.paragraphs()).encode()
-  sentinels = tokenizer.convert_tokens_to_ids([f'<extra_id_{i}>' for i in range(9)])
+  sentinels = [tokenizer.token_to_id(f'<extra_id_{i}>') for i in range(9)]
   for examples in (train, test):
     shares, lengths = [], []
     for inputs, labels in zip(examples.inputs.tolist(), examples.labels.tolist(), strict=True):
-      tokens, spans = filled_in(inputs, labels, sentinels, tokenizer.eos_token_id)
+      tokens, spans = filled_in(inputs, labels, sentinels, tokenizer.token_to_id('</s>'))
       assert len(tokens) == prose.LENGTH
       shares.append(sum(map(len, spans.values())) / prose.LENGTH)
       lengths += map(len, spans.values())
@@ -116,11 +119,11 @@ def test_copies_are_masked_anew(tokenizer):
 def test_the_decoder_sees_only_what_it_has_written(tokenizer):
   """Catches labels that leak into the decoder's input; padding that counts in the loss."""
   for examples in (*prose.old(tokenizer, copies=1), *prose.new(tokenizer)):
-    assert np.all(examples.decoder_inputs[:, 0] == tokenizer.pad_token_id)
+    assert np.all(examples.decoder_inputs[:, 0] == tokenizer.token_to_id('<pad>'))
     np.testing.assert_array_equal(examples.decoder_inputs[:, 1:], examples.labels[:, :-1])
-    ends = np.argmax(examples.labels == tokenizer.eos_token_id, axis=1)
+    ends = np.argmax(examples.labels == tokenizer.token_to_id('</s>'), axis=1)
     np.testing.assert_array_equal(examples.weights.sum(1), ends + 1)
-    ends = np.argmax(examples.inputs == tokenizer.eos_token_id, axis=1)
+    ends = np.argmax(examples.inputs == tokenizer.token_to_id('</s>'), axis=1)
     np.testing.assert_array_equal(examples.attention.sum(1), ends + 1)
 
 
@@ -135,10 +138,10 @@ def test_what_is_tested_on_was_not_trained_on(tokenizer):
   assert sum(code.replace('<extra_id_0>', word) in sources for code, word in test) > 500
 
   def runs_of_words(examples):
-    sentinels = tokenizer.convert_tokens_to_ids([f'<extra_id_{i}>' for i in range(9)])
+    sentinels = [tokenizer.token_to_id(f'<extra_id_{i}>') for i in range(9)]
     tokens = []
     for pair in zip(examples.inputs.tolist(), examples.labels.tolist(), strict=True):
-      tokens += filled_in(*pair, sentinels, tokenizer.eos_token_id)[0]
+      tokens += filled_in(*pair, sentinels, tokenizer.token_to_id('</s>'))[0]
     lines = [line.split() for line in bytes(token - 3 for token in tokens).split(b'\n')]
     return {tuple(line[i : i + 8]) for line in lines for i in range(len(line) - 7)}
 
@@ -149,12 +152,12 @@ def test_what_is_tested_on_was_not_trained_on(tokenizer):
 
 def test_exact_match_is_that_of_greedy_generation(run, tokenizer):
   """Catches matches counted on padding, or on some tokens of a target only."""
-  model, _ = finetune_t5.load(str(run[0] / 'foundation'))
+  model, _ = t5.load(str(run[0] / 'foundation'))
   _, test = prose.new(tokenizer, tests=6)
   written = finetune_t5.written(model, {'foundation': model.params}, test)['foundation']
   for i in range(3):  # the first three get the beginning of the model's own words as targets
     test.weights[i] = np.arange(prose.TARGET) < 3 + i
-    test.labels[i] = np.where(test.weights[i], written[i], tokenizer.pad_token_id)
+    test.labels[i] = np.where(test.weights[i], written[i], tokenizer.token_to_id('<pad>'))
   test.decoder_inputs[:, 1:] = test.labels[:, :-1]
   by_hand = np.all((written == test.labels) | (test.weights == 0), axis=1)
   assert 3 <= by_hand.sum() < 6
@@ -163,71 +166,78 @@ def test_exact_match_is_that_of_greedy_generation(run, tokenizer):
   np.testing.assert_allclose(exact, 100 * by_hand.mean(), rtol=1e-5)
 
 
-def torch_state(params):
-  """The weights as transformers' T5 for torch names and lays them out; no tied copies."""
-  state = {}
-  for path, array in flax.traverse_util.flatten_dict(params).items():
-    *parents, name = path
-    array = np.asarray(array)
-    state['.'.join([*parents, 'weight'])] = np.ascontiguousarray(
-      array.T if name == 'kernel' else array
-    )
-  return state
+@pytest.mark.parametrize('kind', ['t5_relu', 't5_gated'])
+@pytest.mark.parametrize('here', [False, True], ids=['recorded', 'here'])
+def test_logits_are_those_of_pytorch(kind, here, tmp_path):
+  """Catches weights under another part's name or transposed, buckets, masks or scales that are off;
+  files of the version that is here that cannot be read."""
+  if here:
+    pytest.importorskip('torch')
+    pytest.importorskip('transformers')
+    pytorch_models.record(kind, tmp_path)
+  config, tensors, folder = checkpoints.read(str(tmp_path if here else DATA / kind))
+  model = t5.with_weights(config, tensors)
+  answers = load_file(folder / 'answers.st')
+  inputs = (answers[name] for name in ('input_ids', 'attention_mask', 'decoder_input_ids'))
+  logits = jax.jit(model)(*inputs, params=model.params)
+  np.testing.assert_allclose(logits, answers['logits'], atol=3e-5)  # they are up to 8
 
 
-@pytest.fixture(scope='module')
-def foundation(run):
-  model, _ = finetune_t5.load(str(run[0] / 'foundation'))
-  return model
+def test_what_is_written_is_what_was_read(tmp_path):
+  """Catches files that only this code can read: PyTorch's names and layouts, a head of its own."""
+  config, tensors, _ = checkpoints.read(str(DATA / 't5_gated'))
+  checkpoints.write(tmp_path, t5.with_weights(config, tensors))
+  assert 'lm_head.weight' in tensors
+  chex.assert_trees_all_equal(load_file(tmp_path / 'model.safetensors'), tensors)
 
 
-@pytest.mark.parametrize('kind', ['torch safetensors', 'flax msgpack'])
-def test_checkpoints_load_to_their_weights(foundation, tokenizer, tmp_path, kind):
-  """Catches matrices left transposed, a random weight where a name was not found, a tokenizer that
-  is not the checkpoint's."""
-  if kind == 'flax msgpack':
-    foundation.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-  else:
-    foundation.config.save_pretrained(tmp_path)
-    state = torch_state(foundation.params)
-    assert state['encoder.block.0.layer.1.DenseReluDense.wi.weight'].shape == (192, 64)
-    save_file(state, tmp_path / 'model.safetensors', metadata={'format': 'pt'})
-  model, its_own = finetune_t5.load(str(tmp_path))
-  jax.tree.map(np.testing.assert_array_equal, model.params, foundation.params)
-  assert its_own('é').input_ids == tokenizer('é').input_ids
+def test_bytes_are_those_of_byt5():
+  """Catches ids that are not those the published ByT5 was trained with: recorded ones."""
+  tokenizer = t5.Bytes()
+  assert tokenizer.get_vocab_size() == 384
+  ids = tokenizer.encode('é<extra_id_0>a').ids
+  assert ids == [198, 172, 259, 100, 1]
+  assert tokenizer.encode('a', add_special_tokens=False).ids == [100]
+  assert tokenizer.token_to_id('<extra_id_124>') == 383
+  assert tokenizer.decode(ids, skip_special_tokens=False) == 'é<extra_id_0>a</s>'
 
 
-def test_bfloat16_checkpoints_are_trained_in_float32(foundation, tmp_path):
+def test_a_checkpoint_brings_its_tokenizer(run, tmp_path):
+  """Catches a tokenizer that is not the checkpoint's, one that pads, texts without their end."""
+  shutil.copytree(run[0] / 'foundation', tmp_path, dirs_exist_ok=True)
+  words = {'<pad>': 0, '</s>': 1, '<unk>': 2, 'if': 3, '<extra_id_0>': 4}
+  own = Tokenizer(models.WordLevel(words, '<unk>'))
+  own.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+  own.post_processor = processors.TemplateProcessing(single='$A </s>', special_tokens=[('</s>', 1)])
+  own.enable_padding(length=9)
+  own.save(str(tmp_path / 'tokenizer.json'))
+  _, tokenizer = t5.load(str(tmp_path))
+  assert tokenizer.encode('if <extra_id_0> else').ids == [3, 4, 2, 1]
+  pairs = prose.new(tokenizer, tests=4)[1]
+  assert set(pairs.labels[:, 0].tolist()) <= {2, 4}
+  (tmp_path / 'tokenizer.json').rename(tmp_path / 'spiece.model')
+  with pytest.raises(ValueError, match=r'not saved as tokenizer\.json'):
+    t5.load(str(tmp_path))
+
+
+def test_bfloat16_checkpoints_are_trained_in_float32(run, tmp_path):
   """Catches params whose steps round away."""
+  foundation, _ = t5.load(str(run[0] / 'foundation'))
   rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), foundation.params)
-  foundation.save_pretrained(tmp_path, params=rounded)
-  model, _ = finetune_t5.load(str(tmp_path))
+  checkpoints.write(tmp_path, dataclasses.replace(foundation, params=rounded))
+  model, _ = t5.load(str(tmp_path))
   assert {x.dtype for x in jax.tree.leaves(model.params)} == {np.dtype('float32')}
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), model.params, rounded)
 
 
-def test_a_tokenizer_that_does_not_fit_is_an_error(tokenizer, tmp_path):
+def test_a_tokenizer_that_does_not_fit_is_an_error():
   """Catches tokens beyond the embedding, which jax reads as its last row."""
-  config = tiny_t5(tokenizer).config
-  config.vocab_size = 100
-  FlaxT5ForConditionalGeneration(config, seed=0).save_pretrained(tmp_path)
-  with pytest.raises(ValueError, match=re.escape('100 rows') + '.*384 tokens'):
-    finetune_t5.load(str(tmp_path))
+  with pytest.raises(ValueError, match=re.escape('20 rows') + '.*384 tokens'):
+    t5.load(str(DATA / 't5_relu'))
 
 
-def test_jax_numpy_is_replaced_only_where_it_lacks_the_old_names(monkeypatch):
-  """Catches a shim where jax still takes them, or a clip with its bounds swapped."""
-  monkeypatch.setattr(modeling_flax_t5, 'jnp', jnp)
-  with monkeypatch.context() as old_jax:
-    old_jax.setattr(jnp, 'clip', lambda x, a_min=None, a_max=None: x)
-    finetune_t5.mend_transformers()
-    assert modeling_flax_t5.jnp is jnp
-  finetune_t5.mend_transformers()
-  needed = 'a_max' not in inspect.signature(jnp.clip).parameters
-  assert (modeling_flax_t5.jnp is not jnp) == needed
-  x = jnp.arange(5)
-  clip = finetune_t5.NumpyWithOldClip().clip
-  np.testing.assert_array_equal(clip(x, a_max=2), [0, 1, 2, 2, 2])
-  np.testing.assert_array_equal(clip(x, a_min=2), [2, 2, 2, 3, 4])
-  assert finetune_t5.NumpyWithOldClip().zeros is jnp.zeros
+def test_a_feed_forward_of_another_kind_is_an_error():
+  """Catches a model that runs with an activation that is not its own."""
+  config, tensors, _ = checkpoints.read(str(DATA / 't5_relu'))
+  with pytest.raises(ValueError, match='gated-silu is none of'):
+    t5.with_weights(config | {'feed_forward_proj': 'gated-silu'}, tensors)

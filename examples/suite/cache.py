@@ -21,7 +21,7 @@ import prose
 import spd_optax
 
 EXAMPLES = Path(__file__).parents[1]
-VERSIONS = ('flax', 'jax', 'optax', 'scikit-learn', 'transformers')
+VERSIONS = ('flax', 'jax', 'optax', 'scikit-learn')
 
 
 def digest(*functions: Callable[..., Any], **settings: Any) -> str:

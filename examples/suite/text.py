@@ -3,22 +3,21 @@
 import functools
 import importlib
 import inspect
-import os
 import pkgutil
 from collections.abc import Sequence
-
-os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # its Flax classes announce their end
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from sklearn import datasets
-from transformers import ByT5Tokenizer, FlaxT5ForConditionalGeneration, T5Config
 
+import checkpoints
 import finetune_t5
 import prose
 import spd_optax as spd
+import t5
 from suite import models
 from suite.classifiers import initializer, split
 from suite.tasks import Data, Params, Stage, Task
@@ -136,25 +135,20 @@ def prose_to_code() -> Task:
 
 def keywords() -> Task:
   """A T5 that knows English, by span corruption, learns to fill in Python's keywords."""
-  tokenizer = ByT5Tokenizer()
-  finetune_t5.mend_transformers()
-  config = T5Config(
-    vocab_size=len(tokenizer),
-    d_model=32,
-    d_kv=8,
-    d_ff=64,
-    num_layers=1,
-    num_heads=4,
-    dropout_rate=0.0,
-    decoder_start_token_id=tokenizer.pad_token_id,
-  )
-  model = FlaxT5ForConditionalGeneration(config, seed=0)
+  tokenizer = t5.Bytes()
+  config = {'vocab_size': tokenizer.get_vocab_size(), 'd_model': 32, 'd_kv': 8, 'd_ff': 64}
+  config |= {'num_layers': 1, 'num_heads': 4}
+
+  def init(key: jax.Array) -> checkpoints.Model:
+    return checkpoints.split(t5.T5(config, nnx.Rngs(key)), config)
+
+  model = init(jax.random.key(0))
   loss = finetune_t5.loss_of(model)
   old, reference = prose.old(tokenizer)
   pool, test = prose.new(tokenizer, tests=300)
   return Task(
     title='text: spans of prose → keywords of code (T5)',
-    init=lambda key: model.init_weights(key, (1, prose.LENGTH)),
+    init=lambda key: init(key).params,
     loss=loss,
     score=lambda params, data: 100 * jnp.exp(-loss(params, data)),
     old=old,
@@ -168,7 +162,7 @@ def keywords() -> Task:
   )
 
 
-def corrupted(tokenizer: ByT5Tokenizer) -> dict[str, prose.Examples]:
+def corrupted(tokenizer: t5.Bytes) -> dict[str, prose.Examples]:
   """English of other kinds, by span corruption."""
   rng = np.random.default_rng(0)
   found = {}
