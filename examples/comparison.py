@@ -83,7 +83,7 @@ def run(
     order: as in `training.train`.
     evaluate: params with a leading seed axis -> columns.
     bar: a `training.progress_bar`.
-    audit: directory for the audit logs, one for each optimizer with SPD.
+    audit: directory for the audit logs, one for each optimizer.
     lr: the learning rate, for the logs, and
     captured: likewise, see `AuditLog`.
   """
@@ -91,7 +91,7 @@ def run(
   results = {'pre-trained': evaluate(jax.tree.map(lambda x: x[None], params))}
   for i, (name, optimizer) in enumerate(optimizers.items()):
     task = bar.add_task(name, total=steps)
-    with audit_log(audit, name, settings(name, lr), captured=captured) as record:
+    with audit_log(audit, name, settings(name, lr), anchor, captured=captured) as record:
       trained, state = training.train(
         loss,
         optimizer,
@@ -110,18 +110,18 @@ def run(
 
 @contextmanager
 def audit_log(
-  directory: Path, name: str, hyperparameters: Mapping[str, Any], **options: Any
-) -> Iterator[Callable[[int, Any], None]]:
-  """A new log of a method, by (step, state); it stays unwritten where the state has no SPD."""
+  directory: Path, name: str, hyperparameters: Mapping[str, Any], anchor: Any, **options: Any
+) -> Iterator[Callable[[int, Any, Any], None]]:
+  """A new log of a method, by (step, params, state); without SPD it has distances alone."""
   directory.mkdir(parents=True, exist_ok=True)
   path = directory / (re.sub(r'\W+', '_', name).strip('_') + '.jsonl')
   path.unlink(missing_ok=True)
-  facts = {'transform': name, 'hyperparameters': hyperparameters, **options}
+  baseline = not hyperparameters
+  facts = {'transform': name, 'hyperparameters': hyperparameters, 'baseline': baseline, **options}
   with spd.AuditLog(path, source='what it was fine-tuned from', **facts) as log:
 
-    def record(step: int, state: Any) -> None:
-      if jax.tree.leaves(optax.tree.get(state, 'constrained', {})):
-        log.record(step, state)
+    def record(step: int, params: Any, state: Any) -> None:
+      log.record(step, spd.baseline_state(params, anchor, step) if baseline else state)
 
     yield record
 
@@ -132,6 +132,7 @@ def show_audit(directory: Path) -> None:
   if logs:
     print(f'Audit logs (first seed): {directory}/')
     print(f"To read one: python -m spd_optax.audit report '{logs[-1]}'")
+    print(f"To compare two: python -m spd_optax.audit compare '{logs[0]}' '{logs[-1]}'")
 
 
 def columns(values: Mapping[str, Any]) -> Columns:

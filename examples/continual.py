@@ -82,7 +82,7 @@ def learn(
   tasks: Sequence[Stage],
   tests: dict[str, digits.Split],
   advance: Callable[[int], None],
-  record: Callable[[int, Any], None],
+  record: Callable[[int, Any, Any], None],
 ) -> list[dict[str, list[float]]]:
   """Learns the tasks in turn; accuracies on every test set after each: lists over seeds."""
   loss = finetune_vit.loss_of(model)
@@ -98,7 +98,7 @@ def learn(
       task.order,
       advance,
       state,
-      record=lambda step, state, before=done: record(before + step, state),
+      record=lambda step, *arrays, before=done: record(before + step, *arrays),
     )
     done += task.order.shape[1]
     found.append(comparison.columns(finetune_vit.accuracies(model, params, tests)))
@@ -120,7 +120,7 @@ def compare(args: argparse.Namespace, checkpoint: str, bar: Any) -> dict[str, An
     settings = comparison.settings(name, args.lr)
     settings |= {'anchor_ema': args.anchor_ema} if method.follows else {}
     with comparison.audit_log(
-      args.out / 'audit', name, settings, captured=False, moving_anchor=moving
+      args.out / 'audit', name, settings, anchor, captured=False, moving_anchor=moving
     ) as record:
       courses[name] = learn(
         model, method, tasks, tests, lambda n, p=progress: bar.advance(p, n), record

@@ -39,7 +39,7 @@ def train(
   advance: Callable[[int], None] = lambda steps: None,
   state: Any = None,
   chunk: int = 20,
-  record: Callable[[int, Any], None] = lambda step, state: None,
+  record: Callable[[int, Any, Any], None] = lambda step, params, state: None,
 ) -> tuple[Any, Any]:
   """Trains once per seed from the same params, all seeds in one program.
 
@@ -52,7 +52,7 @@ def train(
     advance: called with the number of steps done since the last call.
     state: optimizer state to go on from, with a seed axis; None: the optimizer's own.
     chunk: steps between two calls of `advance` and `record`.
-    record: called with the number of steps so far, and the state of the first seed.
+    record: called with the number of steps so far, and the params and state of the first seed.
 
   Returns:
     The trained params and the optimizer's state, each with a leading seed axis.
@@ -68,7 +68,7 @@ def train(
     part = order[:, start : start + chunk]
     carry = jax.block_until_ready(run_chunk(carry, part, data))
     advance(part.shape[1])
-    record(start + part.shape[1], jax.tree.map(lambda x: x[0], carry[1]))
+    record(start + part.shape[1], *jax.tree.map(lambda x: x[0], carry))
   return carry
 
 

@@ -63,10 +63,21 @@ def test_a_log_of_an_example_has_them_and_is_begun_anew(tmp_path):
   tx = spd.adam_spd(1e-3, ANCHOR)
   _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
   for _ in range(2):
-    with comparison.audit_log(tmp_path, 'adam_spd', {'strength': 1.0}, captured=False) as record:
-      record(1, state)
-      record(2, optax.adam(1e-3).init(PARAMS))  # has no SPD
+    facts = {'strength': 1.0}
+    with comparison.audit_log(tmp_path, 'adam_spd', facts, ANCHOR, captured=False) as record:
+      record(1, PARAMS, state)
   run = audit.verify(tmp_path / 'adam_spd.jsonl')
   assert len(run.records) == 1
   assert run.header.hyperparameters == {'strength': 1.0}
   assert run.header.anchor.captured is False
+
+
+def test_a_method_without_spd_has_a_log_of_distances(tmp_path):
+  """Catches a baseline that is missing beside the others, or is measured from elsewhere."""
+  moved = jax.tree.map(lambda x: x + 1, PARAMS)
+  with comparison.audit_log(tmp_path, 'Adam', {}, PARAMS, captured=False) as record:
+    record(1, moved, optax.adam(1e-3).init(PARAMS))
+  run = audit.verify(tmp_path / 'Adam.jsonl')
+  assert run.header.baseline
+  sizes = [x.size for x in jax.tree.leaves(PARAMS)]
+  np.testing.assert_allclose(np.sort(run.records[0].distance), np.sqrt(np.sort(sizes)), rtol=1e-6)
