@@ -2,7 +2,7 @@
 
     python examples/budgets.py                    # the ten tasks of compare.py
     python examples/budgets.py --steps-factor 4   # four times as many steps
-    python examples/budgets.py --real             # letters_vit
+    python examples/budgets.py --real             # digits_by_hand: an EfficientNet
 
 The drift is KL(π_0 ‖ π) between what the base model and the present one say about up to 64 of
 a seed's own training inputs, in nats. Labels do not enter it. Of `diabetes` it is the mean squared
@@ -42,7 +42,7 @@ from suite.choice import ID, OOD, Record
 from suite.tasks import cosine
 
 QUICK = ('tumours',)
-REAL = ('letters_vit',)
+REAL = ('digits_by_hand',)
 SHARES = (0.5, 0.2)  # of the drift at which Adam ends
 STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the sweep
 NEAR = 0.1  # a budget is met where the drift is within so much of it
