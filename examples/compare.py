@@ -165,6 +165,7 @@ def publish(args: argparse.Namespace, results: dict[str, Result]) -> None:
   if sizes:
     found = {
       'fronts': fronts.table(records),
+      'each_rate': tables.each_rate(records, before),
       'sizes': tables.by_size(records, sizes, DEFAULTS),
     } | found
   for name, table in found.items():

