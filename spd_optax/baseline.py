@@ -1,13 +1,15 @@
 """What there is to log of a run without SPD: how far it moves."""
 
 import chex
+import jax
 import jax.numpy as jnp
 import optax
 
-from spd_optax import checks
+from spd_optax import checks, trees
 from spd_optax.anchors import Anchoring
 from spd_optax.engine import Engine, ProjectionDecayState
 from spd_optax.layers import Arrangement, Group, StackAxis
+from spd_optax.patterns import Patterns
 from spd_optax.rules import Decision, Numbers, Rule
 
 
@@ -24,26 +26,30 @@ def baseline_state(
   anchor: optax.Params,
   count: chex.Numeric,
   *,
+  free: Patterns | None = None,
+  anchor_dtype: jax.typing.DTypeLike | None = None,
   stack_axis: StackAxis = None,
   group: Group = None,
 ) -> ProjectionDecayState:
   """A state as SPD would have it, for a run without SPD: no layer is held, distances are ‖θ − θ_0‖.
 
   So the log of plain Adam can stand beside that of `adam_spd`, and `layer_report` and `scalars`
-  read it, too. Nothing needs to change in the training step.
+  read it, too. Nothing needs to change in the training step. Call it where a record is made; in
+  ``jax.jit`` a call is cheaper.
 
   Args:
     params: whose distance it has. SPD has that before its last update.
-    anchor: the pre-trained weights, in any form that `projection_decay` takes but None.
+    anchor: the pre-trained weights, as `projection_decay` takes them, but with values.
     count: updates so far.
-    stack_axis, group: see `projection_decay`. With those of the other run, both logs have the same
-      layers.
+    free, anchor_dtype, stack_axis, group: see `projection_decay`. With those of the other run, both
+      logs have the same layers.
 
   Returns:
     A `ProjectionDecayState`, in which every condition is False, and ratio and constrained are 0.
 
   Raises:
-    TypeError, ValueError: as `projection_decay`; if `anchor` is None, which would be the params.
+    TypeError, ValueError: as `projection_decay`; if `anchor` is None or has a `ShapeDtypeStruct`,
+      which would stand for the params.
 
   Example:
     >>> import jax.numpy as jnp, optax, tempfile
@@ -60,8 +66,12 @@ def baseline_state(
   """
   if anchor is None:
     raise TypeError('anchor: expected the pre-trained weights, found None')
-  checks.scalar('count', count, 'an integer ≥ 0', lambda v: v >= 0 and v == int(v))
-  engine = Engine(_Never(), 0.0, Anchoring(anchor), Arrangement(stack_axis, group))
+  leaves = trees.flatten(anchor).by_path
+  structs = [path for path, x in leaves.items() if isinstance(x, jax.ShapeDtypeStruct)]
+  checks.raise_all(structs, 'anchor: expected values, found a ShapeDtypeStruct at', TypeError)
+  checks.scalar('count', count, 'an integer ≥ 0', lambda v: 0 <= v < 2**31 and v == int(v))
+  anchoring = Anchoring(anchor, dtype=anchor_dtype, free=free)
+  engine = Engine(_Never(), 0.0, anchoring, Arrangement(stack_axis, group))
   state = engine.init(params)
   view, layers = engine.view(params, state, params)
   _, state = engine.decide(state, view, layers, {})

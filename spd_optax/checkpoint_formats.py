@@ -154,7 +154,7 @@ def _h5(path: Any) -> Checkpoint:
   file, arrays = h5py.File(path), {}
 
   def visit(name: str, item: Any) -> None:  # links are not followed
-    if isinstance(item, h5py.Dataset):
+    if isinstance(item, h5py.Dataset) and item.shape is not None:
       if item.external or item.is_virtual:
         raise ValueError(f'{name}: its values are in another file')
       arrays[name] = item

@@ -4,7 +4,9 @@
 """
 
 import importlib
+import itertools
 import math
+import operator
 import os
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,17 +24,16 @@ Struct = jax.ShapeDtypeStruct
 Renamed = str | tuple[str, Sequence[int]] | None  # an entry; and how to transpose it; none
 Rename = Callable[[str], Renamed] | Mapping[str, Renamed] | None
 
-NOWHERE = '\0'  # no name of an entry
 SAME = "cannot be told apart, as '.' and '/' are one separator"
 
 
 class Source(NamedTuple):
   """Where a leaf comes from: an entry under `key` ('.' as '/'), and the axes to transpose it by.
 
-  The name is `NOWHERE` where there is no such entry.
+  The name is None where there is no such entry.
   """
 
-  name: str
+  name: str | None
   axes: tuple[int, ...] | None = None
 
 
@@ -65,8 +66,9 @@ def load_anchor(
     rename: for a checkpoint with other names, as those of PyTorch and Keras: a function or a dict
       from the path of a param to the name of its entry under `key`. ``(name, axes)`` takes
       ``numpy.transpose(entry, axes)`` and splits or joins its axes as the param has them: the
-      kernel of a Flax Dense is ``('dense.weight', (1, 0))`` in PyTorch. None says that there
-      is no such entry; paths that a dict lacks keep their name.
+      kernel of a Flax Dense is ``('dense.weight', (1, 0))`` in PyTorch. Each process reads such
+      an entry whole. None says that there is no such entry; paths that a dict lacks keep their
+      name. One entry is one param: layers that are stacked here and apart there are not joined.
 
   Returns:
     A tree like `like` with None for free leaves, to be passed as `anchor`.
@@ -95,22 +97,25 @@ def load_anchor(
   paths = trees.told_apart({at: _canonical(at) for at in wanted}, f'like: leaves that {SAME}:')
   sources = _sources(rename, paths)
   if isinstance(rename, Mapping):
-    unknown = [str(at) for at in rename if at not in flat.by_path]
+    holes = tuple(f'{trees.join(hole)}/' for hole in flat.holes)
+    unknown = [
+      str(at) for at in rename if at not in flat.by_path and not f'{at}/'.startswith(holes)
+    ]
     checks.raise_all(unknown, f'rename: not the path of a param ({", ".join(paths):.500}):')
   entries, read = opened(where)
-  asked = {source.name for source in sources.values()}
+  asked = {source.name for source in sources.values() if source.name is not None}
   names = trees.told_apart(_under(key, entries, asked), f'{where}: entries that {SAME}:')
   _check_renamed(where, rename, sources, names)
   found = {
     paths[at]: (names[source.name], source.axes)
     for at, source in sources.items()
-    if source.name in names
+    if source.name is not None and source.name in names
   }
-  missing = [at for at, source in sources.items() if source.name not in names]
+  missing = [at for at in paths if paths[at] not in found]
   unasked = {*map(_canonical, [*flat.paths, *map(trees.join, flat.holes)])} - paths.keys()
   below = tuple(f'{at}/' for at in unasked)  # None in `like`, and integers
   extra = [at for at in names if at not in asked and not f'{at}/'.startswith(below)]
-  _check_origin(where, missing, extra)
+  _check_origin(where, [at for at in missing if sources[at].name is not None], extra)
   if not found:
     raise ValueError(
       f'{where}: none of the params is in this checkpoint under {key!r}; pass their path as key.\n'
@@ -151,15 +156,24 @@ def _sources(rename: Rename, paths: Mapping[str, str]) -> dict[str, Source]:
       renamed = rename.get(path, at)
     else:
       renamed = at if rename is None else rename(path)
-    name, axes = renamed if isinstance(renamed, tuple) and len(renamed) == 2 else (renamed, None)
-    is_name = name is None or isinstance(name, str)
-    if is_name and (axes is None or all(isinstance(axis, int) for axis in axes)):
-      source = NOWHERE if name is None else _canonical(name)
-      found[at] = Source(source, axes if axes is None else tuple(axes))
+    if renamed is None:
+      found[at] = Source(None)
+    elif isinstance(renamed, str):
+      found[at] = Source(_canonical(renamed))
+    elif _is_name_with_axes(renamed):
+      found[at] = Source(_canonical(renamed[0]), tuple(map(operator.index, renamed[1])))
     else:
       problems.append(f'{path}: {checks.kind_of(renamed)}')
   checks.raise_all(problems, 'rename: expected a name, (name, axes) or None, found', TypeError)
   return found
+
+
+def _is_name_with_axes(renamed: object) -> bool:
+  """Whether it is (name, axes)."""
+  if not (isinstance(renamed, tuple) and len(renamed) == 2 and isinstance(renamed[0], str)):
+    return False
+  axes = renamed[1]
+  return isinstance(axes, Sequence) and all(isinstance(x, int | np.integer) for x in axes)
 
 
 def _check_renamed(
@@ -169,7 +183,8 @@ def _check_renamed(
   absent = [
     f'{at}: {source.name}'
     for at, source in sources.items()
-    if source.name not in (*names, NOWHERE) and (callable(rename) or source.name != at)
+    if source.name is not None and source.name not in names
+    if callable(rename) or source.name != at
   ]
   some = ', '.join(names) or 'no arrays'
   checks.raise_all(
@@ -184,9 +199,9 @@ def _leaves(
   wanted: Mapping[str, Struct],
 ) -> dict[str, jax.Array]:
   """Reads the leaves: all that lie as the params do at once, and each of the others by itself."""
-  at_once = {name: at for at, (name, axes) in found.items() if axes is None}
-  arrays = read({name: wanted[at] for name, at in at_once.items()})
-  leaves = {at: arrays[name] for name, at in at_once.items()}
+  as_they_lie = {name: at for at, (name, axes) in found.items() if axes is None}
+  arrays = read({name: wanted[at] for name, at in as_they_lie.items()})
+  leaves = {at: arrays[name] for name, at in as_they_lie.items()}
   for at, (name, axes) in found.items():
     if at not in leaves:
       struct = wanted[at]
@@ -251,12 +266,25 @@ def _check_origin(path: Path, missing: Sequence[str], extra: Sequence[str]) -> N
     )
 
 
+def _splits_or_joins(old: Sequence[int], new: Sequence[int]) -> bool:
+  """Whether the axes of one shape are those of the other, some split in parts, or some joined."""
+  if math.prod(old) != math.prod(new):
+    return False
+  # How many numbers the first axes span. Between two that both have, only one may have others.
+  first, second = (set(itertools.accumulate(shape, operator.mul)) for shape in (old, new))
+  ends = sorted({1} | (first & second))
+  return not any(
+    {x for x in first if low < x < high} and {x for x in second if low < x < high}
+    for low, high in itertools.pairwise(ends)
+  )
+
+
 def _mismatch(wanted: Struct, found: Struct, axes: Sequence[int] | None) -> str | None:
   if axes is None:
     fits = wanted.shape == found.shape
   else:
     fits = sorted(axes) == list(range(len(found.shape)))
-    fits = fits and math.prod(wanted.shape) == math.prod(found.shape)
+    fits = fits and _splits_or_joins([found.shape[axis] for axis in axes], wanted.shape)
   if not fits or not checks.can_replace(found.dtype, wanted.dtype):
     kind = 'an unknown kind of number, ' if found.dtype == UNKNOWN else found.dtype
     turned = '' if axes is None else f', transposed by {tuple(axes)}'

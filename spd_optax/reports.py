@@ -67,7 +67,7 @@ def layer_report(
 
   Args:
     opt_state: the state of any optimizer with SPD in it, at any depth, also several times, or
-      what `nnx.split` makes of one.
+      what `nnx.split` makes of one, or a checkpoint restored without a structure.
     stack_axis: the `stack_axis` of the transformation. Only the relative distance needs it, and
       only if two axes of a leaf are as long as its stack.
     group: the `group` of the transformation. Only the relative distance of groups needs it.
@@ -175,8 +175,8 @@ def scalars(
 
 def states_in(opt_state: optax.OptState, name: str) -> States:
   """Finds every `ProjectionDecayState` in an optimizer state; see `_plain`."""
-  joined = jax.tree.map(_joined, opt_state, is_leaf=_is_split)
-  found = [_plain(x) for x in states_of(joined, name)]
+  states = jax.tree.map(_as_state, opt_state, is_leaf=_has_fields)
+  found = [_plain(x) for x in states_of(states, name)]
   for state in found:
     if isinstance(state.count, jax.core.Tracer | jax.ShapeDtypeStruct):
       raise TypeError(f'{name}: call it outside jit, with the state that a step returned')
@@ -188,20 +188,21 @@ def states_in(opt_state: optax.OptState, name: str) -> States:
   return found
 
 
-def _is_split(node: object) -> bool:
+def _has_fields(node: object) -> bool:
   """Whether a node has the fields of a state by name, without those that are empty."""
   always = {'count', *PER_LAYER}
   return isinstance(node, Mapping) and always <= set(node) <= {*ProjectionDecayState._fields}
 
 
-def _joined(node: Any) -> Any:
-  """The state again of which `nnx.split` made a mapping; any other node as it is."""
-  if not _is_split(node):
+def _as_state(node: Any) -> Any:
+  """The state again that `nnx.split`, or a restored checkpoint, has as a mapping; or the node."""
+  if not _has_fields(node):
     return node
-  fields = {'anchor': {}, 'rule_state': {}, **node}
-  if 'budget_state' in fields:
-    fields['budget_state'] = BudgetState(**fields['budget_state'])
-  return ProjectionDecayState(**fields)
+  fields = {name: x for name, x in node.items() if x is not None}  # of an empty node
+  budget = fields.pop('budget_state', None)
+  if isinstance(budget, Mapping) and budget:
+    fields['budget_state'] = BudgetState(**budget)
+  return ProjectionDecayState(**{'anchor': {}, 'rule_state': {}, **fields})
 
 
 def _plain(state: ProjectionDecayState) -> ProjectionDecayState:

@@ -80,3 +80,15 @@ def test_a_log_is_of_one_kind(tmp_path):
     pytest.raises(ValueError, match='baseline: True in the file, False now'),
   ):
     log.record(2, state)
+
+
+def test_it_takes_what_the_other_run_has():
+  """Catches a head in one log and not in the other, and a narrow anchor that one run refuses."""
+  narrow = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), START)
+  options = {'free': 'head', 'anchor_dtype': jnp.bfloat16, **OPTIONS}
+  tx = spd.projection_decay(narrow, **options)
+  with_spd = [record.name for record in spd.layer_report(tx.init(START), **OPTIONS)]
+  state = spd.baseline_state(away(START), narrow, 1, **options)
+  report = {record.name: record for record in spd.layer_report(state, **OPTIONS)}
+  assert [*report] == with_spd
+  np.testing.assert_allclose(report['blocks/bias[1]'].distance, 3**0.5, rtol=1e-6)

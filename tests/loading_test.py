@@ -1,5 +1,6 @@
 """`load_anchor`: what each kind of checkpoint holds lands where the params are."""
 
+import contextlib
 import inspect
 import sys
 
@@ -449,8 +450,34 @@ def test_what_rename_gets_wrong_is_one_error(tmp_path):
       ValueError, match=r'kernel: .*\[3, 4\], .*\[4, 3\], transposed by'
     ) as caught:
       spd.load_anchor(path, {'kernel': jnp.zeros((3, 4))}, rename={'kernel': (dense, axes)})
+  for shape in [(4, 3), (3, 2, 2, 1), (2, 6)]:  # the first would fit as it lies
+    like, rename = {'kernel': jnp.zeros(shape)}, {'kernel': (dense, (1, 0))}
+    if shape == (3, 2, 2, 1):
+      with pytest.warns(UserWarning, match='same leaves'):
+        spd.load_anchor(path, like, rename=rename)
+    else:
+      with pytest.raises(ValueError, match=r'\[4, 3\], transposed by \(1, 0\)'):
+        spd.load_anchor(path, like, rename=rename)
   with pytest.raises(ValueError, match=r'kernel: .*\[3, 4\], .*\[4, 3\]$'):
     spd.load_anchor(path, {'kernel': jnp.zeros((3, 4))}, rename={'kernel': dense})
+
+
+@pytest.mark.parametrize('free', ['by rename', 'in like'])
+@pytest.mark.parametrize('as_dict', [False, True], ids=['function', 'dict'])
+def test_a_new_head_where_the_file_has_another(as_dict, free, tmp_path):
+  """Catches the most usual case taken for a file whose names nobody has said."""
+  save_file(
+    {'body.weight': np.eye(2, dtype='f4'), 'head.weight': np.ones((9, 2), 'f4')},
+    tmp_path / 'torch.safetensors',
+  )
+  names = {'body/kernel': ('body.weight', (1, 0)), 'head/kernel': None}
+  head = {'kernel': jnp.zeros((2, 3))} if free == 'by rename' else None
+  like = {'body': {'kernel': jnp.zeros((2, 2))}, 'head': head}
+  rename = names if as_dict else names.get
+  with pytest.warns(UserWarning, match='same leaves') if head else contextlib.nullcontext():
+    anchor = spd.load_anchor(tmp_path / 'torch.safetensors', like, rename=rename)
+  np.testing.assert_array_equal(anchor['body']['kernel'], np.eye(2))
+  assert not jax.tree.leaves(anchor['head'])
 
 
 def test_weights_as_keras_saves_them(tmp_path):
@@ -459,6 +486,7 @@ def test_weights_as_keras_saves_them(tmp_path):
     file['layers/dense/vars/0'] = np.float32(PARAMS['encoder']['dense']['kernel'])
     file['layers/dense/vars/1'] = np.float32(PARAMS['encoder']['dense']['bias'])
     file.create_group('layers/dropout/vars')
+    file['unasked'] = h5py.Empty('f4')
     file['_layer_checkpoint_dependencies'] = h5py.SoftLink('/layers')
   rename = {'dense/kernel': 'layers/dense/vars/0', 'dense/bias': 'layers/dense/vars/1'}
   like = zeros({'dense': PARAMS['encoder']['dense']})

@@ -227,10 +227,29 @@ def test_a_state_that_nnx_has_split(rule, strength):
   for _ in range(3):
     optimizer.update(model, nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 4)))))(model))
   _, split = nnx.split(optimizer)
+  serialization = pytest.importorskip('flax.serialization')
   assert spd.layer_report(split) == spd.layer_report(optimizer.opt_state)
   assert spd.scalars(split) == spd.scalars(optimizer.opt_state)
+  pure = nnx.to_pure_dict(nnx.state(optimizer))['opt_state']
+  restored = serialization.msgpack_restore(serialization.msgpack_serialize(pure))
+  assert spd.layer_report(restored) == spd.layer_report(optimizer.opt_state)
   with pytest.raises(TypeError, match='expected the state of an optimizer with SPD'):
     spd.drop_anchor(split)  # what it cannot change it does not pass over
+
+
+@pytest.mark.parametrize('strength', [1.0, spd.within_distance(0.5)], ids=['fixed', 'budget'])
+@pytest.mark.parametrize('empty', ['None', 'left out', 'empty'])
+def test_a_state_restored_as_dicts(empty, strength):
+  """Catches a checkpoint that was restored without a structure, and whose report crashes."""
+  tx = spd.adam_spd(0.1, strength=strength)
+  state = tx.init(PARAMS)
+  _, state = tx.update(PARAMS, state, PARAMS)
+  found = state.projection_decay._asdict()
+  budget = found['budget_state']
+  found['budget_state'] = budget._asdict() if budget else {'None': None, 'empty': {}}.get(empty)
+  if empty == 'left out' and not budget:
+    del found['budget_state']
+  assert spd.layer_report({'opt': [found]}) == spd.layer_report(state)
 
 
 def test_names_come_in_natural_order_whatever_the_order_in_the_state():

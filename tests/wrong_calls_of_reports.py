@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from wrong_calls import ADAM, PARAMS
 from wrong_calls_of_states import FOLDER, FRESH, NO_STATE, NPZ, STATE, WRAPPED, Table
 
@@ -15,6 +16,9 @@ from spd_optax import audit
 
 SHAPES = jax.eval_shape(lambda: STATE)
 TWO = jax.tree.map(lambda x: jnp.stack([x, x]), STATE)
+HELD = optax.tree.set(
+  STATE, constrained=jax.tree.map(jnp.ones_like, optax.tree.get(STATE, 'constrained'))
+)
 NUMBERS = itertools.count()
 
 
@@ -91,6 +95,24 @@ BASELINE: Table = [
     ValueError,
     'anchor & head',
   ),
+  (
+    'baseline_state.anchor',
+    lambda: spd.baseline_state(PARAMS, jax.eval_shape(lambda: PARAMS), 1),
+    TypeError,
+    'anchor: expected values & enc/k$ & head$',
+  ),
+  (
+    'baseline_state.free',
+    lambda: spd.baseline_state(PARAMS, 0, 1, free='no'),
+    ValueError,
+    "free: & 'no': the params are",
+  ),
+  (
+    'baseline_state.anchor_dtype',
+    lambda: spd.baseline_state(PARAMS, 0, 1, anchor_dtype=int),
+    TypeError,
+    'anchor_dtype: .*floating',
+  ),
   ('baseline_state.count', lambda: spd.baseline_state(PARAMS, 0, -1), ValueError, 'count: .*-1'),
   ('baseline_state.count', lambda: spd.baseline_state(PARAMS, 0, 1.5), ValueError, 'count: .*1.5'),
   ('baseline_state.count', lambda: spd.baseline_state(PARAMS, 0, 'x'), TypeError, "count: .*'x'"),
@@ -137,6 +159,13 @@ AUDIT: Table = [
   ('AuditLog.transform', lambda: log(transform=1e-3), TypeError, 'transform: .*string.*0.001'),
   ('AuditLog.source', lambda: log(source=3), TypeError, 'source: .*path or None.*3'),
   ('AuditLog.captured', lambda: log(captured='no'), TypeError, "captured: .*True.*'no'"),
+  ('AuditLog.baseline', lambda: log(baseline='no'), TypeError, "baseline: .*True or False.*'no'"),
+  (
+    'AuditLog.baseline',
+    lambda: record(1, HELD, baseline=True),
+    ValueError,
+    'has SPD, which held layers',
+  ),
   ('AuditLog.patience', lambda: log(patience=0), TypeError, 'patience: .*1 or more.*0'),
   ('AuditLog.patience', lambda: log(patience='x'), TypeError, "patience: .*1 or more.*'x'"),
   ('AuditLog.stack_axis', lambda: record(stack_axis=0), ValueError, r'head: .*0.*\(\)'),

@@ -346,6 +346,12 @@ LOADING: Table = [
   ),
   (
     'load_anchor.rename',
+    lambda: spd.load_anchor(NPZ, PARAMS, rename=lambda path: (path, 1)),
+    TypeError,
+    f'rename: .*axes & {ALL} & tuple',
+  ),
+  (
+    'load_anchor.rename',
     lambda: spd.load_anchor(NPZ, PARAMS, rename={'no': 'enc'}),
     ValueError,
     'not the path of a param .*enc/k & no',

@@ -29,7 +29,6 @@ RESULTS = {
 ADAMS = ('b1', 'b2', 'eps', 'eps_root', 'mu_dtype', 'nesterov')
 OTHERS = {('adam_spd', name) for name in ADAMS} | {
   ('advise', 'run'), ('advise', 'patience'), ('AuditLog', 'moving_anchor'), ('AuditLog', 'fsync'),
-  ('AuditLog', 'baseline'),
   ('scalars', 'prefix'),
 }  # fmt: skip
 CALLS = {

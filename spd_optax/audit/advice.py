@@ -38,7 +38,8 @@ MESSAGES = {
   'never held': 'SPD has not constrained any layer in {updates} updates; until it does this run '
   'equals its inner optimizer. That is right while every gradient keeps pointing away from the '
   'anchor. Look at the learning rate (too small to overshoot, or 0 in a warm-up), the momentum '
-  '(none) and the noise of the gradients (full batches have none); a margin holds layers earlier.',
+  '(none) and the noise of the gradients (full batches have none); a margin holds layers earlier. '
+  'A run without SPD is AuditLog(baseline=True).',
   'no drift': 'the budget has seen no drift in {updates} updates, so all layers are free. Pass '
   'drift=… to update; under optax.MultiSteps in every micro-step. It counts where it is finite.',
   'always held': 'SPD constrained {share:.0f} % of the layers in the last {updates} updates: it is '

@@ -113,6 +113,7 @@ class AuditLog:
       ('transform', transform, 'a string', isinstance(transform, str)),
       ('source', source, 'a string, a path or None', isinstance(source, str | None)),
       ('captured', captured, 'True, False or None', isinstance(captured, bool | None)),
+      ('baseline', baseline, 'True or False', isinstance(baseline, bool)),
       ('patience', patience, 'an integer of 1 or more', isinstance(patience, int) and patience > 0),
     )
     problems += [
@@ -122,7 +123,7 @@ class AuditLog:
     ]
     checks.raise_all(problems, 'AuditLog:', TypeError)
     self._run: dict[str, Any] = {'transform': transform, 'hyperparameters': plain}
-    self._run['baseline'] = bool(baseline)
+    self._run['baseline'] = baseline
     moving = bool(moving_anchor)
     self._anchor: dict[str, Any] = {'source': source, 'captured': captured, 'moving': moving}
     self._stack_axis, self._group = stack_axis, group
@@ -151,7 +152,8 @@ class AuditLog:
     Raises:
       TypeError: if there is no state of SPD; naming every metric that is no number.
       ValueError: before the first update; if the step does not increase; if the layers have
-        changed; if the file is the log of another run, naming all that differs.
+        changed; if the file is the log of another run, naming all that differs; if SPD has held
+        layers in a run that is said to be without it.
       OSError: if the disk is full, or another process writes the file.
       RuntimeError: in a process that was forked from the one that opened the file.
     """
@@ -191,6 +193,9 @@ class AuditLog:
       return
     now, size = self._pending, os.fstat(self._file).st_size
     record = now()
+    if self._header.baseline and record.constrained.any():
+      self._pending = None
+      raise ValueError('AuditLog: the run has SPD, which held layers; leave out baseline=True')
     record = record._replace(resumed=self._resumed or record.step <= self._written)
     self._pending = None
     try:

@@ -193,7 +193,7 @@ def verdict(series: Series) -> str:
   """What SPD did in a run, in words."""
   last, share = series.last, 100 * series.share
   updates = int(last.updates.max(initial=0))
-  if series.baseline and not last.constrained.any():
+  if series.baseline:
     text = f'A run of {updates} updates without SPD.'
   elif not last.constrained.any():
     text = f"No layer was held in {updates} updates: this run equals its inner optimizer's. "
