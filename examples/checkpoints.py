@@ -60,9 +60,8 @@ def filled(model: Model, tensors: Mapping[str, jax.Array], new: str = '') -> Mod
       return leaf
     name, (inverse, _) = _torch(path, leaf)
     if name not in tensors:
-      raise ValueError(
-        f'The checkpoint has no safetensors with "{name}". It has {", ".join(tensors) or "none":.300}'
-      )
+      has = ', '.join(tensors) or 'none'
+      raise ValueError(f'The checkpoint has no safetensors with "{name}". It has {has:.300}')
     found = tensors[name].astype(np.float32).transpose(inverse)
     if found.shape != leaf.shape:
       raise ValueError(f'{name}: the shape {found.shape} is not {leaf.shape} of the config.')
