@@ -22,8 +22,8 @@ class DroppedLeaf(NamedTuple):
   Attributes:
     fingerprint: uint32[4], see `fingerprint`.
     zero: a 0 of the array's dtype.
-    dimensions: uint32[1 + n], the number n of axes and the length of each. (The number is there
-      because Orbax saves no empty array.)
+    dimensions: uint32[1 + n], the number n of axes and the length of each. (Orbax saves no empty
+      array, so n is there.)
   """
 
   fingerprint: jax.Array

@@ -65,14 +65,14 @@ def projection_decay(
       that pulls toward the anchor, 10 holds firmly. If a schedule gives a negative number, infinity
       or NaN, no layer is held in that step.
     margin: m in [0, 1). 0 holds a layer if −g points back at all. A small margin, 0.05 or 0.1, also
-      holds layers that move out sideways. The same margin holds a layer more if the layer is larger
-      or its gradients are noisier.
+      holds layers that move out sideways. It holds a layer more if the layer is larger or its
+      gradients are noisier.
     rule: a `Rule` in place of `GradientTurn`, the equation above.
     free: a pattern, or a list of patterns, of leaves that are never held, such as a new head. It
-      overrides the anchor, which may lack these leaves. A pattern matches whole names, anywhere in
-      a '/'-joined path, and everything below: 'head' matches 'params/head/kernel' and does not
-      match 'overhead/kernel'. Within a name '*', '?' and '[ab]' work as in a shell. '**' matches
-      any number of names. A leading '/' is the root.
+      overrides the anchor, which may lack them. A pattern matches whole names, anywhere in a
+      '/'-joined path, and everything below: 'head' matches 'params/head/kernel' and does not match
+      'overhead/kernel'. Within a name '*', '?' and '[ab]' work as in a shell. '**' matches any
+      number of names. A leading '/' is the root.
     stack_axis: the axis that stacks layers in a leaf (nn.scan): an int, a prefix
       tree of ints and None, ``(path, leaf) -> int | None``, or patterns by axis, as in
       ``{0: ['encoder/layers', 'decoder/layers']}``. Each slice is a layer.
@@ -82,18 +82,18 @@ def projection_decay(
       one layer. 'block_*' makes one layer of each block, with a key such as 'encoder/block_0'. The
       first pattern that matches counts.
     axis_name: inside `shard_map` or `pmap`, the mapped axes over which one layer is
-      split: a name, a tuple of names, or, if leaves differ, a prefix tree or a function as in
+      split: a name, a tuple of names, or, if leaves differ, a prefix tree or function as in
       `stack_axis`. Leave out an axis over which a leaf is replicated, or over which the layers of
       `stack_axis` are distributed. Under `jit` nothing is needed, because sums over sharded arrays
       are global there.
     anchor_dtype: dtype to store the anchor in, such as `jnp.bfloat16`.
     anchor_memory_kind: 'pinned_host' keeps the anchor in the host's memory and streams
-      it to the device in each step. On a backend without such memory, such as a CPU, a warning says
-      so and the anchor stays on the device. None is the memory of the params.
-    anchor_ema: β in [0, 1). The stored anchor then follows the params slowly, for data that drifts:
-      θ_0 ← β θ_0 + (1 − β) θ after each step, where θ is the params before the step. A zero anchor
-      does not move. Do not use `drop_anchor` then: only the state has the anchor. `reanchor` moves
-      an anchor all at once.
+      it to the device in each step. A backend without such memory, such as a CPU, warns, and the
+      anchor stays on the device. None is the memory of the params.
+    anchor_ema: β in [0, 1), for data that drifts. After each step the anchor follows the params
+      slowly: θ_0 ← β θ_0 + (1 − β) θ, where θ is the params before the step. A zero anchor does not
+      move. Do not use `drop_anchor` then: only the state has the anchor. `reanchor` moves an anchor
+      all at once.
 
   Returns:
     A transformation whose state is a `ProjectionDecayState`.

@@ -125,9 +125,9 @@ def scalars(
 ) -> dict[str, float]:
   """Returns the same as `layer_report` in a flat dict, for any tracker.
 
-  ``wandb.log(spd.scalars(state), step)``, ``writer.write_scalars(step, spd.scalars(state))`` (clu),
-  or ``writer.add_scalar(name, value, step)`` for each item (TensorBoard). The names are those of
-  `LayerRecord`. Over all layers:
+  Use ``wandb.log(spd.scalars(state), step)``, ``writer.write_scalars(step, spd.scalars(state))``
+  (clu), or ``writer.add_scalar(name, value, step)`` for each item (TensorBoard). The names are
+  those of `LayerRecord`. Over all layers:
 
   - ``spd/condition``, ``spd/constrained_share``: means over the layers.
   - ``spd/distance``: ‖θ − θ_0‖.

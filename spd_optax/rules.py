@@ -45,8 +45,8 @@ class Rule:
   ``dataclasses.field(metadata={'static': True})``. `decide` must be a pure function of its
   arguments and of the fields, because JAX traces it once for each class.
 
-  The library holds no layer whose ⟨g, d⟩ is not finite. If the strength of a step is negative or
-  not finite, it holds no layer at all.
+  The library holds no layer whose ⟨g, d⟩ is not finite. If the strength is negative or not finite,
+  it holds none at all.
 
   Attributes:
     needs: what `decide` needs to know of a layer besides 'inner' and 'distance': any of
@@ -110,9 +110,9 @@ class Projection(Rule):
 
   The second condition is not from the paper. With k = 0 it is always true. Near the anchor ⟨g, d⟩
   mostly shows how far the last steps overshot, and a layer that is held there may never leave. So a
-  layer is free until its distance is k times the length of its current step. This takes about k
-  steps straight out, or k² steps of a random walk. If the anchor follows closely (`anchor_ema`), no
-  layer ever gets that far.
+  layer is free until its distance is k times the length of its current step. That is about k steps
+  straight out, or k² of a random walk. If the anchor follows closely (`anchor_ema`), no layer ever
+  gets that far.
 
   Attributes:
     margin: m in [0, 1); 0 is the paper's condition.

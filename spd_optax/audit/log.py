@@ -49,19 +49,18 @@ class AuditLog:
 
   A record is written at the next `record`, `flush` or `close`, so `record` does not wait for a step
   that the device still computes. A killed process loses at most the last record. A full disk loses
-  no record that was written. If `path` is an earlier log, the log continues it, provided that
-  header and anchor agree. Call `flush` before each checkpoint: then no record is missing if a run
-  resumes from it. Call `close` after the run went back to a checkpoint: then the next record may
-  have an earlier step.
+  no record that was written. An earlier log at `path` is continued, if header and anchor agree.
+  Call `flush` before each checkpoint: then no record is missing if a run resumes from it. Call
+  `close` after the run went back to a checkpoint: then the next record may have an earlier step.
 
-  The log warns, once each, if SPD never holds a layer, if it always holds all layers, if the anchor
-  is not where training started, if a layer moves away from its anchor although it is held, or if
-  values are not finite. A layer whose ratio is always 1, as with `l2_sp`, is meant to be held.
+  The log warns, once each, if SPD never holds a layer or always holds all layers, if the anchor is
+  not where training started, if a held layer moves away from its anchor, or if values are not
+  finite. A layer whose ratio is always 1, as with `l2_sp`, is meant to be held.
 
   The log closes at the end of its `with` block, of its last reference, or of the process. A forked
   process does not write. With several processes, make the log in all of them, after
-  `jax.distributed.initialize`, and call `record` and `close` in all. Only process 0 uses the path.
-  Only process 0 raises errors about it, and you may catch them.
+  `jax.distributed.initialize`, and call `record` and `close` in all. Only process 0 uses the path
+  and raises errors about it, so you may catch them.
 
   Args:
     path: the file, either new or written by an earlier AuditLog.
