@@ -27,8 +27,8 @@ batches = np.random.default_rng(1).integers(0, len(labels), (300, 16))
 # %% [markdown]
 # ## One run
 #
-# The logits of the base model are computed once. `update` gets the drift in every step. If a measurement is slow, make
-# it in every tenth step, and pass NaN in the others.
+# The logits of the base model are computed once. `update` gets the drift in every step. A slow measurement may be made
+# in every tenth step, with NaN in the others.
 
 # %%
 probe = images[:100]
