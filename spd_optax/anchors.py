@@ -278,10 +278,10 @@ def interpolate(anchor: optax.Params, params: optax.Params, alpha: chex.Numeric)
     alpha: α; 0 is the anchor, 1 the fine-tuned params, both exactly.
 
   Returns:
-    A tree like `params`, computed in float32 or wider, in the dtypes of `params`.
+    A tree like `params`, computed in float32 or wider, then cast to the dtypes of `params`.
 
   Raises:
-    ValueError: naming every leaf where anchor and params do not fit.
+    ValueError: if anchor and params do not fit; names every such leaf.
     TypeError: if there is no anchor at all.
 
   References:

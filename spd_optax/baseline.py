@@ -31,18 +31,18 @@ def baseline_state(
   stack_axis: StackAxis = None,
   group: Group = None,
 ) -> ProjectionDecayState:
-  """A state as SPD would have it, for a run without SPD: no layer is held, distances are ‖θ − θ_0‖.
+  """The SPD state for a run without SPD: no layer is held, and distances are ‖θ − θ_0‖.
 
-  So the log of plain Adam can stand beside that of `adam_spd`, and `layer_report` and `scalars`
-  read it, too. Nothing needs to change in the training step. Call it where a record is made; in
+  So you can compare a log of plain Adam with a log of `adam_spd`. `layer_report` and `scalars` read
+  this state, too. The training step does not change. Call it where you make a record; in
   ``jax.jit`` a call is cheaper.
 
   Args:
-    params: whose distance it has. SPD has that before its last update.
+    params: the params to measure. (The state of SPD has the distance before its last update.)
     anchor: the pre-trained weights, as `projection_decay` takes them, but with values.
     count: updates so far.
-    free, anchor_dtype, stack_axis, group: see `projection_decay`. With those of the other run, both
-      logs have the same layers.
+    free, anchor_dtype, stack_axis, group: see `projection_decay`. With the values of the other run,
+      both logs have the same layers.
 
   Returns:
     A `ProjectionDecayState`, in which every condition is False, and ratio and constrained are 0.

@@ -24,7 +24,7 @@ PRESSING = 10.0  # the strength above which no layer is free
 
 
 class BudgetState(NamedTuple):
-  """State of a strength that a budget sets; every field is a scalar.
+  """State of a strength that a budget sets; scalars, with the symbols of `within_budget`.
 
   Attributes:
     budget: float32, B.
@@ -32,7 +32,7 @@ class BudgetState(NamedTuple):
     strength: float32, λ of the last update; 0 where all layers were free.
     base: float32, b, the strength where y = B.
     measured: int32, n, measurements so far.
-    crossed: int32, N, the first measurement with y ≥ B; 0 before it.
+    crossed: int32, N, the number of the first measurement with y ≥ B; 0 before that.
   """
 
   budget: jax.Array
@@ -45,7 +45,7 @@ class BudgetState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-  """A strength that sets itself; `within_budget` and `within_distance` make it."""
+  """A strength that sets itself; `within_budget` and `within_distance` create it."""
 
   budget: chex.Numeric
   init: chex.Numeric
@@ -122,43 +122,44 @@ def within_budget(
 ) -> Budget:
   r"""A strength that sets itself in one run, so that a measured drift ends within a budget.
 
-  Pass it as the `strength` of any function of this library, and the drift y ≥ 0 to each `update`,
-  such as ``optimizer.update(gradients, state, params, drift=kl)``. It may be anything that
-  grows as the model loses what it knew: `kl_from_base`, `cosine_from_base`, or the points lost
-  on an old benchmark. At the n-th measurement, with budget B:
+  Pass it as the `strength` of any function of this library. Pass the drift y ≥ 0 to each `update`,
+  as in ``optimizer.update(gradients, state, params, drift=kl)``. The drift may be anything that
+  grows as the model forgets: `kl_from_base`, `cosine_from_base`, or the points lost on an old
+  benchmark. At the n-th measurement, with budget B:
 
       λ = b (y / B)^8          but 0 below the lower bound, and never above the upper one
       b ← b exp(κ clip(log(y / B), −1, 1))          κ = 10 / (10 + N)
 
-  N is the first measurement with y ≥ B; before it κ = 1 / (10 + n). b stays where λ is at a bound
-  and b would move it farther beyond. So layers are free while the drift is far below the
-  budget, and λ settles where the drift is at it. Only y / B enters, so any unit will do.
+  N is the first measurement with y ≥ B. Before that, κ = 1 / (10 + n). b does not change if λ is at
+  a bound and the change would move λ farther beyond it. So layers are free while the drift is far
+  below the budget, and λ settles where the drift equals the budget. Only y / B matters, so any unit
+  works.
 
-  A measurement may be noisy, late, or made only every k-th step. Pass NaN or None in other steps. λ
-  then stays as it is, as it does for a drift that is not finite. In some steps the drift is above
-  the budget, most of all early on, when the model learns fastest; it ends near the budget, or below
-  it. The drift must be one number on all devices: in shard_map or pmap pass its mean over them.
-  Under `optax.MultiSteps` pass the last drift in every micro-step; that of the last one counts.
+  A measurement may be noisy, late, or made only every k-th step. Pass NaN or None in other steps: λ
+  changes only if the drift is finite. In some steps the drift is above the budget, mostly early on,
+  when the model learns fastest. It ends near the budget, or below it. The drift must be the same
+  number on all devices: in shard_map or pmap pass its mean over them. Under `optax.MultiSteps` pass
+  the last drift in every micro-step. Only the last micro-step counts.
 
   Up to λ = 10 the rule alone says which layers are held. If that is not enough, no layer is free:
 
       g' = g + max(s, (λ / 10 − 1) ‖g‖ / ‖d‖) d              in a chain
       θ ← θ̃ − min(1, max(s, (λ / 10 − 1) r)) (θ̃ − θ_0)       around an optimizer
 
-  where s is the scale of the rule's own `Decision`, 0 for a layer that it leaves free. So a layer
-  goes at most back onto its anchor.
+  Here s is the scale of the rule's own `Decision`, or 0 for a layer that the rule leaves free.
+  Around an optimizer a layer goes back to its anchor at most.
 
   Args:
-    budget: B > 0, the most that y may be at the end, in the unit of y.
-    init: b at first, within the bounds.
+    budget: B > 0, the largest y allowed at the end, in the unit of y.
+    init: the initial b, within the bounds.
     bounds: the smallest and the largest λ.
 
   Returns:
     A `Budget`. Its `BudgetState` is the `budget_state` of the `ProjectionDecayState`.
 
   Raises:
-    ValueError, TypeError: for a bad argument; in `update`, at trace time, where `drift` is missing
-      or no scalar.
+    ValueError, TypeError: for a bad argument; in `update`, at trace time, if `drift` is missing or
+      not a scalar.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax
@@ -182,23 +183,26 @@ def within_distance(
   init: chex.Numeric = 1.0,
   bounds: tuple[float, float] = (0.01, 100.0),
 ) -> Budget:
-  """`within_budget` for the relative distance from the anchor, which it measures by itself.
+  """`within_budget` with the relative distance from the anchor as the drift. SPD measures it.
 
       y = ‖θ − θ_0‖ / ‖θ_0‖          over all constrained layers
 
   ``strength=spd.within_distance(0.02)`` keeps the weights within 2 % of the anchor's norm. It needs
-  no data, no forward pass and no extra argument. But norms of weights predict worse what is
-  forgotten than `kl_from_base` does. Every layer waits for the distance of all: on one TPU chip a
-  step reads and writes the params 12 times instead of 8, and stores one more copy of them on the
-  way. On 64 chips it costs nothing, nor does `within_budget` anywhere. In shard_map each layer must
-  be whole, or split over `axis_name`. Layers that are dealt out over devices need `within_budget`.
+  no data, no forward pass and no extra argument. But `kl_from_base` predicts forgetting better than
+  norms of weights do. Every layer waits for the distance of all layers. So on one TPU chip a step
+  reads and writes the params 12 times instead of 8, and stores one more temporary copy of them. On
+  64 chips this costs nothing. `within_budget` costs nothing anywhere. In shard_map each layer must
+  be whole, or split over `axis_name`. If layers are distributed over devices, use `within_budget`.
 
   Args:
     budget: B > 0, a share of ‖θ_0‖: 0.02 is 2 %.
     init, bounds: see `within_budget`.
 
+  Returns:
+    A `Budget`, as `within_budget`.
+
   Raises:
-    ValueError: as `within_budget`; in `update`, where all of the anchor is `0`.
+    ValueError, TypeError: as `within_budget`; in `update`, if the whole anchor is `0`.
 
   Example:
     >>> import spd_optax as spd
@@ -254,23 +258,23 @@ def kl_from_base(
   *,
   where: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
-  """How far what a model says has moved from what its base says: KL(π_0 ‖ π), in nats.
+  """KL divergence from a base model's predictions to a model's: KL(π_0 ‖ π), in nats.
 
       KL = mean over examples and tokens of  Σ_c π_0(c) (log π_0(c) − log π(c))
 
-  with π = softmax(logits). New inputs will do: on them it predicts what is forgotten of the old
-  (Shenfeld, Pari and Agrawal, `RL's Razor <https://arxiv.org/abs/2509.04259>`_, 2025). But where
-  the base is sure of wrong answers to them, learning is itself such a drift, and a small budget
+  with π = softmax(logits). New inputs are enough: the KL on them predicts forgetting on old inputs
+  (Shenfeld, Pari and Agrawal, `RL's Razor <https://arxiv.org/abs/2509.04259>`_, 2025). But if the
+  base model is sure of wrong answers on them, learning itself is such a drift, and a small budget
   forbids it.
 
   Args:
     logits: of the model, float[..., classes].
     base_logits: of the base model for the same inputs, same shape. They may be stored once.
     where: bool[...], or a shape that broadcasts to it: which tokens count. Leave out padding, and
-      what is not to be predicted.
+      tokens that are not predicted.
 
   Returns:
-    float32[]; NaN where no token counts.
+    float32[]; NaN if no token counts.
 
   Raises:
     ValueError, TypeError: if the shapes do not fit, or what is passed is no array.
@@ -296,17 +300,17 @@ def cosine_from_base(
   *,
   where: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
-  """How far embeddings have turned from those of the base model, from 0 to 2.
+  """Mean cosine distance of embeddings from the embeddings of the base model, from 0 to 2.
 
       mean over examples of  1 − ⟨e, e_0⟩ / (‖e‖ ‖e_0‖)
 
   Args:
     embeddings: of the model, float[..., d].
     base_embeddings: of the base model for the same inputs, same shape.
-    where: bool[...]: which of them count.
+    where: bool[...]: which examples count.
 
   Returns:
-    float32[]; NaN where none counts.
+    float32[]; NaN if no example counts.
 
   Raises:
     ValueError, TypeError: if the shapes do not fit, or what is passed is no array.

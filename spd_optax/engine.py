@@ -39,14 +39,14 @@ class ProjectionDecayState(NamedTuple):
     count: int32[], updates so far.
     anchor: tree like the params: θ_0, or `optax.MaskedNode()` where none is stored.
     condition: bool[] or bool[L] per layer: whether the rule held the layer at the last update.
-      The layer was moved only where `ratio` > 0, too.
-    ratio: float32, same shapes. Around an optimizer: r, the part of the deviation from the
-      anchor by which the last step grew (eq. 9), whether held or not. In a chain: the
-      size of the pull relative to the gradient at strength 1; 0 where there is none.
+      The layer was moved only if `ratio` > 0, too.
+    ratio: float32, same shapes. Around an optimizer: r, the growth of the distance in the last step
+      relative to the distance after it (eq. 9), whether held or not. In a chain: the size of the
+      pull relative to the gradient, at strength 1; 0 without a pull.
     distance: float32, same shapes: ‖θ − θ_0‖ before the last update.
     constrained: int32, same shapes: updates so far with a true `condition`.
     rule_state: the rule's own numbers, by name; each a dict of float32, same shapes.
-    budget_state: a `BudgetState` where a budget sets the strength, else `optax.EmptyState()`.
+    budget_state: a `BudgetState` if a budget sets the strength, else `optax.EmptyState()`.
   """
 
   count: jax.Array  # type: ignore[assignment]  # optax's name; hides tuple.count

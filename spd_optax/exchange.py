@@ -17,13 +17,13 @@ State = TypeVar('State')
 
 
 class DroppedLeaf(NamedTuple):
-  """What stands in a state for an array of the anchor that was dropped.
+  """The placeholder in a state for an array of the anchor that was dropped.
 
   Attributes:
     fingerprint: uint32[4], see `fingerprint`.
     zero: a 0 of the array's dtype.
-    dimensions: uint32[1 + n], their number n and the length of each. (Not the lengths alone, for
-      Orbax saves no empty array.)
+    dimensions: uint32[1 + n], the number n of axes and the length of each. (Orbax saves no empty
+      array, so n is there.)
   """
 
   fingerprint: jax.Array
@@ -39,10 +39,10 @@ def is_dropped(node: object) -> bool:
 def drop_anchor(opt_state: State) -> State:
   """The optimizer state without its anchor, for a checkpoint without a second copy of the model.
 
-  Change ``save(opt_state)`` to ``save(spd.drop_anchor(opt_state))``. On resuming put the
-  pre-trained weights back by `put_anchor`; the run goes on bit for bit. In place of each
-  array its fingerprint, dtype and shape are kept (`DroppedLeaf`). The structure to restore into
-  is ``jax.eval_shape(spd.drop_anchor, jax.eval_shape(tx.init, params))``.
+  Change ``save(opt_state)`` to ``save(spd.drop_anchor(opt_state))``. To resume, put the pre-trained
+  weights back with `put_anchor`. The run then continues bit for bit. A `DroppedLeaf` replaces each
+  array and keeps its fingerprint, dtype and shape. The structure to restore into is
+  ``jax.eval_shape(spd.drop_anchor, jax.eval_shape(tx.init, params))``.
 
   Args:
     opt_state: the state of any optimizer with SPD or `l2_sp` in it, at any depth.
@@ -72,18 +72,18 @@ def drop_anchor(opt_state: State) -> State:
 
 
 def put_anchor(opt_state: State, anchor: optax.Params) -> State:
-  """The optimizer state with its anchor again, after `drop_anchor`.
+  """The optimizer state with its anchor put back, after `drop_anchor`.
 
   Args:
     opt_state: a state whose anchor has been dropped.
-    anchor: the same anchor: the pre-trained params, or what `load_anchor` gives. It may
-      have more leaves than the state asks for. Arrays are copied and keep their sharding, so for a
-      model over several devices give JAX arrays, not NumPy's. They get the dtype that the anchor
-      had in the state. An anchor of `anchor_memory_kind` goes to the host at the next update.
+    anchor: the same anchor: the pre-trained params, or what `load_anchor` gives. It may have more
+      leaves than the state needs. Arrays are copied and keep their sharding, so for a model on
+      several devices pass JAX arrays, not NumPy arrays. They get the dtype that the anchor had in
+      the state. With `anchor_memory_kind` the anchor moves to the host at the next update.
 
   Raises:
-    ValueError: if its anchor has not been dropped; naming every leaf that the anchor lacks, or
-      whose fingerprint is not that of the anchor that was dropped.
+    ValueError: if the anchor of the state has not been dropped; if `anchor` lacks a leaf, or a leaf
+      has another fingerprint than the dropped leaf. The message names every such leaf.
     TypeError: if there is no state of SPD or `l2_sp`; under jit.
   """
   leaves = trees.flatten(anchor).by_path
@@ -107,21 +107,21 @@ def put_anchor(opt_state: State, anchor: optax.Params) -> State:
 
 
 def reanchor(opt_state: State, params: optax.Params) -> State:
-  """The optimizer state with other weights as its anchor: at the boundary of two tasks, say.
+  """The optimizer state with other weights as its anchor, as between two tasks.
 
   θ_0 becomes a copy of `params` wherever an array of the anchor is stored, or was
-  before `drop_anchor`. Zero and free anchors stay. Moments, counters and reports go on.
-  May be called under jit, where of a dropped array only the number of its axes is checked.
-  Before the first update it has no effect where the anchor is captured (`anchor=None`): that
-  update captures.
+  before `drop_anchor`. Zero and free anchors stay. Moments, counters and reports continue. It may
+  be called under jit. There, only the number of axes of a dropped array is checked. If the anchor
+  is captured (`anchor=None`), it has no effect before the first update: that update captures the
+  params.
 
   Args:
     opt_state: the state of any optimizer with SPD or `l2_sp` in it, at any depth.
     params: the new anchor, a tree like the params. It may have more leaves than are stored.
 
   Raises:
-    ValueError: naming every leaf that `params` lacks, or that has another shape or complex
-      numbers; if the state stores no anchor at all.
+    ValueError: if `params` lacks a leaf, or a leaf has another shape or complex numbers (the
+      message names every such leaf); if the state stores no anchor at all.
     TypeError: if there is no state of SPD or `l2_sp`.
 
   Example:
@@ -211,9 +211,9 @@ def fingerprint(anchor: optax.Params) -> str:
 
   It depends on the path, shape, dtype and every bit of each array, and on nothing else:
   not on sharding, backend, tree type or the order of the leaves. Leaves that are not stored
-  in a state (None, `0`, integers, empty arrays) do not count. Without 64-bit mode float64
-  counts as the float32 that JAX makes of it. It is no defence against somebody who wants two
-  anchors to agree.
+  in a state (None, `0`, integers, empty arrays) do not count. Without 64-bit mode float64 counts as
+  float32, as JAX converts it. It does not stop somebody from making two anchors with one
+  fingerprint on purpose.
 
   Args:
     anchor: a tree of arrays, as passed to `projection_decay` or found in its state, where it

@@ -47,39 +47,38 @@ def load_anchor(
 ) -> optax.Params:
   """The anchor from a checkpoint: pre-trained weights, placed like the params.
 
-  An entry of the checkpoint belongs to the leaf with the same path. '.' and '/' count as
-  the same separator, and a last '/value' of nnx is left out. What is read has the shape,
-  dtype and sharding of that leaf. Of Orbax and safetensors each process reads what it needs.
-  A leaf that the checkpoint lacks is free (None), a new head say, and a warning names it.
-  Integer and empty leaves, which SPD never holds, are None without a word.
+  An entry of the checkpoint belongs to the leaf with the same path. '.' and '/' count as the same
+  separator, and a trailing '/value' of nnx is ignored. The loaded array has the shape, dtype and
+  sharding of that leaf. From Orbax and safetensors each process reads only what it needs. A leaf
+  that the checkpoint lacks, such as a new head, is free (None), and a warning names it. Integer and
+  empty leaves, which SPD never holds, are None without a warning.
 
   Args:
-    path: an Orbax directory (of v1, or by the older StandardCheckpointer and
-      CheckpointManager; one step, one tree), a `.safetensors` file or a directory
-      of its shards, a flax `.msgpack` file, an `.npz` file as big_vision writes them, or a
-      `.h5` file of Keras.
-      Nothing is unpickled. An Orbax checkpoint may lie in a bucket ('gs://…').
+    path: an Orbax directory (from v1, or from the older StandardCheckpointer and CheckpointManager;
+      one step, one tree), a `.safetensors` file or a directory of its shards, a flax `.msgpack`
+      file, an `.npz` file as big_vision writes them, or a `.h5` file of Keras. Nothing is
+      unpickled. An Orbax checkpoint may be in a bucket ('gs://…').
     like: the params that the anchor is for, as arrays or as `jax.ShapeDtypeStruct` with
       a sharding.
     key: path of the params inside the checkpoint, as in 'params' or 'state/params'.
-    strict: whether a leaf that only the params or only the checkpoint have is an error.
-    rename: for a checkpoint with other names, as those of PyTorch and Keras: a function or a dict
-      from the path of a param to the name of its entry under `key`. ``(name, axes)`` takes
-      ``numpy.transpose(entry, axes)`` and splits or joins its axes as the param has them: the
-      kernel of a Flax Dense is ``('dense.weight', (1, 0))`` in PyTorch. Each process reads such
-      an entry whole. None says that there is no such entry; paths that a dict lacks keep their
-      name. One entry is one param: layers that are stacked here and apart there are not joined.
+    strict: if True, a leaf that only the params or only the checkpoint have is an error.
+    rename: for a checkpoint with other names, such as from PyTorch and Keras: a function or a dict
+      from the path of a param to the name of its entry under `key`. ``(name, axes)`` also applies
+      ``numpy.transpose(entry, axes)``, then splits or joins axes to fit the shape of the param: the
+      kernel of a Flax Dense is ``('dense.weight', (1, 0))`` in PyTorch. Each process reads such an
+      entry whole. None says that there is no such entry. Paths that a dict lacks keep their name.
+      One entry is one param, so layers that are stacked in the params alone cannot be read.
 
   Returns:
     A tree like `like` with None for free leaves, to be passed as `anchor`.
 
   Raises:
-    ValueError: if the checkpoint is damaged, a PyTorch model's without `rename`, or has none of the
-      leaves under `key`. It names every leaf with another shape, with complex numbers for real
-      ones, or with NaN or infinite values, every entry that `rename` names and that is not there,
-      and with `strict` every leaf that only one side has.
-    TypeError: if `rename` is no function or dict, naming every path for which it gives another
-      thing.
+    ValueError: if the checkpoint is damaged, comes from PyTorch without a `rename`, or has none of
+      the leaves under `key`; if a leaf has another shape, complex numbers for a real param, or NaN
+      or infinite values; if an entry that `rename` names is missing; with `strict`, if only one
+      side has a leaf. The message names every such leaf or entry.
+    TypeError: if `rename` is not a function or a dict, or gives something else for a path; names
+      every such path.
     FileNotFoundError, ImportError: if there is no such file, or no library for it.
 
   Example:

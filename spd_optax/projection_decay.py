@@ -31,7 +31,7 @@ def projection_decay(
   anchor_memory_kind: str | None = None,
   anchor_ema: chex.Numeric | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Selective Projection Decay of the gradients: the first link of a chain.
+  r"""Selective Projection Decay of the gradients: the first transformation of a chain.
 
   Per layer, with gradient g, deviation d = θ − θ_0 from the anchor,
   cos = ⟨g, d⟩ / (‖g‖ ‖d‖), strength λ and margin m:
@@ -43,11 +43,12 @@ def projection_decay(
   other layer is turned toward the anchor before the optimizer sees it. The rule is scale-free:
   multiplying the loss changes only the scale of g', and ‖g'‖ ≤ (1 + λ (1 + m)) ‖g‖.
 
-  Before Adam with a constant learning rate a layer circles in a narrow valley and never comes to
-  rest: the gradient across the valley changes sign, and is turned in 40 to 50 % of the steps. On
-  Rosenbrock's function it stays 4 to 10 learning rates away from the minimum for three million
-  steps; with a rate that decays to 0 it comes to within 1e-5, as Adam does. Around Adam
-  `SignificantProjection` and the paper's rule come to within a tenth of a learning rate.
+  With Adam at a constant learning rate, a layer in a narrow valley circles and never comes to rest.
+  The gradient across the valley changes sign, and is turned in 40 to 50 % of the steps. On
+  Rosenbrock's function the layer stays 4 to 10 learning rates away from the minimum for three
+  million steps. With a rate that decays to 0 it comes to within 1e-5, as Adam does.
+  `SignificantProjection` and the paper's rule, around Adam, come to within a tenth of a learning
+  rate.
 
   This is *not* the paper's rule, which projects the optimizer's output. `with_projection_decay`
   is the paper's rule. Change ``optax.adam(lr)`` to
@@ -57,41 +58,42 @@ def projection_decay(
     anchor: θ_0, a tree like the params or a prefix of it. An array leaf is the
       anchor of that param. `0` is the zero anchor, for which nothing is stored. `None` at a
       leaf or subtree leaves it free. A `jax.ShapeDtypeStruct` captures that param at the first
-      update. `None` as a whole captures all, so that pre-trained weights may be put in after
-      `init`. Arrays are copied into the state with the sharding of the params.
+      update. `None` for the whole tree captures all params, so you may load the pre-trained weights
+      after `init`. Arrays are copied into the state with the sharding of the params.
     strength: λ ≥ 0, a number, a schedule of the step, or a budget that sets it (`within_budget`,
-      `within_distance`). 0 changes no bit, 0.3 is gentle, 1 counts the homeward part of a turned
-      gradient twice, 10 holds firmly. At a step where a schedule gives a negative number, infinity
-      or NaN, no layer is held.
-    margin: m in [0, 1). 0 asks whether the gradient points back at all. A small margin, 0.05
-      or 0.1, also holds layers that walk out sideways. The larger a layer is, and the noisier its
-      gradients are, the more a margin holds it.
+      `within_distance`). 0 changes no bit, 0.3 is gentle, 1 doubles the part of a turned gradient
+      that pulls toward the anchor, 10 holds firmly. If a schedule gives a negative number, infinity
+      or NaN, no layer is held in that step.
+    margin: m in [0, 1). 0 holds a layer if −g points back at all. A small margin, 0.05 or 0.1, also
+      holds layers that move out sideways. It holds a layer more if the layer is larger or its
+      gradients are noisier.
     rule: a `Rule` in place of `GradientTurn`, the equation above.
-    free: a pattern, or a list of patterns, of leaves that are free, whatever the anchor says or
-      lacks of them: a new head. A pattern matches whole names of a '/'-joined path, anywhere
-      in it, and all that lies below: 'head' matches 'params/head/kernel' and does not match
-      'overhead/kernel'. In a name '*', '?' and '[ab]' are as in a shell, '**' is any number of
-      names, and a first '/' is the root.
+    free: a pattern, or a list of patterns, of leaves that are never held, such as a new head. It
+      overrides the anchor, which may lack them. A pattern matches whole names, anywhere in a
+      '/'-joined path, and everything below: 'head' matches 'params/head/kernel' and does not match
+      'overhead/kernel'. Within a name '*', '?' and '[ab]' work as in a shell. '**' matches any
+      number of names. A leading '/' is the root.
     stack_axis: the axis that stacks layers in a leaf (nn.scan): an int, a prefix
       tree of ints and None, ``(path, leaf) -> int | None``, or patterns by axis, as in
       ``{0: ['encoder/layers', 'decoder/layers']}``. Each slice is a layer.
-    group: ``path -> key | None``; leaves with one key, a string or an int, are one layer. Paths
-      are '/'-joined, as in 'encoder/block_0/kernel'. 1 and '1' are the same key. Or patterns:
-      all leaves below one place where a pattern ends are one layer. 'block_*' makes one of
-      each block, with the key 'encoder/block_0'. The first pattern that matches counts.
+    group: ``path -> key | None``; leaves with the same key, a string or an int, are one layer.
+      Paths are '/'-joined, as in 'encoder/block_0/kernel'. 1 and '1' are the same key. A leaf with
+      None is a layer of its own. Or patterns: all leaves below a path that a pattern matches are
+      one layer. 'block_*' makes one layer of each block, with a key such as 'encoder/block_0'. The
+      first pattern that matches counts.
     axis_name: inside `shard_map` or `pmap`, the mapped axes over which one layer is
-      split: a name, a tuple of names, or a prefix tree or function like
-      `stack_axis` where leaves differ. Leave out an axis over which a leaf is
-      replicated, or over which the layers of `stack_axis` are dealt out. Under `jit` nothing
-      is needed, because sums over sharded arrays are global there.
+      split: a name, a tuple of names, or, if leaves differ, a prefix tree or function as in
+      `stack_axis`. Leave out an axis over which a leaf is replicated, or over which the layers of
+      `stack_axis` are distributed. Under `jit` nothing is needed, because sums over sharded arrays
+      are global there.
     anchor_dtype: dtype to store the anchor in, such as `jnp.bfloat16`.
     anchor_memory_kind: 'pinned_host' keeps the anchor in the host's memory and streams
-      it to the device in each step. A backend without such memory, as a CPU, warns, and the
-      anchor stays on the device. None: the memory of the params.
-    anchor_ema: β in [0, 1): the stored anchor follows the params slowly, for streams that
-      drift: θ_0 ← β θ_0 + (1 − β) θ after each step, with the params θ before it. An anchor of
-      zero stays there. `drop_anchor` is then of no use, because nothing but the state has the
-      anchor. `reanchor` moves it all at once.
+      it to the device in each step. A backend without such memory, such as a CPU, warns, and the
+      anchor stays on the device. None is the memory of the params.
+    anchor_ema: β in [0, 1), for data that drifts. After each step the anchor follows the params
+      slowly: θ_0 ← β θ_0 + (1 − β) θ, where θ is the params before the step. A zero anchor does not
+      move. Do not use `drop_anchor` then: only the state has the anchor. `reanchor` moves an anchor
+      all at once.
 
   Returns:
     A transformation whose state is a `ProjectionDecayState`.
@@ -145,13 +147,16 @@ def l2_sp(
   `optax.add_decayed_weights`.
 
   Args:
-    strength: λ, a number ≥ 0 or a schedule of the step.
-    anchor, free, stack_axis, group, axis_name, anchor_dtype: see `projection_decay`; layers are
-      for the reports.
+    strength: λ ≥ 0, a number, a schedule of the step, or a budget that sets it.
+    anchor, free, stack_axis, group, axis_name, anchor_dtype: see `projection_decay`. Layers matter
+      only for the reports.
 
   Returns:
     A transformation whose state is a `ProjectionDecayState`, with every `condition`
     true where the gradient is finite.
+
+  Raises:
+    ValueError, TypeError: as `projection_decay`.
 
   References:
     Li, Grandvalet, Davoine, `Explicit Inductive Bias for Transfer Learning with

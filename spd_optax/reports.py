@@ -38,7 +38,7 @@ class LayerRecord(NamedTuple):
     group: the key of the group; None for a leaf.
     relative_distance: distance / ‖θ_0‖. It is NaN if the distance is, and None if ‖θ_0‖ is 0, NaN
       or not known.
-    constrained_share: `constrained` per update; 0 before the first.
+    constrained_share: `constrained` divided by the updates; 0 before the first update.
     rule_state: the rule's own numbers by name; empty for a rule without any.
   """
 
@@ -66,8 +66,8 @@ def layer_report(
   Call it outside jit. With several processes, call it in all of them.
 
   Args:
-    opt_state: the state of any optimizer with SPD in it, at any depth, also several times, or
-      what `nnx.split` makes of one, or a checkpoint restored without a structure.
+    opt_state: the state of any optimizer with SPD in it, at any depth, once or several times; or
+      what `nnx.split` returns for such a state, or a checkpoint restored without a structure.
     stack_axis: the `stack_axis` of the transformation. Only the relative distance needs it, and
       only if two axes of a leaf are as long as its stack.
     group: the `group` of the transformation. Only the relative distance of groups needs it.
@@ -125,23 +125,23 @@ def scalars(
 ) -> dict[str, float]:
   """Returns the same as `layer_report` in a flat dict, for any tracker.
 
-  ``wandb.log(spd.scalars(state), step)``, ``writer.write_scalars(step, spd.scalars(state))`` (clu),
-  or ``writer.add_scalar(name, value, step)`` for each item (TensorBoard). The words are those of
-  `LayerRecord`. Over all layers:
+  Use ``wandb.log(spd.scalars(state), step)``, ``writer.write_scalars(step, spd.scalars(state))``
+  (clu), or ``writer.add_scalar(name, value, step)`` for each item (TensorBoard). The names are
+  those of `LayerRecord`. Over all layers:
 
-  - ``spd/condition``, ``spd/constrained_share``: the means of the layers'.
+  - ``spd/condition``, ``spd/constrained_share``: means over the layers.
   - ``spd/distance``: ‖θ − θ_0‖.
-  - ``spd/relative_distance``: the distance of the layers with a known ‖θ_0‖, divided by that; not
-    if none is known and above 0.
-  - ``spd/budget``, ``spd/drift``, ``spd/strength``: those of the `BudgetState`, if there is one. If
-    there are several states of SPD, they begin with its number: ``spd/state_0/budget``.
+  - ``spd/relative_distance``: the distance of the layers with a known ‖θ_0‖, divided by their
+    ‖θ_0‖; missing if no known ‖θ_0‖ is above 0.
+  - ``spd/budget``, ``spd/drift``, ``spd/strength``: from the `BudgetState`, if there is one. With
+    several states of SPD the number of the state follows ``spd/``: ``spd/state_0/budget``.
 
   For each layer there are ``spd/NAME/condition``, `ratio`, `distance`, `constrained_share`,
   `relative_distance` unless it is None, and each of the rule's own numbers. TensorBoard takes no
-  brackets: 'layers/kernel[3]' is spelled 'layers/kernel/3', unless another layer is called that.
+  brackets: 'layers/kernel[3]' is spelled 'layers/kernel/3', unless another layer has that name.
 
   Args:
-    prefix: the first part of each key, in the place of 'spd'; '' for none.
+    prefix: the first part of each key, instead of 'spd'; '' for none.
     opt_state, stack_axis, group: see `layer_report`.
 
   Raises:

@@ -24,9 +24,9 @@ class Decision(NamedTuple):
 
   Attributes:
     condition: bool, whether the layer is held.
-    ratio: a number for the reports: how much the layer is moved, 0 if not at all.
-    scale: how far the layer is taken back where it is held. In a chain the gradient
-      becomes g + scale · d, around an optimizer θ̃ becomes θ̃ − scale · (θ̃ − θ_0).
+    ratio: float, for the reports: how much the layer is moved, 0 if not at all.
+    scale: float, how far a held layer is moved back. In a chain the gradient becomes g + scale · d.
+      Around an optimizer θ̃ becomes θ̃ − scale · (θ̃ − θ_0).
     numbers: the rule's own numbers after this step, with the names in `Rule.numbers`.
   """
 
@@ -41,19 +41,19 @@ class Rule:
   """A rule; subclass it to write your own.
 
   A subclass becomes a frozen dataclass and a pytree. Its annotated fields are hyperparameters.
-  They are traced, so Python cannot ask `if self.z > 0`; a field of strings or flags is declared by
-  ``dataclasses.field(metadata={'static': True})``. `decide` is a pure function of its
+  They are traced, so `if self.z > 0` does not work. Declare a string or a flag by
+  ``dataclasses.field(metadata={'static': True})``. `decide` must be a pure function of its
   arguments and of the fields, because JAX traces it once for each class.
 
-  No rule holds a layer whose ⟨g, d⟩ is not finite, nor any layer in a step whose strength is
-  negative or not finite. The engine sees to that.
+  The library holds no layer whose ⟨g, d⟩ is not finite. If the strength is negative or not finite,
+  it holds none at all.
 
   Attributes:
     needs: what `decide` needs to know of a layer besides 'inner' and 'distance': any of
       'gradient_norm', 'after' and 'step'. 'after' and 'step' are known only around an optimizer.
-    numbers: the numbers of its own that the rule keeps for each layer, by name, and their
-      values before the first update. They are float32, and reports show them by name. Where a
-      new value is not finite, as after a NaN gradient, the old one stays.
+    numbers: the names of the rule's own numbers for each layer, and their values before the first
+      update. They are float32, and reports show them by name. If a new value is not finite, as
+      after a NaN gradient, the old value stays.
 
   Example:
     Pull a layer toward its anchor while the running mean of ⟨g, d⟩ is positive:
@@ -87,15 +87,15 @@ class Rule:
     """Decides for one layer, or for the slices of a stacked one.
 
     Args:
-      norms: 'inner' is ⟨g, d⟩, 'distance' ‖d‖, 'gradient_norm' ‖g‖, 'after' ‖θ̃ − θ_0‖ and
-        'step' ‖θ̃ − θ‖, in float32 or wider.
+      norms: 'inner' is ⟨g, d⟩, 'distance' ‖d‖, 'gradient_norm' ‖g‖, 'after' ‖θ̃ − θ_0‖ and 'step'
+        ‖θ̃ − θ‖, in float32 or wider, each of shape [] or [L].
       numbers: the rule's own numbers before this step.
       strength: λ ≥ 0.
     """
     raise NotImplementedError(f'{type(self).__name__} must define decide')
 
   def check(self) -> None:
-    """Raises for a hyperparameter out of range; called where a transformation is made."""
+    """Raises an error if a hyperparameter is out of range; runs when a transformation is made."""
 
 
 def _check_near(near: chex.Numeric) -> None:
@@ -108,15 +108,15 @@ class Projection(Rule):
       r = max(0, ‖θ̃ − θ_0‖ − ‖θ − θ_0‖) / ‖θ̃ − θ_0‖
       θ ← θ̃ − λ r (θ̃ − θ_0)     where −⟨g, d⟩ < m ‖g‖ ‖d‖ and ‖d‖ ≥ k ‖θ̃ − θ‖
 
-  The second condition is not of the paper. With k = 0 it is always true. Near the anchor
-  ⟨g, d⟩ mostly shows how far the last steps overshot, and a layer that is held there may never
-  leave. So a layer is free until it is k of its present steps away from its anchor: for
-  about k steps straight out, or k² of a random walk. Where the anchor follows closely
-  (`anchor_ema`), no layer ever gets that far.
+  The second condition is not from the paper. With k = 0 it is always true. Near the anchor ⟨g, d⟩
+  mostly shows how far the last steps overshot, and a layer that is held there may never leave. So a
+  layer is free until its distance is k times the length of its current step. That is about k steps
+  straight out, or k² of a random walk. If the anchor follows closely (`anchor_ema`), no layer ever
+  gets that far.
 
   Attributes:
     margin: m in [0, 1); 0 is the paper's condition.
-    near: k ≥ 0; 0 is the paper's rule, 20 what we tried around Adam.
+    near: k ≥ 0; 0 is the paper's rule. Around Adam we tried 20.
 
   Example:
     >>> import spd_optax as spd
@@ -158,16 +158,17 @@ class SignificantProjection(Rule):
       θ ← θ̃ − λ r (θ̃ − θ_0)     where μ > −z √(s (1 − β) / (1 + β)), d ≠ 0 and ‖d‖ ≥ k ‖θ̃ − θ‖
 
   with r and k as in `Projection`. The noise of p does not grow with the layer, so z means the same
-  in a bias and in a large matrix. A margin is a cosine, whose noise falls as the layer grows. The
-  rule is of this library, not of the paper. In the state and in reports μ is 'slope' and s
-  'slope_square', both 0 at first. At the anchor p is 0. A gradient of 0 does not free a layer at
-  once, since the mean goes on. In the first 1 / (1 − β) steps the error is up to √2 too small.
+  in a bias and in a large matrix. A margin is a cosine, and the noise of a cosine falls as the
+  layer grows. The rule is from this library, not from the paper. In the state and in reports μ is
+  'slope' and s is 'slope_square'. Both are 0 at first. At the anchor p is 0. A gradient of 0 does
+  not free a layer at once, because the mean continues. In the first 1 / (1 − β) steps the standard
+  error is too small, by a factor of up to √2.
 
   Attributes:
-    z: standard errors; 0 asks for the sign of the mean alone. More holds more. From
+    z: number of standard errors. 0 tests the sign of the mean alone. A larger z holds more. From
       √((1 + β) / (1 − β)) on, 6.2 for the default β, each layer that is far enough is held.
-    decay: β in [0, 1). The mean is over some 1 / (1 − β) steps; 0 asks for the last gradient alone.
-    near: k ≥ 0.
+    decay: β in [0, 1). The mean is over about 1 / (1 − β) steps. 0 uses the last gradient alone.
+    near: k ≥ 0, as in `Projection`.
 
   Example:
     >>> import spd_optax as spd
@@ -199,7 +200,7 @@ class SignificantProjection(Rule):
 
 
 class GradientTurn(Rule):
-  """The rule of the chain link: a turned gradient is turned farther toward the anchor.
+  """The rule of `projection_decay`: turns a turned gradient farther toward the anchor.
 
       g' = g + λ (cos + m) ‖g‖ d / ‖d‖     where cos = ⟨g, d⟩ / (‖g‖ ‖d‖) > −m
 

@@ -21,14 +21,19 @@ _jit = functools.partial(jax.jit, static_argnames='axis')
 
 
 class WithProjectionDecayState(NamedTuple):
-  """State of `with_projection_decay`: its own, and the inner optimizer's."""
+  """State of `with_projection_decay`.
+
+  Attributes:
+    projection_decay: the state of SPD.
+    inner_state: the state of the inner optimizer.
+  """
 
   projection_decay: ProjectionDecayState
   inner_state: optax.OptState
 
 
 class ProjectionDecayOptimizer(optax.GradientTransformationExtraArgs):  # type: ignore[misc]  # no py.typed
-  """An optax optimizer that can write the params itself."""
+  """An optax optimizer that can also apply its own updates to the params."""
 
   def apply(
     self,
@@ -39,9 +44,9 @@ class ProjectionDecayOptimizer(optax.GradientTransformationExtraArgs):  # type: 
   ) -> tuple[optax.Params, WithProjectionDecayState]:
     """`update` and `optax.apply_updates` in one.
 
-    It computes θ̃ − λ r (θ̃ − θ_0) instead of θ + (u − λ r (θ̃ − θ_0)). The two are equal but
-    for rounding, and `apply` stores no copy of the params on the way. It returns the next params
-    and the next state.
+    It computes θ̃ − λ r (θ̃ − θ_0) instead of θ + (u − λ r (θ̃ − θ_0)). The two differ only by
+    rounding. `apply` stores no intermediate copy of the params. It returns the next params and the
+    next state.
     """
     around = getattr(self.update, '__self__', None)
     if isinstance(around, _Around):
@@ -76,25 +81,25 @@ def with_projection_decay(
       θ ← θ̃ − λ r (θ̃ − θ_0)     where c < 0
       θ ← θ̃                      otherwise
 
-  c < 0 says that the loss wants to go back toward the anchor. r > 0 says that the optimizer's
-  momentum still carries the layer away from it. Such a layer is held. λ = 1 projects it onto the
-  sphere that it stood on. λ is not multiplied by the learning rate. On a smooth problem without
-  noise or a change of direction the rule never acts.
+  c < 0 means that −g points back toward the anchor. r > 0 means that the optimizer's momentum still
+  carries the layer away from the anchor. Such a layer is held. λ = 1 projects it onto the sphere
+  around θ_0 that passes through θ. λ is not multiplied by the learning rate. On a smooth problem
+  without noise or a change of direction the rule never acts.
 
   Change ``optimizer`` to ``spd.with_projection_decay(optimizer)``. SPD replaces weight decay.
 
   Args:
     optimizer: the inner optimizer, complete with its learning rate: `optax.adam`,
-      `optax.lion`, a chain with clipping, … Extra arguments of `update` reach it.
-      `optax.MultiSteps` belongs around the result: inside, c would come from one micro-batch.
+      `optax.lion`, a chain with clipping, … `update` passes extra arguments on to it. Put
+      `optax.MultiSteps` around the result: inside, c would come from one micro-batch.
     strength: λ ≥ 0, a number, a schedule of the step, or a budget that sets it (`within_budget`,
-      `within_distance`). 0 is the inner optimizer, bit for bit. Up to 1 the distance
-      never exceeds that of θ̃. Where λ r is above 1 the layer goes past its anchor. At a step where
-      a schedule gives a negative number, infinity or NaN, no layer is held.
+      `within_distance`). 0 is the inner optimizer, bit for bit. Up to 1 the distance never exceeds
+      the distance of θ̃. If λ r is above 1, the layer goes past its anchor. If a schedule gives a
+      negative number, infinity or NaN, no layer is held in that step.
     margin: m in [0, 1): a layer is held where c < m ‖g‖ ‖θ − θ_0‖. 0 is the paper's
       condition.
     rule: a `Rule` in place of `Projection`, the equations above; or `Projection` itself with
-      `near`, which leaves a layer free until it is some steps away.
+      `near`, which leaves a layer free until it is that many steps away.
     anchor, free, stack_axis, group, axis_name, anchor_dtype, anchor_memory_kind, anchor_ema: see
       `projection_decay`.
 
@@ -168,8 +173,18 @@ def adam_spd(
 
   Change ``optax.adam(lr)`` or ``optax.adamw(lr)`` to ``spd.adam_spd(lr)``.
 
-  `b1` to `nesterov` are those of `optax.adam`. All other arguments, what is returned and what is
-  raised: see `with_projection_decay`.
+  Args:
+    learning_rate: a number or a schedule of the step.
+    b1, b2, eps, eps_root, mu_dtype, nesterov: see `optax.adam`.
+    anchor, strength, margin, rule, free: see `with_projection_decay`.
+    stack_axis, group, axis_name, anchor_dtype, anchor_memory_kind, anchor_ema: see
+      `projection_decay`.
+
+  Returns:
+    As `with_projection_decay`.
+
+  Raises:
+    ValueError, TypeError: as `with_projection_decay`.
   """
   checks.number_or_schedule('adam_spd(learning_rate, anchor): learning_rate', learning_rate)
   adam = optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Reading the audit page
 #
-# An audit log answers three questions about a run. Was SPD working? Where? And what came of it? This notebook trains
-# two models, one by `adam_spd` and one with a firm setting, and reads their logs.
+# An audit log answers three questions about a run. Did SPD act? On which layers? What was the result? This notebook
+# trains two models, one with `adam_spd` and one with a firm setting of `projection_decay`, and reads their logs.
 
 # %%
 import os
@@ -63,10 +63,10 @@ status = audit(['report', 'adam_spd.jsonl', '--out', 'pictures'])
 
 # %% [markdown]
 # **Look first at the share of steps held.** Near 0 %: the run equals its inner optimizer, and [here is
-# why](../understand/equal-runs.md). 20 to 50 % is usual for `adam_spd`. Near 100 %, with a distance that stands still: the
-# model is held at its anchor, and cannot learn.
+# why](../understand/equal-runs.md). 20 to 50 % is usual for `adam_spd`. Near 100 %, with a distance that does not
+# change: the model is held at its anchor, and cannot learn.
 #
-# **Then at the warnings.** Each says what to look at. A run without warnings is as it should be.
+# **Then look at the warnings.** Each says what to look at. A good run has no warnings.
 #
 # ## The pictures
 
@@ -75,23 +75,24 @@ for picture in sorted(Path('pictures').glob('*.png')):
   display(Image(picture, width=640))
 
 # %% [markdown]
-# - **Distance**: how far each layer is from its anchor. A curve that rises and flattens is usual. One that rises to the end
-#   says that the layer still has something to learn.
-# - **Held**: a row is a layer, a column a stretch of steps. Dark is free, bright is held. The new data want to leave a layer that is
-#   held far more than the others.
+# - **Distance**: how far each layer is from its anchor. A curve that rises and flattens is usual. If a curve rises to
+#   the end, the layer still has something to learn.
+# - **Held**: a row is a layer, a column a stretch of steps. Dark is free, bright is held. If a layer is held far more
+#   than the others, fine-tuning keeps moving it away from its anchor.
 # - **Metrics**: your own numbers. Forgetting shows only if you log a score on the old data.
 #
 # ## Two runs side by side
 #
-# The firm setting holds more, moves less, keeps more of the old, and learns less of the new.
+# The firm setting holds more, moves less, keeps more of the old styles, and learns less of the new one.
 
 # %%
 status = audit(['compare', 'adam_spd.jsonl', 'firm.jsonl', '--out', 'both'])
 
 # %% [markdown]
-# ## Is it as it was written?
+# ## Was the log changed?
 #
-# Each line carries the hash of the line before. Keep the last hash elsewhere. Later it shows that the log is the same up to there.
+# Each line carries the hash of the line before. Keep the last hash elsewhere. Later it shows that the log is unchanged
+# up to that line.
 
 # %%
 status = audit(['verify', 'adam_spd.jsonl'])

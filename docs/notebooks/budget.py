@@ -1,8 +1,8 @@
 # %% [markdown]
 # # A budget: say how much may be lost
 #
-# The strength of SPD then sets itself, in one run. Here the drift is the KL divergence from the base model on *new* images. It
-# needs no old data and no labels. [Setting a budget](../how-to/set-a-budget.md) has the other ways.
+# With a budget, SPD sets its strength itself, in one run. Here the drift is the KL divergence from the base model on
+# *new* images. It needs no old data and no labels. [Setting a budget](../how-to/set-a-budget.md) shows the other ways.
 
 # %%
 import sys
@@ -27,8 +27,8 @@ batches = np.random.default_rng(1).integers(0, len(labels), (300, 16))
 # %% [markdown]
 # ## One run
 #
-# The logits of the base model are computed once. `update` gets the drift in every step. A slow measurement may be made in
-# every tenth step, with NaN in the others.
+# The logits of the base model are computed once. `update` gets the drift in every step. A slow measurement may be made
+# in every tenth step, with NaN in the others.
 
 # %%
 probe = images[:100]
@@ -60,11 +60,12 @@ print(f'without a limit the drift is {runs[100.0][1][-1]:.1f} nats at the end')
 # %% [markdown]
 # ## What the strength did
 #
-# The drift rises until it is near the budget (dashed). Then the strength rises and keeps it there. Early on it may be above the
-# budget, because the model learns fastest then.
+# The drift rises until it is near the budget (dashed). Then the strength rises and keeps the drift there. Early on the
+# drift may be above the budget, because the model learns fastest then.
 #
-# The budget of 100 is far away. So its strength stays 0, and that run is plain Adam's. Such a run says which budgets make sense: less
-# than its drift. (A task that turns the old answers upside down needs many nats. Others need less than one.)
+# The drift never comes near the budget of 100. So the strength stays 0, and the run equals plain Adam. Such a run says
+# which budgets make sense: less than its drift. (A task that reverses the old answers needs many nats. Others need less
+# than one.)
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
@@ -77,10 +78,11 @@ right.set(xlabel='step', ylabel='strength', yscale='log')
 _ = left.legend(fontsize=8)
 
 # %% [markdown]
-# ## What it bought
+# ## What the budget changed
 #
-# A smaller budget keeps more of the old styles, and costs accuracy on the new one. The numbers are of one seed. Where a budget is too
-# small for the task, the drift swings about it, and the model learns little. The cure is a larger budget or a lower rate.
+# A smaller budget keeps more of the old styles, and costs accuracy on the new one. The numbers are of one seed. If a
+# budget is too small for the task, the drift oscillates around it, and the model learns little. Then use a larger
+# budget or a lower rate.
 
 # %%
 rows = {'pre-trained': (anchor, np.zeros(20))}

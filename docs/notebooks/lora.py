@@ -1,8 +1,8 @@
 # %% [markdown]
 # # LoRA: adapters with an anchor of zero
 #
-# A LoRA adapter changes a weight W into W + A B. B starts at 0, so the anchor of an adapter is 0. SPD then stores no copy of
-# anything: `spd.adam_spd(lr, anchor=0)`. The model here is a small Flax nnx ViT on handwritten digits.
+# A LoRA adapter changes a weight W into W + A B. B starts at 0, so the anchor of an adapter is 0. SPD then stores no
+# copy of any weights: `spd.adam_spd(lr, anchor=0)`. The model here is a small Flax nnx ViT on handwritten digits.
 
 # %%
 import sys
@@ -25,7 +25,7 @@ from finetune_lora import ViT, cross_entropy, with_adapters
 # %% [markdown]
 # ## A pre-trained model
 #
-# A stand-in for yours: it learns eight styles of digits in some seconds.
+# This model takes the place of yours: it learns eight styles of digits in a few seconds.
 
 # %%
 pretrain, few, test = digits.load()
@@ -100,8 +100,8 @@ for name, found in {'pre-trained': base, 'Adam': by_adam, 'adam_spd': by_spd}.it
   print(f'{name:12} {accuracy(found, ["striped"]):7.1f} {accuracy(found, digits.OLD):5.1f}')
 
 # %% [markdown]
-# Adapters alone forget less than all weights do, so there is less to save. This is one seed.
-# [The experiments](../experiments.md#lora) have three anchors, and errors.
+# Training the adapters alone forgets less than training all weights, so SPD has less to keep. This is one seed. [The
+# experiments](../experiments.md#lora) compare three anchors, with errors.
 #
 # ## Which adapters were held
 
@@ -111,5 +111,5 @@ for record in records[:6]:
   print(f'{record.name:32} held in {100 * record.constrained_share:3.0f} % of the steps')
 
 # %% [markdown]
-# A and B of one adapter are held in the same steps. Only their product matters to the loss, so ⟨g, d⟩ is the same for both
-# where the anchor is 0.
+# A and B of one adapter are held in the same steps. Only their product matters to the loss, so ⟨g, d⟩ is the same for
+# both if the anchor is 0.

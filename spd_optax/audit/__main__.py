@@ -4,8 +4,8 @@
     python -m spd_optax.audit compare A.jsonl B.jsonl [--out DIR] [--html PAGE.html] [--all]
     python -m spd_optax.audit verify RUN.jsonl [--hash HASH]
 
-Exit status: 0 if all is well; 1 if there is no report; 2 for a wrong command line; 3 if
-the last line is torn, and the report is of every whole one.
+Exit status: 0 if all is well; 1 if there is no report; 2 for a wrong command line; 3 if the last
+line is torn, and the report covers every whole line.
 """
 
 import argparse

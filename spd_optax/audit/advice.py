@@ -27,7 +27,7 @@ class AuditWarning(UserWarning):
 
 
 class Advice(NamedTuple):
-  """One warning: its code in `MESSAGES`, the step at which it was found, and what to look at."""
+  """One warning: its code, the step at which it was found, and what to check."""
 
   code: str
   step: int
@@ -148,6 +148,6 @@ def _age(record: Record) -> int:
 
 
 def advise(run: Run, patience: int = PATIENCE) -> list[Advice]:
-  """All that is to be said about a run, in the order in which it was found."""
+  """All warnings about a run, in the order in which they were found."""
   watcher = Watcher(run.header, patience)
   return [advice for record in run.records for advice in watcher.see(record)]

@@ -1,38 +1,38 @@
 """Audit logs as files: the format, and how to read one with every check.
 
 A log is a text file of JSON objects, one a line. Each line is sealed. Its last two keys are
-`previous`, the hash of the line before ('' in the first), and `hash`. That is the SHA-256 of the
-line without `hash` itself: the bytes up to `,"hash":`, and a closing brace. So a line that
-was edited, removed, inserted or moved is found. Lines that were cut off at the end are not found
-that way. Keep a later `AuditLog.hash` elsewhere, and pass it to `verify`.
+`previous`, the hash of the line before ('' in the first), and `hash`. `hash` is the SHA-256 of the
+line without `hash` itself: the bytes up to `,"hash":`, and a closing brace. So a reader finds a
+line that was edited, removed, inserted or moved. It does not find lines that were cut off at the
+end. For that, keep a later `AuditLog.hash` elsewhere, and pass it to `verify`.
 
 The first line is the header:
 
 - `format`: 'spd_optax audit'; `schema`: 1. Readers refuse a newer schema.
 - `started`: ISO 8601 in UTC; `versions`: of Python and the libraries.
 - `transform`, `hyperparameters`: as the user named them.
-- `anchor`: an object. `fingerprint` is that of `spd.fingerprint`. `source`, `captured` and `moving`
-  are as the user named them to `AuditLog`. `norms` has ‖θ_0‖ for each layer: 0 also where the
-  anchor is `0`, null where it is not known.
-- `layers`: names. Every list per layer is in this order. Slices of a stacked leaf follow each
-  other: 'layers/kernel[0]', 'layers/kernel[1]', ...
-- `states`: how many of the layers are in each state of SPD; several numbers only for an optimizer
-  with several states (`optax.partition`). The layers of one state stand in a row.
-- `baseline`: whether the run is one without SPD; false where it is missing.
+- `anchor`: an object. `fingerprint` comes from `spd.fingerprint`. `source`, `captured` and `moving`
+  are as the user named them to `AuditLog`. `norms` has ‖θ_0‖ for each layer: 0 also if the anchor
+  is `0`, null if it is not known.
+- `layers`: the names of the layers. Every list per layer is in this order. Slices of a stacked leaf
+  follow each other: 'layers/kernel[0]', 'layers/kernel[1]', ...
+- `states`: the number of layers in each state of SPD. There are several numbers only for an
+  optimizer with several states (`optax.partition`). The layers of one state follow each other.
+- `baseline`: whether the run is without SPD; false if it is missing.
 
 Every other line is a record:
 
-- `step`: the user's; `time`: seconds since 1970; `metrics`: the user's numbers by name. Where a
-  budget sets the strength, the log adds `spd/budget`, `spd/drift` and `spd/strength`, with the
-  number of the state behind `spd/` if there are several: `spd/state_0/budget`.
-- `updates`: updates so far, a number for each of `states`. They differ if one part is updated
-  more rarely, as under `optax.MultiSteps`.
-- `condition` (0 or 1), `ratio`, `distance` (7 digits), `constrained`: those of
-  `ProjectionDecayState`, for each layer.
+- `step`: the user's; `time`: seconds since 1970; `metrics`: the user's numbers by name. If a budget
+  sets the strength, the log adds `spd/budget`, `spd/drift` and `spd/strength`. If there are several
+  states, the number of the state follows `spd/`: `spd/state_0/budget`.
+- `updates`: updates so far, a number for each of `states`. They differ if one part is updated less
+  often, as under `optax.MultiSteps`.
+- `condition` (0 or 1), `ratio`, `distance` (7 digits), `constrained`: as in `ProjectionDecayState`,
+  for each layer.
 - `rule_state`: the rule's own numbers by name, a list for each; 'NaN' for a layer whose rule has no
   such number.
-- `resumed`: only in the first record after the file was opened again: `versions` as above. Its
-  step may lie before that of earlier records, which are then superseded.
+- `resumed`: only in the first record after the file was opened again: `versions` as above. Its step
+  may be before the step of earlier records. These are then superseded.
 
 Numbers that are not finite are the strings 'NaN', 'Infinity' and '-Infinity'.
 """
@@ -60,7 +60,7 @@ COLUMNS = {'condition': bool, 'ratio': np.float32, 'distance': np.float32, 'cons
 
 
 class AuditFileError(ValueError):
-  """The file is no whole audit log: foreign, edited, incomplete, or of a newer schema."""
+  """The file is not a valid audit log: another file, edited, incomplete, or of a newer schema."""
 
 
 class Anchor(msgspec.Struct, frozen=True):
@@ -109,7 +109,7 @@ class Line(msgspec.Struct, omit_defaults=True):
 
 
 class Record(NamedTuple):
-  """What was logged at one step; arrays have an entry per layer, of the dtype in the state."""
+  """What was logged at one step; arrays have an entry per layer, with the dtype of the state."""
 
   step: int
   time: float
@@ -126,7 +126,8 @@ class Record(NamedTuple):
 class Run(NamedTuple):
   """A log as read from its file.
 
-  `hash` is that of the last whole line. `torn` bytes follow it, of a line whose writer was killed.
+  `hash` is the hash of the last whole line. `torn` is the number of bytes after it, from a line
+  whose writer was killed.
   """
 
   path: Path
@@ -142,11 +143,11 @@ class Run(NamedTuple):
 
   @property
   def norms(self) -> np.ndarray:
-    """‖θ_0‖ for each layer, NaN where not known."""
+    """‖θ_0‖ for each layer, float64; NaN if it is not known."""
     return np.array(self.header.anchor.norms, float)
 
   def current(self) -> list[Record]:
-    """The records but those that a resumed run went through again."""
+    """The records, without those that a resumed run repeated."""
     found: list[Record] = []
     for record in self.records:
       while record.resumed and found and found[-1].step >= record.step:
@@ -164,12 +165,12 @@ def torn(run: Run) -> str:
 
 
 def read(path: str | os.PathLike[str]) -> Run:
-  """Reads a log that `AuditLog` wrote, or is writing, and checks every whole line; see there.
+  """Reads a log that `AuditLog` wrote, or is writing, and checks every whole line.
 
   Raises:
-    AuditFileError: if it is no audit log or of a newer schema. The message names the first line
-      that was edited, or before which one is missing.
-    OSError: if it is not there, or cannot be read.
+    AuditFileError: if it is not an audit log, is damaged, or has a newer schema. The message names
+      the first line that was edited, or that follows a missing line.
+    OSError: if the file is missing, or cannot be read.
   """
   lines = Lines(path)
   records = [lines.parsed(_record, line, lines.header) for line in lines]
@@ -179,7 +180,7 @@ def read(path: str | os.PathLike[str]) -> Run:
 
 
 def verify(path: str | os.PathLike[str], hash: str | None = None) -> Run:
-  """Does what `read` does, and checks that a line has the `AuditLog.hash` that was kept elsewhere.
+  """Does what `read` does, and checks that a line has `hash`, an `AuditLog.hash` that you kept.
 
   Raises:
     AuditFileError: as `read`, or if no line has this hash.

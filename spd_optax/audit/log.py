@@ -47,43 +47,46 @@ class AuditLog:
 
   `python -m spd_optax.audit report run.jsonl` shows the file, `audit.format` describes it.
 
-  A record is written when the next one comes, or at `flush` or `close`, so that nothing waits for
-  the step that the device still computes. A killed process loses at most the last record, a full
-  disk none that was written. The path of an earlier log continues it, if header and anchor agree.
-  Call `flush` before each checkpoint; then no record is missing if a run goes on from it. Call
-  `close` after the run went back to a checkpoint; then the next record may have an earlier step.
+  A record is written at the next `record`, `flush` or `close`, so `record` does not wait for a step
+  that the device still computes. A killed process loses at most the last record. A full disk loses
+  no record that was written. An earlier log at `path` is continued, if header and anchor agree.
+  Call `flush` before each checkpoint: then no record is missing if a run resumes from it. Call
+  `close` after the run went back to a checkpoint: then the next record may have an earlier step.
 
-  Warnings say, once each, that SPD never holds a layer, that it always does, that the anchor
-  is not where training started, that a layer grows away from it while constrained, or that values
-  are not finite. A layer whose ratio is always 1, as of `l2_sp`, is meant to be held.
+  The log warns, once each, if SPD never holds a layer or always holds all layers, if the anchor is
+  not where training started, if a held layer moves away from its anchor, or if values are not
+  finite. A layer whose ratio is always 1, as with `l2_sp`, is meant to be held.
 
-  The end of a `with` block, of the last reference to the log, or of the process closes it. A forked
+  The log closes at the end of its `with` block, of its last reference, or of the process. A forked
   process does not write. With several processes, make the log in all of them, after
-  `jax.distributed.initialize`, and call `record` and `close` in all. Only process 0 touches the
-  path, and raises its errors, so they may be caught.
+  `jax.distributed.initialize`, and call `record` and `close` in all. Only process 0 uses the path
+  and raises errors about it, so you may catch them.
 
   Args:
-    path: the file; a new one, or one that an AuditLog has written.
-    transform: what SPD was built with, as 'adam_spd'; free text.
+    path: the file, either new or written by an earlier AuditLog.
+    transform: the function that made the optimizer, such as 'adam_spd'; free text.
     hyperparameters: its arguments and the optimizer's, as JSON can hold them: numbers,
       strings, None, lists and dicts of them.
-    source: where the anchor comes from, as 'google/vit-base-patch16': free text or a path.
-    captured: True says that the anchor is the params at the first update (`anchor=None`), False
-      that it was passed, None neither. A warning that training does not start at the anchor is
-      then given only if `source` is None, too.
-    baseline: whether the run is one without SPD, whose records are of `baseline_state`.
-    moving_anchor: whether the anchor is meant to change (`anchor_ema`, `reanchor`). A log is then
-      continued with another, and there are no relative distances.
+    source: where the anchor comes from, such as 'google/vit-base-patch16'; free text or a path.
+    captured: True says that the anchor is the params at the first update (`anchor=None`). False
+      says that it was passed. None says neither: the log then warns that training does not start at
+      the anchor only if `source` is None, too.
+    baseline: whether the run is without SPD. Its records then come from `baseline_state`.
+    moving_anchor: whether the anchor is meant to change (`anchor_ema`, `reanchor`). A log may then
+      continue with another anchor, and has no relative distances.
     stack_axis, group: the transformation's own; only for relative distances, see `layer_report`.
-    patience: updates after which to warn that no layer is ever held, or that all always are.
-    fsync: whether `record` waits for its step, and until the disk has it. Even a power failure
-      then loses nothing.
+    patience: number of updates before a warning that no layer is ever held, or that all layers
+      always are.
+    fsync: whether `record` waits for its step and for the disk. Then even a power failure loses no
+      record.
 
   Attributes:
-    hash: that of the last line written; '' before the first record and off process 0.
+    hash: the hash of the last line written; '' before the first record, and on processes other than
+      0.
 
   Raises:
-    TypeError: naming every argument of another type, and what JSON cannot hold.
+    TypeError: if an argument has another type, or if JSON cannot hold it; names every such
+      argument.
     AuditFileError: a ValueError, if `path` is no audit log, or one of a newer schema.
     OSError: if the directory of `path` does not exist.
   """
@@ -143,17 +146,18 @@ class AuditLog:
     """Appends one record.
 
     Args:
-      step: larger than the step before. After `close`, or in a new log of the same path, it may
-        go back to where a checkpoint was, and supersedes the records that it goes through again.
+      step: larger than the step before. After `close`, or in a new log of the same path, it may go
+        back to the step of a checkpoint. The new records then supersede the old records of the
+        repeated steps.
       opt_state: the optimizer state after the step, with SPD in it at any depth.
-      metrics: the user's own numbers by name: loss, accuracy on the new data and on the old, ...
-        The log adds those of a budget: spd/budget, spd/drift and spd/strength.
+      metrics: your own numbers by name: loss, accuracy on the new data and on the old, ... With a
+        budget the log adds spd/budget, spd/drift and spd/strength.
 
     Raises:
-      TypeError: if there is no state of SPD; naming every metric that is no number.
+      TypeError: if there is no state of SPD; if a metric is not a number (names every such metric).
       ValueError: before the first update; if the step does not increase; if the layers have
-        changed; if the file is the log of another run, naming all that differs; if SPD has held
-        layers in a run that is said to be without it.
+        changed; if the file is the log of another run (names all differences); if SPD has held
+        layers in a run with `baseline=True`.
       OSError: if the disk is full, or another process writes the file.
       RuntimeError: in a process that was forked from the one that opened the file.
     """
@@ -187,7 +191,7 @@ class AuditLog:
       self.flush()
 
   def flush(self) -> None:
-    """Writes the last record now; raises what `record` does."""
+    """Writes the last record now; raises the same errors as `record`."""
     self._check_owner()
     if self._file < 0 or self._header is None or self._pending is None:
       return
@@ -214,7 +218,7 @@ class AuditLog:
       checks.warn(f'step {advice.step}: {advice.message}', AuditWarning)
 
   def close(self) -> None:
-    """Writes the last record and closes the file; the next record would open it again."""
+    """Writes the last record and closes the file; the next record opens it again."""
     file, own = self._file, self._file >= 0 and self._owner == os.getpid()
     try:
       if own:
