@@ -86,8 +86,8 @@ def test_a_checkpoint_serves_all_seeds(run, tmp_path):
     assert all(len(values) == (1 if name == 'pre-trained' else 2) for values in row.values()), name
   # The second seed has its own batches there, too.
   first, second = results['Adam']['moved']
-  assert second == pytest.approx(run[1]['Adam']['moved'][1], rel=1e-2)
-  assert first != pytest.approx(second, rel=1e-2)
+  assert second == pytest.approx(run[1]['Adam']['moved'][1], rel=1e-3)
+  assert first != pytest.approx(second, rel=3e-3)
 
 
 @pytest.fixture(scope='module')
