@@ -318,7 +318,11 @@ def picture(path: Path, records: Records) -> None:
   columns = min(5, len(records))
   rows = -(-len(records) // columns)
   figure, grid = plt.subplots(
-    rows, columns, figsize=(3 * columns + 1, 2.6 * rows + 0.6), layout='constrained', squeeze=False
+    rows,
+    columns,
+    figsize=(max(3 * columns, 8) + 1, 2.6 * rows + 0.6),  # the legend needs 9
+    layout='constrained',
+    squeeze=False,
   )
   for axes in grid.flat[len(records) :]:
     axes.axis('off')
