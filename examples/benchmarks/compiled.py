@@ -148,6 +148,7 @@ def arguments(
     lambda leaf, spec: like_params(leaf, spec) if hasattr(leaf, 'shape') else leaf,
     avals,
     specs,
+    is_leaf=lambda node: isinstance(node, optax.MaskedNode),  # no anchor
     transform_non_params=lambda leaf: jax.tree.map(lambda x: placed(x, PartitionSpec()), leaf),
   )
 
