@@ -5,7 +5,7 @@
 A small ViT is first trained on real handwritten digits in eight styles. Then every
 linear layer gets an adapter (W becomes W + A B with B = 0), and the adapters alone
 are trained on a few images of a ninth style: by Adam, and by SPD with three anchors.
-At last all weights are trained, but for the embedding, which `optax.partition` freezes.
+At last all weights are trained, except the embedding, which `optax.partition` freezes.
 `finetune` is all that one run needs; the other code compares.
 
 Anchors of the adapters: 0 stores nothing and also pulls A toward 0; A₀, B₀ is where

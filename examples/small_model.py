@@ -1,6 +1,6 @@
 """A small network that knows digits in eight styles; the notebooks of docs/ start from it.
 
-It is pre-trained here in some seconds, in the place of a checkpoint of your own.
+It is pre-trained here in some seconds. You would load a checkpoint.
 """
 
 import functools

@@ -94,13 +94,7 @@ def load_anchor(
   flat = trees.flatten(like)
   wanted = _wanted(flat)
   paths = trees.told_apart({at: _canonical(at) for at in wanted}, f'like: leaves that {SAME}:')
-  sources = _sources(rename, paths)
-  if isinstance(rename, Mapping):
-    holes = tuple(f'{trees.join(hole)}/' for hole in flat.holes)
-    unknown = [
-      str(at) for at in rename if at not in flat.by_path and not f'{at}/'.startswith(holes)
-    ]
-    checks.raise_all(unknown, f'rename: not the path of a param ({", ".join(paths):.500}):')
+  sources = _sources(rename, paths, flat)
   entries, read = opened(where)
   asked = {source.name for source in sources.values() if source.name is not None}
   names = trees.told_apart(_under(key, entries, asked), f'{where}: entries that {SAME}:')
@@ -144,11 +138,16 @@ def load_anchor(
   return jax.tree.unflatten(flat.treedef, map(leaves.get, flat.paths))
 
 
-def _sources(rename: Rename, paths: Mapping[str, str]) -> dict[str, Source]:
+def _sources(rename: Rename, paths: Mapping[str, str], flat: trees.Flat) -> dict[str, Source]:
   """The source of each leaf, by its path; `paths` are those in `like` by those with '/' alone."""
   if not (rename is None or isinstance(rename, Mapping) or checks.is_function(rename)):
     kind = checks.kind_of(rename)
     raise TypeError(f'rename: expected a function, a dict or None, found {kind}')
+  if isinstance(rename, Mapping):
+    left_out = tuple(f'{trees.join(hole)}/' for hole in flat.holes)
+    unknown = [at for at in rename if at not in flat.by_path and not f'{at}/'.startswith(left_out)]
+    some = ', '.join(paths)
+    checks.raise_all([*map(str, unknown)], f'rename: not the path of a param ({some:.500}):')
   found, problems = {}, []
   for at, path in paths.items():
     if isinstance(rename, Mapping):

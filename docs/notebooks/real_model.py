@@ -36,7 +36,7 @@ from suite import efficientnet  # the model in Flax, and its weights
 # answer as before.
 
 # %%
-SIDE = 64
+SIDE = efficientnet.SIDE
 random = np.random.default_rng(0)
 
 digits = datasets.load_digits()
@@ -46,19 +46,10 @@ pictures, labels = scaled.astype(np.float32), digits.target[order]
 new, test = slice(200), slice(200, 400)
 
 photographs = datasets.load_sample_images().images
-
-
-def crop(photograph):
-  size = random.integers(120, 400)
-  top, left = (random.integers(0, length - size) for length in photograph.shape[:2])
-  part = photograph[top : top + size, left : left + size].astype(np.float32)
-  return ndimage.zoom(part, (SIDE / size, SIDE / size, 1), order=1)
-
-
-crops = np.stack([crop(photographs[i % 2]) for i in range(200)])
+crops = np.concatenate([efficientnet.crops(photograph, 100) for photograph in photographs])
 
 figure, axes = plt.subplots(1, 8, figsize=(9, 1.4))
-for axis, picture in zip(axes, [*pictures[:4], *crops[:4].astype(np.uint8)], strict=True):
+for axis, picture in zip(axes, [*pictures[:4], *crops[::50].astype(np.uint8)], strict=True):
   axis.imshow(picture, cmap='gray')
   axis.axis('off')
 
@@ -71,20 +62,13 @@ for axis, picture in zip(axes, [*pictures[:4], *crops[:4].astype(np.uint8)], str
 # %%
 pretrained = efficientnet.weights()
 head = pretrained['head']  # of the 1,000 classes
-of_200 = jax.jit(efficientnet.features)  # 200 pictures at a time, so that one program serves all
-
-
-def features(params, pictures):
-  parts = np.split(pictures, len(pictures) // 200)
-  return np.concatenate([of_200(params, part) for part in parts])
-
+features = jax.jit(efficientnet.features)
 
 probe = LogisticRegression(C=0.1, max_iter=2000).fit(
   features(pretrained, pictures[new]), labels[new]
 )
 kernel, bias = probe.coef_.T.astype(np.float32), probe.intercept_.astype(np.float32)
 start = pretrained | {'head': {'kernel': kernel, 'bias': bias}}
-anchor = start
 
 
 def answers(params):
@@ -140,7 +124,7 @@ by_adam, _ = finetune(optax.adam(schedule))
 
 path = Path(tempfile.mkdtemp()) / 'adam_spd.jsonl'
 with spd.AuditLog(path, transform='adam_spd', source='EfficientNet-Lite0') as log:
-  by_spd, state = finetune(spd.adam_spd(schedule, anchor), log)
+  by_spd, state = finetune(spd.adam_spd(schedule, start), log)
 
 # %% [markdown]
 # ## Compare

@@ -1,4 +1,4 @@
-"""Low-rank adapters: W + A B for every matrix, of which A and B alone are trained.
+"""Low-rank adapters: W + A B for every matrix. A and B alone are trained.
 
 The weights stand in the params, under 'base', beside the 'adapters' by the path of their matrix.
 """
