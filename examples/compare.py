@@ -37,8 +37,9 @@ import numpy as np
 import comparison
 import reporting
 import spd_optax as spd
-from suite import cache, choice, fronts, jobs, learned, methods, pictures, real, tables
+from suite import cache, choice, jobs, learned, methods, pictures, published, real, tables
 from suite.methods import Method
+from suite.published import Result
 from suite.tasks import Params, Task, cosine
 
 # By the module of the suite that makes them. The slowest first, so that no core waits for another
@@ -71,7 +72,6 @@ DEFAULTS = {
 
 ALL = TASKS | REAL
 METHODS = dict.fromkeys((*methods.METHODS, *learned.METHODS, *real.METHODS))
-Result = dict[str, Any]  # title, before, records of a task
 
 
 def maker(name: str) -> Callable[[], Task]:
@@ -89,7 +89,7 @@ def compared(args: argparse.Namespace) -> dict[str, Method]:
 
 def run_task(name: str, args: argparse.Namespace) -> Result:
   """All methods on one task, as far as they are not in the cache."""
-  task = scaled(maker(name)(), args.quick, args.no_warmup)
+  task = scaled(maker(name)(), args.quick, args.no_warmup, args.steps)
   start_from = foundation(name, task, args)
   rates = args.rates or task.rates
   common = {
@@ -134,10 +134,11 @@ def foundation(name: str, task: Task, args: argparse.Namespace) -> Params:
   )
 
 
-def scaled(task: Task, quick: bool, no_warmup: bool = False) -> Task:
+def scaled(task: Task, quick: bool, no_warmup: bool = False, steps: int | None = None) -> Task:
   """The task, with few steps if it is to be quick; or with the decay of results/real alone."""
   task = task._replace(pace=cosine(0, 10)) if no_warmup else task
-  return task._replace(steps=30, pretrain_steps=40) if quick else task
+  task = task._replace(steps=30, pretrain_steps=40) if quick else task
+  return task._replace(steps=steps or task.steps)
 
 
 def each_task(
@@ -163,11 +164,7 @@ def publish(args: argparse.Namespace, results: dict[str, Result]) -> None:
   found = tables.all_of(records, before, best, defaults)
   sizes = {name: result['sizes'] for name, result in results.items() if 'sizes' in result}
   if sizes:
-    found = {
-      'fronts': fronts.table(records),
-      'each_rate': tables.each_rate(records, before),
-      'sizes': tables.by_size(records, sizes, DEFAULTS),
-    } | found
+    found = tables.of_real(records, before, sizes, DEFAULTS) | found
   for name, table in found.items():
     reporting.show(titles.get(name, name), table)
   methods, values = choice.scores(best, choice.both)
@@ -176,6 +173,7 @@ def publish(args: argparse.Namespace, results: dict[str, Result]) -> None:
     'seeds': args.seeds,
     'rates': {name: sorted({r['rate'] for r in found}) for name, found in records.items()},
     'friedman': choice.friedman(values),
+    'layers': sizes,
   }
   reporting.write_json(args.out / 'results.json', settings, found)
   (args.out / 'README.md').write_text(
@@ -187,6 +185,7 @@ def publish(args: argparse.Namespace, results: dict[str, Result]) -> None:
       file.writelines(line + '\n' for line in lines)
   pictures.pareto(args.out / 'pareto.png', titles, records, before, best)
   pictures.ranks(args.out / 'ranks.png', methods, choice.ranks(values))
+  print(f'Results: {args.out}/README.md, results.json, records.jsonl, pareto.png, ranks.png')
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
@@ -205,13 +204,30 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
     metavar='METHOD',
     help='Adam and some; default: all but those of suite/learned.py',
   )
+  parser.add_argument(
+    '--from',
+    dest='folders',
+    nargs='+',
+    type=Path,
+    metavar='FOLDER',
+    help='train nothing: make the tables from the results in these folders',
+  )
   parser.add_argument('--seeds', type=int, help='default: 5, of real models 3')
+  parser.add_argument('--steps', type=int, help='of fine-tuning; default: those of each task')
+  parser.add_argument('--rates', type=float, nargs='+', help='default: those of each task')
   parser.add_argument('--workers', type=int, default=os.cpu_count(), help='tasks at a time')
   parser.add_argument(
     '--at-once', type=int, help='configurations at a time; fewer need less memory; default: all'
   )
   parser.add_argument('--out', type=Path, help='default: runs/compare, of real models runs/real')
   args = parser.parse_args(arguments)
+  args.out = args.out or Path('runs', 'real' if args.real else 'compare')
+  if args.folders:
+    results = published.read(args.folders)
+    args.real = all(name in REAL for name in results)
+    args.seeds = max(len(r['id']) for result in results.values() for r in result['records'])
+    publish(args, results)
+    return results
   args.tasks = args.tasks or list(REAL if args.real else QUICK if args.quick else TASKS)
   if {name in REAL for name in args.tasks} != {args.real}:
     parser.error('tasks on real models need --real, and other tasks are not compared with them')
@@ -220,14 +236,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
   if choice.PEER not in (args.methods or [choice.PEER]):
     parser.error(f'--methods: all are compared with {choice.PEER}, so name it, too')
   args.seeds = args.seeds or (2 if args.quick else 3 if args.real else 5)
-  args.out = args.out or Path('runs', 'real' if args.real else 'compare')
   suite_rates = () if args.real else methods.RATES
-  args.rates = suite_rates[1:3] if args.quick else suite_rates
+  args.rates = args.rates or (suite_rates[1:3] if args.quick else suite_rates)
   for name in args.tasks if args.real else ():
     maker(name)()  # builds its files here, before several processes need them
   results = each_task(run_task, args)
   publish(args, results)
-  print(f'Results: {args.out}/README.md, results.json, records.jsonl, pareto.png, ranks.png')
   return results
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from suite import choice
 from suite.choice import ID, OOD, PEER, Record
+from suite.methods import WISE_FT
 
 Setting = dict[str, float]
 ByTask = Mapping[str, Sequence[Record]]
@@ -70,6 +71,29 @@ def table(records: ByTask, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
     if len(records) > 1:
       rows[f'{method}: by the rule, on the other tasks'] = _row(left_out(by_setting))
   return rows
+
+
+SPD = ('adam_spd', 'SignificantProjection', 'projection_decay')  # how its methods begin
+
+
+def across(records: ByTask) -> dict[str, dict[str, Any]]:
+  """A row for each setting of each function and rule of SPD, and one for the choice among them."""
+  candidates = [
+    (method, setting)
+    for method in choice.methods_in(next(iter(records.values())))
+    for setting in settings_of(records, method)
+    if method.startswith(SPD)
+    and WISE_FT not in method
+    and all(choice.of(found, method, setting=setting) for found in records.values())
+  ]
+  if not candidates:
+    return {}
+  by_setting = [gains(records, *candidate) for candidate in candidates]
+  rows = {
+    f'{method}: {choice.shown(setting)}': _row(gain)
+    for (method, setting), gain in zip(candidates, by_setting, strict=True)
+  }
+  return rows | {'the best on the other tasks': _row(left_out(by_setting))}
 
 
 def _row(gain: np.ndarray) -> dict[str, Any]:

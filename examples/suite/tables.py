@@ -1,5 +1,6 @@
 """The suite's tables: one for each task, one over all tasks, one by learning rate."""
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import reporting
-from suite import choice, defaults
+from suite import choice, defaults, fronts
 from suite.choice import ID, OOD, Record
 from suite.methods import WISE_FT
 
@@ -36,37 +37,88 @@ def all_of(
   return found | {'overall': overall(best), **of_defaults, 'hindsight': hindsight(records, best)}
 
 
+def of_real(
+  records: Mapping[str, Sequence[Record]],
+  before: Mapping[str, Mapping[str, Any]],
+  sizes: Mapping[str, Mapping[str, int]],
+  settings: Mapping[str, Mapping[str, float]],
+) -> dict[str, Table]:
+  """More tables, for models with layers worth telling apart."""
+  found = {'fronts': fronts.table(records)}
+  if len(records) > 1:
+    found['rules'] = defaults.across(records)
+  return found | {
+    'each_rate': each_rate(records, before),
+    'sizes': by_size(records, sizes, settings),
+    'kinds': by_kind(records, sizes, settings),
+  }
+
+
 BOTH = (('ID', ID), ('OOD', OOD))  # by their titles
 SIZES = (100, 1_000, 10_000, 100_000, 10**9)
+
+
+def shares(
+  records: Sequence[Record], settings: Mapping[str, Mapping[str, float]]
+) -> dict[str, Mapping[str, Sequence[float]]]:
+  """Share of the steps in % in which each layer was held, by method, at the chosen rate."""
+  known = [record for record in records if 'layers' in record]
+  return {
+    f'held by {method}': choice.by_validation(found)['layers']
+    for method, setting in settings.items()
+    if (found := choice.of(known, method, setting=setting))
+  }
 
 
 def by_size(
   records: Mapping[str, Sequence[Record]],
   sizes: Mapping[str, Mapping[str, int]],
-  defaults: Mapping[str, Mapping[str, float]],
+  settings: Mapping[str, Mapping[str, float]],
 ) -> Table:
-  """Share of the steps in % in which layers of a size were held, at the rate that was chosen.
+  """How often layers of a size were held.
 
   Args:
     records: by task.
     sizes: by task, the number of weights of each layer.
-    defaults: by method, the setting.
+    settings: by method, the setting.
   """
   table: Table = {}
   for task, each in records.items():
-    found = {
-      method: choice.by_validation(choice.of(each, method, setting=setting))['layers']
-      for method, setting in defaults.items()
-      if any('layers' in record for record in choice.of(each, method, setting=setting))
-    }
+    found = shares(each, settings)
     for low, high in pairwise((0, *SIZES)):
       layers = [name for name, size in sizes[task].items() if low < size <= high]
       if layers and found:
-        row = table[f'{task}, up to {high:,} weights' if high < 10**9 else f'{task}, more'] = {}
-        row['layers'] = str(len(layers))
-        for method, shares in found.items():
-          row[f'held by {method}'] = [float(np.mean(shares[name])) for name in layers]
+        title = f'{task}, up to {high:,} weights' if high < 10**9 else f'{task}, more'
+        table[title] = {'layers': str(len(layers)), **_held(found, layers)}
   return table
+
+
+def by_kind(
+  records: Mapping[str, Sequence[Record]],
+  sizes: Mapping[str, Mapping[str, int]],
+  settings: Mapping[str, Mapping[str, float]],
+) -> Table:
+  """How often layers of a kind were held; a kind is a path without the numbers of its blocks."""
+  table: Table = {}
+  for task, each in records.items():
+    found, kinds = shares(each, settings), {}
+    for name in sizes[task]:
+      kinds.setdefault(re.sub(r'^(block|layer)_\d+/|_\d+(?=/|$)', '', name), []).append(name)
+    for kind, layers in kinds.items() if found else ():
+      few, many = (f([sizes[task][name] for name in layers]) for f in (min, max))
+      weights = f'{few:,}' if few == many else f'{few:,} to {many:,}'
+      table[f'{task}, {kind}'] = {
+        'layers': str(len(layers)),
+        'weights of each': weights,
+        **_held(found, layers),
+      }
+  return table
+
+
+def _held(
+  found: Mapping[str, Mapping[str, Sequence[float]]], layers: Sequence[str]
+) -> dict[str, list[float]]:
+  return {title: [float(np.mean(of[name])) for name in layers] for title, of in found.items()}
 
 
 def each_rate(
