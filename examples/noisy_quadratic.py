@@ -59,6 +59,7 @@ from scipy import integrate, optimize, stats
 
 import reporting
 import spd_optax as spd
+from suite import tried
 
 RATE, DISTANCE = 0.002, 300.0  # h = σ = 1
 MOMENTA = (0.0, 0.5, 0.8, 0.9, 0.95)
@@ -226,8 +227,14 @@ def curvatures(runs: int, each: Sequence[float] = CURVATURES) -> dict[str, dict[
     'SignificantProjection, k = 0': spd.SignificantProjection(near=0.0),
     'SignificantProjection': spd.SignificantProjection(),
     'SignificantProjection, β = 0': spd.SignificantProjection(decay=0.0),
+    'tried: Relieved': tried.Relieved(),
+    'tried: NeitherWay': tried.NeitherWay(),
   }
-  optimizers = {'Adam': adam}
+  optimizers = {
+    'Adam': adam,
+    'projection_decay, m = 0': optax.chain(spd.projection_decay(0, margin=0.0), adam),
+    'projection_decay': optax.chain(spd.projection_decay(0), adam),
+  }
   for name, rule in projections.items():
     optimizers[name] = spd.with_projection_decay(adam, 0, rule=rule)
   return {

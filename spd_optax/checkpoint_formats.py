@@ -107,7 +107,7 @@ def _orbax_tree(path: Any) -> tuple[Any, str | None]:
     return path, found[0]
   if not found:
     raise ValueError('no Orbax checkpoint and no .safetensors file in this directory')
-  raise ValueError(f'pass the path of one step and one tree, of which are here: {", ".join(found)}')
+  raise ValueError(f'pass the path of one step and one tree; found here: {", ".join(found)}')
 
 
 def _safetensors(at: Any) -> Checkpoint:

@@ -202,5 +202,5 @@ def test_paths_that_are_no_checkpoint(tmp_path):
   orbax_training(tmp_path / 'steps', {'kernel': np.ones(2)})
   with pytest.raises(ValueError, match=r'steps: cannot .* path of one step .* here: 7$'):
     spd.load_anchor(tmp_path / 'steps', like)
-  with pytest.raises(ValueError, match=r'one tree, of which are here: model, other$'):
+  with pytest.raises(ValueError, match=r'one tree; found here: model, other$'):
     spd.load_anchor(tmp_path / 'steps' / '7', like)

@@ -322,7 +322,7 @@ def test_directories_with_more_than_one_model(tmp_path):
   with pytest.raises(ValueError, match=r'shards: cannot .* only 1 of 3 \.safetensors shards'):
     spd.load_anchor(shards, like)
   orbax_standard(tmp_path / 'runs' / 'one', like)
-  with pytest.raises(ValueError, match=r'one step and one tree, of which are here: one$'):
+  with pytest.raises(ValueError, match=r'one step and one tree; found here: one$'):
     spd.load_anchor(tmp_path / 'runs', like)
 
 

@@ -1,5 +1,7 @@
 """compare.py on loaded models: probes, the decay of the rate, fronts, shares by size."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,7 +11,7 @@ import optax
 import pytest
 
 import compare
-from suite import choice, fronts, jobs, methods, real, tables, tasks
+from suite import choice, defaults, fronts, jobs, methods, published, real, tables, tasks
 from suite.tasks import Stage, Task
 
 pytestmark = pytest.mark.examples
@@ -137,6 +139,15 @@ def test_fronts_by_hand() -> None:
   assert table['Adam']['task: OOD − Adam'] == '0.0 (6 of 6)'
 
 
+def test_fronts_of_several_tasks_by_hand() -> None:
+  """Catches a mean over the tasks that a method fails on, and one of another order."""
+  adam, good, poor = record('Adam', 90, 50), record('A', 91, 53), record('A', 20, 99)
+  table = fronts.table({'a': [adam, good], 'b': [adam, record('A', 89, 52)]})
+  assert table['A']['best ID − Adam'] == [1, -1]
+  assert table['A']['OOD − Adam'] == [3, 2]
+  assert 'OOD − Adam' not in fronts.table({'a': [adam, good], 'b': [adam, poor]})['A']
+
+
 def test_shares_by_size() -> None:
   """Catches layers in the wrong class, and the shares of another rate."""
   records = [
@@ -148,6 +159,53 @@ def test_shares_by_size() -> None:
     'task, up to 100 weights': {'layers': '1', 'held by A': [20.0]},
     'task, up to 1,000 weights': {'layers': '1', 'held by A': [50.0]},
   }
+
+
+def test_shares_by_kind() -> None:
+  """Catches blocks told apart, layers of two kinds in one, and a wrong number of weights."""
+  shares = {'block_0/norm_1/bias': [10.0, 30.0], 'block_12/norm_2/bias': [40.0], 'norm': [0.0]}
+  sizes = {'block_0/norm_1/bias': 8, 'block_12/norm_2/bias': 1600, 'norm': 8}
+  table = tables.by_kind({'task': [record('A', 1, 1, layers=shares)]}, {'task': sizes}, {'A': {}})
+  assert table == {
+    'task, norm/bias': {
+      'layers': '2',
+      'weights of each': '8 to 1,600',
+      'held by A': [20.0, 40.0],
+    },
+    'task, norm': {'layers': '1', 'weights of each': '8', 'held by A': [0.0]},
+  }
+
+
+def test_the_choice_among_rules_by_hand() -> None:
+  """Catches a choice that sees the task it is scored on, and candidates that are no SPD."""
+  adam, wise = record('Adam', 50, 50), record('adam_spd + WiSE-FT', 60, 60)
+  peer = record('L2-SP', 70, 70)
+  tasks = {
+    name: [adam, wise, peer, record('adam_spd', 50, x), record('projection_decay', 50, y)]
+    for name, (x, y) in {'a': (59, 50), 'b': (52, 54), 'c': (52, 54)}.items()
+  }
+  table = defaults.across(tasks)
+  assert list(table) == ['adam_spd: ', 'projection_decay: ', 'the best on the other tasks']
+  assert table['adam_spd: ']['OOD − Adam'] == [9, 2, 2]
+  assert table['the best on the other tasks']['OOD − Adam'] == [0, 2, 2]
+
+
+def test_tables_of_earlier_runs(tmp_path: Path) -> None:
+  """Catches a task of two folders that is read once, and an equal configuration read twice."""
+  for folder, records in {
+    'a': [record('Adam', 50, 50), record('adam_spd', 60, 60)],
+    'b': [record('Adam', 40, 40), record('L2-SP', 70, 70, setting={'strength': 0.1})],
+  }.items():
+    results = {'task': {'pre-trained': {'ID': [1], 'OOD': [2]}}}
+    document = {'settings': {'tasks': {'task': 'Title'}}, 'results': results}
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / 'results.json').write_text(json.dumps(document))
+    lines = ''.join(json.dumps({'task': 'task', **each}) + '\n' for each in records)
+    (tmp_path / folder / 'records.jsonl').write_text(lines)
+  (result,) = published.read([tmp_path / 'a', tmp_path / 'b']).values()
+  assert (result['title'], result['before']) == ('Title', {'id': [1], 'ood': [2]})
+  found = [(each['method'], each['id']) for each in result['records']]
+  assert found == [('Adam', [50]), ('adam_spd', [60]), ('L2-SP', [70])]
 
 
 def test_all_tasks_can_be_named() -> None:

@@ -4,6 +4,7 @@ A method's front runs over all its learning rates, its settings, and all α of W
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -39,13 +40,15 @@ def differences(records: Sequence[Record], method: str) -> np.ndarray:
   return front(own, levels) - front(adam, levels)
 
 
-def table(records: Mapping[str, Sequence[Record]]) -> dict[str, dict[str, str]]:
+def table(records: Mapping[str, Sequence[Record]]) -> dict[str, dict[str, Any]]:
   """A row for each method.
 
   For each task: the best ID minus Adam's, and the mean difference of the fronts over the levels
-  that the method reaches, with their number. Fronts are chosen on test data, for all alike.
+  that the method reaches, with their number. Of several tasks, both for all of them, one value per
+  task, where the method reaches a level on each. Fronts are chosen on test data, for all alike.
   """
-  rows: dict[str, dict[str, str]] = {}
+  rows: dict[str, dict[str, Any]] = {}
+  gains: dict[str, list[tuple[float, float]]] = {}
   for task, each in records.items():
     best = points(each, PEER)[:, 0].max()
     for method in dict.fromkeys(map(base, each)):
@@ -55,4 +58,10 @@ def table(records: Mapping[str, Sequence[Record]]) -> dict[str, dict[str, str]]:
       row[f'{task}: best ID − Adam'] = f'{own[:, 0].max() - best:.1f}'
       mean = f'{known.mean():.1f} ({len(known)} of {len(found)})' if len(known) else '–'
       row[f'{task}: OOD − Adam'] = mean
+      if len(known):
+        gains.setdefault(method, []).append((own[:, 0].max() - best, known.mean()))
+  for method, found in gains.items() if len(records) > 1 else ():
+    if len(found) == len(records):
+      of_id, of_ood = zip(*found, strict=True)
+      rows[method] |= {'best ID − Adam': list(of_id), 'OOD − Adam': list(of_ood)}
   return rows
