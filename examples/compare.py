@@ -3,6 +3,7 @@
     python examples/compare.py           # ten tasks of five kinds; resumes where it was interrupted
     python examples/compare.py --quick   # three tasks, a few steps: does it run?
     python examples/compare.py --real    # five tasks of larger models; best on a GPU
+    python examples/compare.py --from A B --out C   # tables over the results of two such runs
 
 Each of the ten tasks has a model that is pre-trained on something old and learns something new from
 a few examples. Every method trains on the same examples in the same order, at four learning
@@ -37,9 +38,9 @@ import numpy as np
 import comparison
 import reporting
 import spd_optax as spd
-from suite import cache, choice, jobs, learned, methods, pictures, published, real, tables
+from suite import cache, choice, earlier_runs, jobs, learned, methods, pictures, real, tables
+from suite.earlier_runs import Result
 from suite.methods import Method
-from suite.published import Result
 from suite.tasks import Params, Task, cosine
 
 # By the module of the suite that makes them. The slowest first, so that no core waits for another
@@ -113,7 +114,12 @@ def run_task(name: str, args: argparse.Namespace) -> Result:
     print(f'{name}: {title}, {time.perf_counter() - start:.0f} s', flush=True)
   pretrained = {'id': before['id'].tolist(), 'ood': np.mean([*before['ood'].values()], 0).tolist()}
   records = [choice.without_diverged(record) for record in records]
-  found = {'title': task.title, 'before': pretrained, 'records': records}
+  found = {
+    'title': task.title,
+    'protocol': {'seeds': args.seeds, 'steps': task.steps, 'pace': task.pace},
+    'before': pretrained,
+    'records': records,
+  }
   if not task.by_layer:
     return found
   sizes = {
@@ -135,7 +141,9 @@ def foundation(name: str, task: Task, args: argparse.Namespace) -> Params:
 
 
 def scaled(task: Task, quick: bool, no_warmup: bool = False, steps: int | None = None) -> Task:
-  """The task, with few steps if it is to be quick; or with the decay of results/real alone."""
+  """The task, with few steps if it is to be quick; with the decay of results/real alone; or with
+  so many steps for each of its stages.
+  """
   task = task._replace(pace=cosine(0, 10)) if no_warmup else task
   task = task._replace(steps=30, pretrain_steps=40) if quick else task
   return task._replace(steps=steps or task.steps)
@@ -164,15 +172,15 @@ def publish(args: argparse.Namespace, results: dict[str, Result]) -> None:
   found = tables.all_of(records, before, best, defaults)
   sizes = {name: result['sizes'] for name, result in results.items() if 'sizes' in result}
   if sizes:
-    found = tables.of_real(records, before, sizes, DEFAULTS) | found
+    found = tables.of_real_models(records, before, sizes, DEFAULTS) | found
   for name, table in found.items():
     reporting.show(titles.get(name, name), table)
   methods, values = choice.scores(best, choice.both)
   settings = {
     'tasks': titles,
-    'seeds': args.seeds,
     'rates': {name: sorted({r['rate'] for r in found}) for name, found in records.items()},
-    'friedman': choice.friedman(values),
+    'friedman': choice.friedman(values) if min(values.shape) > 2 else None,
+    'protocols': {name: result['protocol'] for name, result in results.items()},
     'layers': sizes,
   }
   reporting.write_json(args.out / 'results.json', settings, found)
@@ -210,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
     nargs='+',
     type=Path,
     metavar='FOLDER',
-    help='train nothing: make the tables from the results in these folders',
+    help='make tables of the results in these folders, of real models; trains nothing',
   )
   parser.add_argument('--seeds', type=int, help='default: 5, of real models 3')
   parser.add_argument('--steps', type=int, help='of fine-tuning; default: those of each task')
@@ -221,13 +229,26 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
   )
   parser.add_argument('--out', type=Path, help='default: runs/compare, of real models runs/real')
   args = parser.parse_args(arguments)
-  args.out = args.out or Path('runs', 'real' if args.real else 'compare')
   if args.folders:
-    results = published.read(args.folders)
-    args.real = all(name in REAL for name in results)
-    args.seeds = max(len(r['id']) for result in results.values() for r in result['records'])
+    others = (
+      'quick',
+      'real',
+      'no_warmup',
+      'tasks',
+      'methods',
+      'seeds',
+      'steps',
+      'rates',
+      'at_once',
+    )
+    if not args.out or any(getattr(args, name) for name in others):
+      parser.error('--from needs --out, and has no other options')
+    args.real = True
+    results = earlier_runs.read(args.folders)
     publish(args, results)
     return results
+  if args.steps is not None and args.steps < 1:
+    parser.error(f'--steps: expected at least 1, found {args.steps}')
   args.tasks = args.tasks or list(REAL if args.real else QUICK if args.quick else TASKS)
   if {name in REAL for name in args.tasks} != {args.real}:
     parser.error('tasks on real models need --real, and other tasks are not compared with them')
@@ -235,6 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
     parser.error('--no-warmup needs --real: other tasks have a constant learning rate')
   if choice.PEER not in (args.methods or [choice.PEER]):
     parser.error(f'--methods: all are compared with {choice.PEER}, so name it, too')
+  args.out = args.out or Path('runs', 'real' if args.real else 'compare')
   args.seeds = args.seeds or (2 if args.quick else 3 if args.real else 5)
   suite_rates = () if args.real else methods.RATES
   args.rates = args.rates or (suite_rates[1:3] if args.quick else suite_rates)

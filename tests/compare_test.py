@@ -91,8 +91,8 @@ def test_results_have_all_tables_and_pictures(run: Any) -> None:
   """Catches a method or column that is lost on the way to the tables."""
   out, _, _ = run
   written = json.loads((out / 'results.json').read_text())
-  assert written['settings']['seeds'] == 2
-  assert 0 <= written['settings']['friedman'] <= 1
+  assert written['settings']['protocols']['tumours']['seeds'] == 2
+  assert written['settings']['friedman'] is None  # of one task it says nothing
   rows = ['Adam', 'projection_decay', 'projection_decay, default']
   table = written['results']['tumours']
   assert list(table) == ['pre-trained', *rows]
@@ -113,8 +113,14 @@ def test_results_have_all_tables_and_pictures(run: Any) -> None:
     (['--real', '--tasks', 'handwriting', 'tumours'], '--real'),
     (['--methods', 'L2-SP'], 'Adam'),
     (['--methods', 'Adam', 'L2SP'], 'invalid choice'),
+    (['--steps', '0'], 'at least 1'),
+    (['--from', 'runs/real'], '--out'),
+    (['--from', 'runs/real', '--out', 'runs/all', '--seeds', '2'], 'no other options'),
   ],
-  ids=['real without --real', 'mixed', 'without Adam', 'typing error'],
+  ids=[
+    *('real without --real', 'mixed', 'without Adam', 'typing error', 'no steps'),
+    *('over other results', 'an option that would do nothing'),
+  ],
 )
 def test_what_cannot_be_compared(
   arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]

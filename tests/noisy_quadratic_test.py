@@ -8,6 +8,7 @@ import pytest
 
 import noisy_quadratic
 import spd_optax as spd
+from suite import tried
 
 pytestmark = pytest.mark.examples
 
@@ -97,3 +98,20 @@ def test_a_layer_that_overshoots_may_leave_its_anchor() -> None:
   assert progress['SignificantProjection'] > 0.5
   assert progress['with_projection_decay'] < 0.2  # else nothing is tested
   assert progress['SignificantProjection, k = 0'] < 0.2
+
+
+def test_rules_that_were_tried_free_a_layer_that_overshoots() -> None:
+  """Catches a rule whose relief does nothing, or that no longer holds at all."""
+  adam = optax.adam(0.001)
+
+  def found(rule: spd.Rule, curvature: float) -> dict[str, float]:
+    optimizer = spd.with_projection_decay(adam, 0, rule=rule)
+    each = noisy_quadratic.fine_tuned(optimizer, 800, 1, curvature=curvature)
+    return {name: float(np.mean(values)) for name, values in each.items()}
+
+  paper = found(spd.Projection(), 1.0)
+  for rule in (tried.Relieved(), tried.NeitherWay()):
+    assert found(rule, 1.0)['progress'] > paper['progress'] + 0.3
+  still, relieved = found(spd.Projection(), 0.0), found(tried.Relieved(), 0.0)
+  assert relieved['held'] > 0.1
+  assert relieved['noise'] == pytest.approx(still['noise'], rel=0.05)

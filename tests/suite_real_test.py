@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import compare
-from suite import choice, defaults, fronts, jobs, methods, published, real, tables, tasks
+from suite import choice, defaults, earlier_runs, fronts, jobs, methods, real, tables, tasks
 from suite.tasks import Stage, Task
 
 pytestmark = pytest.mark.examples
@@ -145,6 +145,8 @@ def test_fronts_of_several_tasks_by_hand() -> None:
   table = fronts.table({'a': [adam, good], 'b': [adam, record('A', 89, 52)]})
   assert table['A']['best ID − Adam'] == [1, -1]
   assert table['A']['OOD − Adam'] == [3, 2]
+  assert table['A']['levels'] == '10 of 12'
+  assert table['A']['configurations'] == '2'
   assert 'OOD − Adam' not in fronts.table({'a': [adam, good], 'b': [adam, poor]})['A']
 
 
@@ -184,28 +186,69 @@ def test_the_choice_among_rules_by_hand() -> None:
     name: [adam, wise, peer, record('adam_spd', 50, x), record('projection_decay', 50, y)]
     for name, (x, y) in {'a': (59, 50), 'b': (52, 54), 'c': (52, 54)}.items()
   }
-  table = defaults.across(tasks)
-  assert list(table) == ['adam_spd: ', 'projection_decay: ', 'the best on the other tasks']
-  assert table['adam_spd: ']['OOD − Adam'] == [9, 2, 2]
-  assert table['the best on the other tasks']['OOD − Adam'] == [0, 2, 2]
+  table = defaults.among_rules(tasks)
+  assert list(table) == ['adam_spd', 'projection_decay', 'by the rule, on the other tasks']
+  assert table['adam_spd']['OOD − Adam'] == [9, 2, 2]
+  assert table['by the rule, on the other tasks']['OOD − Adam'] == [0, 2, 2]
+
+
+def folder(path: Path, name: str, records: list[Any], **settings: Any) -> Path:
+  """What compare.py leaves of a run on one task."""
+  documents = {
+    'tasks': {name: name},
+    'protocols': {name: {'steps': 60}},
+    'layers': {name: {'a': 8}},
+  }
+  results = {name: {'pre-trained': {'ID': [1], 'OOD': [2]}}}
+  path.mkdir()
+  text = json.dumps({'settings': documents | settings, 'results': results, 'versions': {}})
+  (path / 'results.json').write_text(text)
+  lines = (json.dumps({'task': name, 'moved': [1.0], **each}) + '\n' for each in records)
+  (path / 'records.jsonl').write_text(''.join(lines))
+  return path
 
 
 def test_tables_of_earlier_runs(tmp_path: Path) -> None:
   """Catches a task of two folders that is read once, and an equal configuration read twice."""
-  for folder, records in {
-    'a': [record('Adam', 50, 50), record('adam_spd', 60, 60)],
-    'b': [record('Adam', 40, 40), record('L2-SP', 70, 70, setting={'strength': 0.1})],
-  }.items():
-    results = {'task': {'pre-trained': {'ID': [1], 'OOD': [2]}}}
-    document = {'settings': {'tasks': {'task': 'Title'}}, 'results': results}
-    (tmp_path / folder).mkdir()
-    (tmp_path / folder / 'results.json').write_text(json.dumps(document))
-    lines = ''.join(json.dumps({'task': 'task', **each}) + '\n' for each in records)
-    (tmp_path / folder / 'records.jsonl').write_text(lines)
-  (result,) = published.read([tmp_path / 'a', tmp_path / 'b']).values()
-  assert (result['title'], result['before']) == ('Title', {'id': [1], 'ood': [2]})
-  found = [(each['method'], each['id']) for each in result['records']]
-  assert found == [('Adam', [50]), ('adam_spd', [60]), ('L2-SP', [70])]
+  adam, held = record('Adam', 50, 50), record('adam_spd', 60, 61, layers={'a': [30.0]}, held=[30.0])
+  held |= {'setting': {'strength': 1.0, 'margin': 0.0}}
+  a = folder(tmp_path / 'a', 'digits_by_hand', [adam, held])
+  more = [record('Adam', 40, 40), record('L2-SP', 70, 70, setting={'strength': 0.1})]
+  b = folder(tmp_path / 'b', 'digits_by_hand', more)
+  c = folder(tmp_path / 'c', 'handwriting', [adam, held])
+  compare.main(['--from', *map(str, (a, b, c)), '--out', str(tmp_path / 'all')])
+  found = json.loads((tmp_path / 'all/results.json').read_text())['results']
+  assert list(found['digits_by_hand']) == ['pre-trained', 'Adam', 'adam_spd', 'L2-SP']
+  assert found['digits_by_hand']['Adam']['ID'] == [50]
+  assert list(found['overall']) == ['adam_spd', 'Adam']  # what both tasks have
+  assert found['overall']['adam_spd']['OOD − Adam'] == [11, 11]
+  assert found['kinds']['handwriting, a']['held by adam_spd'] == [30]
+  assert (tmp_path / 'all/pareto.png').exists()
+
+
+@pytest.mark.parametrize(
+  ('records', 'settings', 'message'),
+  [
+    ([('Adam', 1, 1)], {'protocols': {'task': {'steps': 150}}}, r"b: task differs .*'protocol'"),
+    ([('Adam', 1, 1)], {'layers': {'task': {'b': 8}}}, r"b: task differs .*'sizes'"),
+  ],
+  ids=['other steps', 'another model'],
+)
+def test_runs_that_cannot_be_in_one_table(
+  records: list[Any], settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+  """Catches a mean over runs of two protocols."""
+  a = folder(tmp_path / 'a', 'task', [record('Adam', 1, 1)])
+  b = folder(tmp_path / 'b', 'task', [record(*each) for each in records], **settings)
+  with pytest.raises(ValueError, match=message):
+    earlier_runs.read([a, b])
+
+
+def test_earlier_runs_need_adam(tmp_path: Path) -> None:
+  """Catches an error about a list where a method is missing."""
+  path = folder(tmp_path / 'a', 'task', [record('L2-SP', 1, 1)])
+  with pytest.raises(ValueError, match='task: all are compared with Adam'):
+    earlier_runs.read([path])
 
 
 def test_all_tasks_can_be_named() -> None:
@@ -224,13 +267,20 @@ def test_scores_at_each_rate() -> None:
   records = [
     *(record('Adam', rate, 1 + rate) for rate in (1.0, 2.0)),
     record('WiSE-FT', 2.0, 5, alpha=0.8),
+    record('WiSE-FT', 2.0, 4, alpha=0.6),
     record('L2-SP', 1.0, 6, strength=0.1),
     record('L2-SP + WiSE-FT', 1.0, 7, strength=0.1, alpha=0.8),
+    record('L2-SP', 1.0, 5, strength=0.01),
   ]
-  found = tables.each_rate({'task': records}, {'task': {'id': [8], 'ood': [9]}})
+  before = {'task': {'id': [8], 'ood': [9]}}
+  found = tables.each_rate({'task': records}, before)
   assert found == {
     'pre-trained': {'ID, 1': [8], 'OOD, 1': [9], 'ID, 2': [8], 'OOD, 2': [9]},
     'Adam': {'ID, 1': [2], 'OOD, 1': [-2], 'ID, 2': [3], 'OOD, 2': [-3]},
     'WiSE-FT, α = 0.8': {'ID, 2': [5], 'OOD, 2': [-5]},
+    'WiSE-FT, α = 0.6': {'ID, 2': [4], 'OOD, 2': [-4]},
     'L2-SP, λ = 0.1': {'ID, 1': [6], 'OOD, 1': [-6]},
+    'L2-SP, λ = 0.01': {'ID, 1': [5], 'OOD, 1': [-5]},
   }
+  del found['L2-SP, λ = 0.01']
+  assert tables.each_rate({'task': records}, before, swept=False) == found

@@ -13,7 +13,7 @@ import numpy as np
 
 from suite import choice
 from suite.choice import ID, OOD, PEER, Record
-from suite.methods import WISE_FT
+from suite.methods import SPD, WISE_FT
 
 Setting = dict[str, float]
 ByTask = Mapping[str, Sequence[Record]]
@@ -73,11 +73,11 @@ def table(records: ByTask, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
   return rows
 
 
-SPD = ('adam_spd', 'SignificantProjection', 'projection_decay')  # how its methods begin
+def among_rules(records: ByTask) -> dict[str, dict[str, Any]]:
+  """A row for each setting of each function and rule of SPD, and one for the choice among them.
 
-
-def across(records: ByTask) -> dict[str, dict[str, Any]]:
-  """A row for each setting of each function and rule of SPD, and one for the choice among them."""
+  Candidates are in the results of all tasks.
+  """
   candidates = [
     (method, setting)
     for method in choice.methods_in(next(iter(records.values())))
@@ -86,14 +86,12 @@ def across(records: ByTask) -> dict[str, dict[str, Any]]:
     and WISE_FT not in method
     and all(choice.of(found, method, setting=setting) for found in records.values())
   ]
-  if not candidates:
+  if len(candidates) < 2:
     return {}
   by_setting = [gains(records, *candidate) for candidate in candidates]
-  rows = {
-    f'{method}: {choice.shown(setting)}': _row(gain)
-    for (method, setting), gain in zip(candidates, by_setting, strict=True)
-  }
-  return rows | {'the best on the other tasks': _row(left_out(by_setting))}
+  titles = (', '.join(filter(None, (name, choice.shown(setting)))) for name, setting in candidates)
+  rows = {title: _row(gain) for title, gain in zip(titles, by_setting, strict=True)}
+  return rows | {'by the rule, on the other tasks': _row(left_out(by_setting))}
 
 
 def _row(gain: np.ndarray) -> dict[str, Any]:

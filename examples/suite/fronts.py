@@ -44,24 +44,29 @@ def table(records: Mapping[str, Sequence[Record]]) -> dict[str, dict[str, Any]]:
   """A row for each method.
 
   For each task: the best ID minus Adam's, and the mean difference of the fronts over the levels
-  that the method reaches, with their number. Of several tasks, both for all of them, one value per
-  task, where the method reaches a level on each. Fronts are chosen on test data, for all alike.
+  that the method reaches, with their number. Of several tasks also both with one value per task,
+  and the number of levels, where the method reaches some on each. Fronts are chosen on test data,
+  for all alike.
   """
   rows: dict[str, dict[str, Any]] = {}
-  gains: dict[str, list[tuple[float, float]]] = {}
+  gains: dict[str, list[tuple[float, float, int]]] = {}
+  counts: dict[str, int] = {}
   for task, each in records.items():
     best = points(each, PEER)[:, 0].max()
     for method in dict.fromkeys(map(base, each)):
       own, found = points(each, method), differences(each, method)
       known = found[~np.isnan(found)]
-      row = rows.setdefault(method, {'configurations': str(len(own))})
+      row = rows.setdefault(method, {})
+      counts[method] = counts.get(method, 0) + len(own)
+      row['configurations'] = str(counts[method])
       row[f'{task}: best ID − Adam'] = f'{own[:, 0].max() - best:.1f}'
       mean = f'{known.mean():.1f} ({len(known)} of {len(found)})' if len(known) else '–'
       row[f'{task}: OOD − Adam'] = mean
       if len(known):
-        gains.setdefault(method, []).append((own[:, 0].max() - best, known.mean()))
+        gains.setdefault(method, []).append((own[:, 0].max() - best, known.mean(), len(known)))
   for method, found in gains.items() if len(records) > 1 else ():
     if len(found) == len(records):
-      of_id, of_ood = zip(*found, strict=True)
+      of_id, of_ood, levels = zip(*found, strict=True)
       rows[method] |= {'best ID − Adam': list(of_id), 'OOD − Adam': list(of_ood)}
+      rows[method]['levels'] = f'{sum(levels)} of {len(BELOW) * len(records)}'
   return rows

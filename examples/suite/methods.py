@@ -187,6 +187,8 @@ EARLY = 'Early stopping'  # Adam's weights when they did best on the validation 
 RANK, KL = 'rank', 'kl'  # settings of what is trained, not of its optimizer
 HEAD = 1.0  # all blocks but the last are frozen
 FOREVER = 1e9
+# How the names of SPD's methods begin.
+SPD = ('projection_decay', 'with_projection_decay', 'adam_spd', 'SignificantProjection')
 
 METHODS: dict[str, Method] = {
   'Adam': Method(adam, ends=(WISE_FT, EARLY)),

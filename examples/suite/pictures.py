@@ -11,6 +11,7 @@ import numpy as np
 
 from suite import choice
 from suite.choice import ID, OOD, Record
+from suite.methods import SPD
 
 PEER_COLOR = '0.75'
 COLORS = {
@@ -23,12 +24,6 @@ COLORS = {
   'adam_spd, near': 'tab:purple',
   'SignificantProjection': 'tab:pink',
 }
-SPD = (
-  'projection_decay',
-  'with_projection_decay',
-  'adam_spd',
-  'SignificantProjection',
-)  # how its names begin
 
 
 def pareto(

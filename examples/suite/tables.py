@@ -37,7 +37,7 @@ def all_of(
   return found | {'overall': overall(best), **of_defaults, 'hindsight': hindsight(records, best)}
 
 
-def of_real(
+def of_real_models(
   records: Mapping[str, Sequence[Record]],
   before: Mapping[str, Mapping[str, Any]],
   sizes: Mapping[str, Mapping[str, int]],
@@ -46,9 +46,10 @@ def of_real(
   """More tables, for models with layers worth telling apart."""
   found = {'fronts': fronts.table(records)}
   if len(records) > 1:
-    found['rules'] = defaults.across(records)
+    found['rules'] = defaults.among_rules(records)
   return found | {
     'each_rate': each_rate(records, before),
+    'unswept': each_rate(records, before, swept=False),
     'sizes': by_size(records, sizes, settings),
     'kinds': by_kind(records, sizes, settings),
   }
@@ -58,7 +59,7 @@ BOTH = (('ID', ID), ('OOD', OOD))  # by their titles
 SIZES = (100, 1_000, 10_000, 100_000, 10**9)
 
 
-def shares(
+def held_shares(
   records: Sequence[Record], settings: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Mapping[str, Sequence[float]]]:
   """Share of the steps in % in which each layer was held, by method, at the chosen rate."""
@@ -84,7 +85,7 @@ def by_size(
   """
   table: Table = {}
   for task, each in records.items():
-    found = shares(each, settings)
+    found = held_shares(each, settings)
     for low, high in pairwise((0, *SIZES)):
       layers = [name for name, size in sizes[task].items() if low < size <= high]
       if layers and found:
@@ -101,7 +102,7 @@ def by_kind(
   """How often layers of a kind were held; a kind is a path without the numbers of its blocks."""
   table: Table = {}
   for task, each in records.items():
-    found, kinds = shares(each, settings), {}
+    found, kinds = held_shares(each, settings), {}
     for name in sizes[task]:
       kinds.setdefault(re.sub(r'^(block|layer)_\d+/|_\d+(?=/|$)', '', name), []).append(name)
     for kind, layers in kinds.items() if found else ():
@@ -122,9 +123,14 @@ def _held(
 
 
 def each_rate(
-  records: Mapping[str, Sequence[Record]], before: Mapping[str, Mapping[str, Any]]
+  records: Mapping[str, Sequence[Record]],
+  before: Mapping[str, Mapping[str, Any]],
+  swept: bool = True,
 ) -> Table:
-  """Both scores of each method and setting, WiSE-FT only after Adam, at each learning rate."""
+  """Both scores of each method and setting, WiSE-FT only after Adam, at each learning rate.
+
+  If not `swept`, a method has only its first setting, and WiSE-FT all.
+  """
   table: Table = {}
   for task, each in records.items():
     start = f'{task}: ' if len(records) > 1 else ''
@@ -132,18 +138,36 @@ def each_rate(
     table[f'{start}pre-trained'] = {
       f'{title}, {rate:g}': before[task][column] for rate in rates for title, column in BOTH
     }
+    firsts = {record['method']: record['setting'] for record in reversed(each)}
     for record in each:
-      if not record['method'].endswith(f'+ {WISE_FT}'):
+      known = swept or record['method'] == WISE_FT
+      known = known or record['setting'] == firsts[record['method']]
+      if known and not record['method'].endswith(f'+ {WISE_FT}'):
         setting = choice.shown(record['setting'])
         row = table.setdefault(start + ', '.join(filter(None, (record['method'], setting))), {})
         row |= {f'{title}, {record["rate"]:g}': record[column] for title, column in BOTH}
   return table
 
 
+TITLES = {
+  'fronts': 'Fronts: what a method keeps at equal accuracy, over all its rates, settings and α',
+  'rules': 'Functions and rules of SPD; the last row is chosen without the task it is scored on',
+  'each_rate': 'Every setting at every learning rate',
+  'unswept': 'The first setting of each method at every learning rate',
+  'sizes': 'Share of the steps in % in which layers were held, by size, at the chosen rate',
+  'kinds': 'The same by kind: paths without the numbers of their blocks',
+  'overall': 'What validation chose, over all tasks',
+  'rates': 'Learning rates, means over tasks',
+  'settings': 'Settings, and which of them is the default',
+  'hindsight': 'In hindsight: the best OOD of a configuration that costs at most a point of ID',
+}
+
+
 def page(
   title: str, titles: Mapping[str, str], found: Mapping[str, Table], script: str = 'compare.py'
 ) -> str:
   """All tables as Markdown."""
+  titles = TITLES | dict(titles)
   parts = [f'## {titles.get(name, name)}\n\n{reporting.markdown(found[name])}\n' for name in found]
   return '\n'.join(
     [f'# {title}\n\nMade by `examples/{script}`, which says what is what.\n', *parts]

@@ -1,17 +1,11 @@
 """Rules that were tried, and are not in the library: docs/understand/tried-rules.md says why."""
 
 import chex
-import jax
 import jax.numpy as jnp
 
 import spd_optax as spd
+from spd_optax import formulas
 from spd_optax.rules import Numbers
-
-
-def growth(norms: Numbers) -> jax.Array:
-  """r = max(0, ‖θ̃ − θ_0‖ − ‖θ − θ_0‖) / ‖θ̃ − θ_0‖."""
-  after = norms['after']
-  return jnp.where(after > 0, jnp.maximum(after - norms['distance'], 0) / after, 0)
 
 
 class Relieved(spd.Rule):
@@ -28,13 +22,16 @@ class Relieved(spd.Rule):
   numbers = {'share': 0.5}  # noqa: RUF012  # never written to
 
   def decide(self, norms: Numbers, numbers: Numbers, strength: chex.Numeric) -> spd.Decision:
-    condition, ratio = norms['inner'] > 0, growth(norms)
+    condition, ratio = (
+      norms['inner'] > 0,
+      formulas.projection_ratio(norms['distance'], norms['after']),
+    )
     share = self.decay * numbers['share'] + (1 - self.decay) * condition
     scale = strength * jnp.minimum(1, 2 * (1 - share)) * ratio
     return spd.Decision(condition, ratio, scale, {'share': share})
 
 
-class NeitherWay(spd.Rule):
+class NeitherWay(spd.SignificantProjection):
   """Projects a layer back while its mean slope is significantly neither outward nor inward.
 
       |μ| < z √(s (1 − β) / (1 + β)),     with μ and s as in `spd.SignificantProjection`
@@ -43,14 +40,10 @@ class NeitherWay(spd.Rule):
   """
 
   z: float = 1.0
-  decay: float = 0.95
-  needs = ('after',)
-  numbers = {'slope': 0.0, 'slope_square': 0.0}  # noqa: RUF012  # never written to
+  near: float = 0.0
 
   def decide(self, norms: Numbers, numbers: Numbers, strength: chex.Numeric) -> spd.Decision:
-    distance, ratio = norms['distance'], growth(norms)
-    slope = jnp.where(distance > 0, norms['inner'] / distance, 0)
-    terms = {'slope': slope, 'slope_square': slope**2}
-    new = {name: self.decay * numbers[name] + (1 - self.decay) * x for name, x in terms.items()}
-    error = jnp.sqrt(new['slope_square'] * (1 - self.decay) / (1 + self.decay))
-    return spd.Decision(jnp.abs(new['slope']) < self.z * error, ratio, strength * ratio, new)
+    found = super().decide(norms, numbers, strength)
+    spread = found.numbers['slope_square'] * (1 - self.decay) / (1 + self.decay)
+    inward = found.numbers['slope'] >= self.z * jnp.sqrt(spread)
+    return found._replace(condition=found.condition & ~inward)
