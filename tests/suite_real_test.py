@@ -150,31 +150,30 @@ def test_fronts_of_several_tasks_by_hand() -> None:
   assert 'OOD − Adam' not in fronts.table({'a': [adam, good], 'b': [adam, poor]})['A']
 
 
-def test_shares_by_size() -> None:
-  """Catches layers in the wrong class, and the shares of another rate."""
-  records = [
-    record('A', 90, 50, layers={'a': [10.0, 30.0], 'b': [50.0, 50.0]}),
-    record('A', 80, 50, layers={'a': [0.0, 0.0], 'b': [0.0, 0.0]}),
-  ]
-  table = tables.by_size({'task': records}, {'task': {'a': 100, 'b': 101}}, {'A': {}})
-  assert table == {
-    'task, up to 100 weights': {'layers': '1', 'held by A': [20.0]},
-    'task, up to 1,000 weights': {'layers': '1', 'held by A': [50.0]},
-  }
-
-
-def test_shares_by_kind() -> None:
-  """Catches blocks told apart, layers of two kinds in one, and a wrong number of weights."""
+def test_shares_by_size_and_kind() -> None:
+  """Catches layers in the wrong class, the shares of another rate, and a peer's."""
   shares = {'block_0/norm_1/bias': [10.0, 30.0], 'block_12/norm_2/bias': [40.0], 'norm': [0.0]}
-  sizes = {'block_0/norm_1/bias': 8, 'block_12/norm_2/bias': 1600, 'norm': 8}
-  table = tables.by_kind({'task': [record('A', 1, 1, layers=shares)]}, {'task': sizes}, {'A': {}})
-  assert table == {
+  sizes = {'task': {'block_0/norm_1/bias': 8, 'block_12/norm_2/bias': 1600, 'norm': 8}}
+  records = {
+    'task': [
+      record('Adam', 90, 50, rate=0.1),
+      record('Adam', 80, 50, rate=0.2),
+      record('adam_spd', 80, 50, rate=0.1, layers=shares),
+      record('adam_spd', 90, 50, rate=0.2, layers={key: [100.0] for key in shares}),
+      record('L2-SP', 90, 50, rate=0.1, layers={key: [100.0] for key in shares}),
+    ]
+  }
+  assert tables.by_size(records, sizes) == {
+    'task, up to 100 weights': {'layers': '2', 'held by adam_spd': [20.0, 0.0]},
+    'task, up to 10,000 weights': {'layers': '1', 'held by adam_spd': [40.0]},
+  }
+  assert tables.by_kind(records, sizes) == {
     'task, norm/bias': {
       'layers': '2',
       'weights of each': '8 to 1,600',
-      'held by A': [20.0, 40.0],
+      'held by adam_spd': [20.0, 40.0],
     },
-    'task, norm': {'layers': '1', 'weights of each': '8', 'held by A': [0.0]},
+    'task, norm': {'layers': '1', 'weights of each': '8', 'held by adam_spd': [0.0]},
   }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import reporting
 from suite import choice, defaults, fronts
 from suite.choice import ID, OOD, Record
-from suite.methods import WISE_FT
+from suite.methods import SPD, WISE_FT
 
 Table = dict[str, dict[str, Any]]
 Found = Mapping[str, Mapping[str, Record]]  # task -> method -> its chosen configuration
@@ -41,7 +41,6 @@ def of_real_models(
   records: Mapping[str, Sequence[Record]],
   before: Mapping[str, Mapping[str, Any]],
   sizes: Mapping[str, Mapping[str, int]],
-  settings: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Table]:
   """More tables, for models with layers worth telling apart."""
   found = {'fronts': fronts.table(records)}
@@ -50,8 +49,8 @@ def of_real_models(
   return found | {
     'each_rate': each_rate(records, before),
     'unswept': each_rate(records, before, swept=False),
-    'sizes': by_size(records, sizes, settings),
-    'kinds': by_kind(records, sizes, settings),
+    'sizes': by_size(records, sizes),
+    'kinds': by_kind(records, sizes),
   }
 
 
@@ -59,33 +58,36 @@ BOTH = (('ID', ID), ('OOD', OOD))  # by their titles
 SIZES = (100, 1_000, 10_000, 100_000, 10**9)
 
 
-def held_shares(
-  records: Sequence[Record], settings: Mapping[str, Mapping[str, float]]
-) -> dict[str, Mapping[str, Sequence[float]]]:
-  """Share of the steps in % in which each layer was held, by method, at the chosen rate."""
-  known = [record for record in records if 'layers' in record]
+def held_shares(records: Sequence[Record]) -> dict[str, Mapping[str, Sequence[float]]]:
+  """Share of the steps in % in which each layer was held by each function and rule of SPD.
+
+  All have the learning rate that validation chose for Adam.
+  """
+  rate = choice.by_validation(choice.of(records, choice.PEER))['rate']
+  found = [
+    r for r in records if 'layers' in r and r['method'].startswith(SPD) and r['rate'] == rate
+  ]
+  names = [r['method'] for r in found]
   return {
-    f'held by {method}': choice.by_validation(found)['layers']
-    for method, setting in settings.items()
-    if (found := choice.of(known, method, setting=setting))
+    f'held by {r["method"]}'
+    + (f', {choice.shown(r["setting"])}' if names.count(r['method']) > 1 else ''): r['layers']
+    for r in found
   }
 
 
 def by_size(
   records: Mapping[str, Sequence[Record]],
   sizes: Mapping[str, Mapping[str, int]],
-  settings: Mapping[str, Mapping[str, float]],
 ) -> Table:
   """How often layers of a size were held.
 
   Args:
     records: by task.
     sizes: by task, the number of weights of each layer.
-    settings: by method, the setting.
   """
   table: Table = {}
   for task, each in records.items():
-    found = held_shares(each, settings)
+    found = held_shares(each)
     for low, high in pairwise((0, *SIZES)):
       layers = [name for name, size in sizes[task].items() if low < size <= high]
       if layers and found:
@@ -97,12 +99,11 @@ def by_size(
 def by_kind(
   records: Mapping[str, Sequence[Record]],
   sizes: Mapping[str, Mapping[str, int]],
-  settings: Mapping[str, Mapping[str, float]],
 ) -> Table:
   """How often layers of a kind were held; a kind is a path without the numbers of its blocks."""
   table: Table = {}
   for task, each in records.items():
-    found, kinds = held_shares(each, settings), {}
+    found, kinds = held_shares(each), {}
     for name in sizes[task]:
       kinds.setdefault(re.sub(r'^(block|layer)_\d+/|_\d+(?=/|$)', '', name), []).append(name)
     for kind, layers in kinds.items() if found else ():
@@ -154,7 +155,7 @@ TITLES = {
   'rules': 'Functions and rules of SPD; the last row is chosen without the task it is scored on',
   'each_rate': 'Every setting at every learning rate',
   'unswept': 'The first setting of each method at every learning rate',
-  'sizes': 'Share of the steps in % in which layers were held, by size, at the chosen rate',
+  'sizes': 'Share of the steps in % in which layers were held, by size, at the rate of Adam',
   'kinds': 'The same by kind: paths without the numbers of their blocks',
   'overall': 'What validation chose, over all tasks',
   'rates': 'Learning rates, means over tasks',
