@@ -22,6 +22,8 @@ COLORS = {
   'adam_spd': 'tab:orange',
   'projection_decay': 'tab:red',
   'adam_spd, near': 'tab:purple',
+  'adam_spd, relieved': 'tab:brown',
+  'FTP': 'tab:green',
   'SignificantProjection': 'tab:pink',
 }
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import optax
 
-from suite import methods, peers
+import spd_optax as spd
+from suite import methods, peers, tried
 from suite.methods import KL, WISE_FT, Method, Scalar, Setting, dial, sweep
 
 ALPHAS = sweep(alpha=(0.8, 0.6, 0.4))
@@ -18,6 +19,11 @@ ALPHAS = sweep(alpha=(0.8, 0.6, 0.4))
 def towards_base(learning_rate: Scalar, blocks: Any = None) -> optax.GradientTransformation:
   """Adam, on a loss with the divergence from the base model's answers."""
   return optax.adam(learning_rate)
+
+
+def relieved(learning_rate: Scalar, blocks: Any = None) -> optax.GradientTransformation:
+  """`adam_spd` that holds a layer less firmly the more often it has been held."""
+  return spd.adam_spd(learning_rate, rule=tried.Relieved())
 
 
 def method(make: Callable[..., Any], settings: tuple[Setting, ...] = ({},)) -> Method:
@@ -35,6 +41,7 @@ METHODS: dict[str, Method] = {
   'KL to the base': method(towards_base, sweep(**{KL: (0.1, 1.0)})),
   'adam_spd': method(methods.around(methods.adam), dial((1, 0))),
   'adam_spd, near': method(methods.waiting, sweep(near=(20.0,))),
+  'adam_spd, relieved': method(relieved),
   'projection_decay': method(methods.chained, dial((1, 0.05), (1, 0))),
   'SignificantProjection': method(methods.significant, sweep(z=(0.0,))),
 }
