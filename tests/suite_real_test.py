@@ -257,6 +257,30 @@ def test_all_tasks_can_be_named() -> None:
   assert choice.PEER in real.METHODS
 
 
+def test_differences_at_the_rate_of_adam() -> None:
+  """Catches another rate, WiSE-FT after a method, and a mean over seeds that are not paired."""
+
+  def task(shift: float) -> list[dict[str, Any]]:
+    return [
+      record('Adam', 0, 0, rate=1.0) | {'id': [50, 60], 'ood': [30, 30], 'validation': [9]},
+      record('Adam', 0, 0, rate=2.0),
+      record('adam_spd', 0, 0, rate=1.0) | {'id': [51, 59 + shift], 'ood': [33, 35]},
+      record('adam_spd', 0, 0, rate=2.0),
+      record('adam_spd + WiSE-FT', 0, 0, rate=1.0),
+    ]
+
+  one = tables.at_adams_rate({'a': task(0)})
+  assert list(one) == ['Adam', 'adam_spd']
+  assert one['adam_spd'] == {'ID − Adam': [1, -1], 'OOD − Adam': [3, 5]}
+  two = tables.at_adams_rate({'a': task(0), 'b': task(2)})
+  assert two['adam_spd'] == {
+    'a': '+0.0 / +4.0',
+    'b': '+1.0 / +4.0',
+    'ID − Adam': [0, 1],
+    'OOD − Adam': [4, 4],
+  }
+
+
 def test_scores_at_each_rate() -> None:
   """Catches a column of another rate, and WiSE-FT after every method."""
 

@@ -49,6 +49,7 @@ def of_real_models(
   return found | {
     'each_rate': each_rate(records, before),
     'unswept': each_rate(records, before, swept=False),
+    'at_adams_rate': at_adams_rate(records),
     'sizes': by_size(records, sizes),
     'kinds': by_kind(records, sizes),
   }
@@ -155,6 +156,7 @@ TITLES = {
   'rules': 'Functions and rules of SPD; the last row is chosen without the task it is scored on',
   'each_rate': 'Every setting at every learning rate',
   'unswept': 'The first setting of each method at every learning rate',
+  'at_adams_rate': 'Minus Adam, at the rate that validation chose for Adam',
   'sizes': 'Share of the steps in % in which layers were held, by size, at the rate of Adam',
   'kinds': 'The same by kind: paths without the numbers of their blocks',
   'overall': 'What validation chose, over all tasks',
@@ -162,6 +164,34 @@ TITLES = {
   'settings': 'Settings, and which of them is the default',
   'hindsight': 'In hindsight: the best OOD of a configuration that costs at most a point of ID',
 }
+
+
+def at_adams_rate(records: Mapping[str, Sequence[Record]]) -> Table:
+  """Each method and setting minus Adam, both at the rate that validation chose for Adam.
+
+  One value per task, or per seed where there is one task. A row is of the tasks that have it.
+  """
+  table: Table = {}
+  gains: dict[str, dict[str, np.ndarray]] = {}
+  for task, each in records.items():
+    adam = choice.by_validation(choice.of(each, choice.PEER))
+    for record in each:
+      if record['rate'] == adam['rate'] and not record['method'].endswith(f'+ {WISE_FT}'):
+        setting = choice.shown(record['setting'])
+        title = ', '.join(filter(None, (record['method'], setting)))
+        gains.setdefault(title, {})[task] = np.subtract(
+          [record[ID], record[OOD]], [adam[ID], adam[OOD]]
+        )
+  for title, found in gains.items():
+    row = table[title] = {}
+    if len(records) > 1:
+      means = {task: gain.mean(1) for task, gain in found.items()}
+      row |= {task: ' / '.join(f'{x:+.1f}' for x in means[task]) for task in means}
+      values = np.array([*means.values()]).T
+    else:
+      (values,) = found.values()
+    row |= {f'{name} − Adam': each.tolist() for (name, _), each in zip(BOTH, values, strict=True)}
+  return table
 
 
 def page(
