@@ -46,8 +46,13 @@ def from_momentum(decay: Optimizer) -> Optimizer:
   return optax.GradientTransformation(init, update)
 
 
+MARGIN = 0.05  # of `projection_decay` and its changes
+
+
 def chain(link: Optimizer | None = None, **options: Any) -> Make:
   """`projection_decay` and Adam."""
+  if 'rule' not in options:
+    options = {'margin': MARGIN, **options}
   return lambda rate: optax.chain(link or spd.projection_decay(**options), optax.adam(rate))
 
 
@@ -109,7 +114,7 @@ def turn(
       ratio = jnp.where(held, size_of(cos), 0)
       return spd.Decision(held, ratio, strength * ratio * size / distance)
 
-  return chain(rule=Changed())
+  return chain(rule=Changed(margin=MARGIN))
 
 
 def module(path: str) -> str:
@@ -140,8 +145,8 @@ ADAM, CHAIN, ADAM_SPD = 'Adam', 'projection_decay', 'adam_spd'
 
 
 def root(cos: jax.Array) -> jax.Array:
-  """φ = √(cos + m) at the default margin."""
-  return jnp.sqrt(jnp.maximum(cos + spd.GradientTurn().margin, 0))
+  """φ = √(cos + m)."""
+  return jnp.sqrt(jnp.maximum(cos + MARGIN, 0))
 
 
 def of_both(make: Callable[..., Make]) -> dict[str, Make]:
@@ -173,7 +178,7 @@ def of_projection_decay() -> dict[str, Make]:
     'always held, φ = abs cos': turn(always, jnp.abs),
     'condition inverted, φ = abs cos': turn(inverted, jnp.abs),
     'held at random, 55 %, φ = abs cos': turn(at_random(0.55), jnp.abs),
-    'from momentum': chain(from_momentum(spd.projection_decay())),
+    'from momentum': chain(from_momentum(spd.projection_decay(margin=MARGIN))),
     **of_both(chain),
     **{f'm = {m:g}': chain(margin=m) for m in (0.0, 0.1)},
     **{f'λ = {x:g}': chain(strength=x) for x in (0.1, 0.3, 3.0, 10.0)},

@@ -21,7 +21,7 @@ def projection_decay(
   anchor: optax.Params | None = None,
   strength: optax.ScalarOrSchedule | Budget = 1.0,
   *,
-  margin: chex.Numeric = 0.05,
+  margin: chex.Numeric = 0.0,
   rule: Rule | None = None,
   free: Patterns | None = None,
   stack_axis: StackAxis = None,
@@ -39,8 +39,12 @@ def projection_decay(
       g' = g + λ (cos + m) ‖g‖ d / ‖d‖     where cos > −m
       g' = g                               otherwise
 
-  A layer moves freely while −g points clearly away from the anchor. The gradient of any
-  other layer is turned toward the anchor before the optimizer sees it. The rule is scale-free:
+  A layer moves freely while −g points away from the anchor. The gradient of any other layer is
+  turned toward the anchor before the optimizer sees it. With m = 0, the default, it is
+
+      g' = g + λ max(0, ⟨g, d⟩) d / ‖d‖²
+
+  which means the same for a layer of any size. The rule is scale-free:
   multiplying the loss changes only the scale of g', and ‖g'‖ ≤ (1 + λ (1 + m)) ‖g‖.
 
   With Adam at a constant learning rate, a layer in a narrow valley circles and never comes to rest.
@@ -65,8 +69,8 @@ def projection_decay(
       that pulls toward the anchor, 10 holds firmly. If a schedule gives a negative number, infinity
       or NaN, no layer is held in that step.
     margin: m in [0, 1). 0 holds a layer if −g points back at all. A small margin, 0.05 or 0.1, also
-      holds layers that move out sideways. It holds a layer more if the layer is larger or its
-      gradients are noisier.
+      holds layers that move out sideways. The same margin is firmer for a larger layer and for
+      noisier gradients.
     rule: a `Rule` in place of `GradientTurn`, the equation above.
     free: a pattern, or a list of patterns, of leaves that are never held, such as a new head. It
       overrides the anchor, which may lack them. A pattern matches whole names, anywhere in a

@@ -208,7 +208,7 @@ class GradientTurn(Rule):
     margin: m in [0, 1).
   """
 
-  margin: chex.Numeric = 0.05
+  margin: chex.Numeric = 0.0
   needs = ('gradient_norm',)
 
   def check(self) -> None:

@@ -393,7 +393,7 @@ adam_spd = {'learning_rate': 0.125, 'eps': 2.0**-10}
 SAME = {
   'projection_decay': (
     lambda: optax.chain(spd.projection_decay(), INNER),
-    lambda: optax.chain(spd.projection_decay(rule=spd.GradientTurn(margin=0.05)), INNER),
+    lambda: optax.chain(spd.projection_decay(rule=spd.GradientTurn()), INNER),
   ),
   'projection_decay, margin': (
     lambda: optax.chain(spd.projection_decay(margin=0.25), INNER),

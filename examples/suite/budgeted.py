@@ -22,6 +22,7 @@ TRACED = ('Adam', 'projection_decay, budget')  # whose drift is kept over the st
 BISECTIONS = 20
 
 ADAM, FIXED, WISE = 'Adam', 'projection_decay', WISE_FT
+MARGIN = 0.05  # of `projection_decay`
 LINK, AROUND, L2 = 'projection_decay, budget', 'adam_spd, budget', 'L2-SP, budget'
 
 Numbers = dict[str, Any]
@@ -34,13 +35,13 @@ def adam(rate: Any) -> optax.GradientTransformation:
 
 def fixed(rate: Any, strength: Any) -> optax.GradientTransformation:
   """`projection_decay` in front of Adam, with one strength."""
-  return optax.chain(spd.projection_decay(strength=strength), optax.adam(rate))
+  return optax.chain(spd.projection_decay(strength=strength, margin=MARGIN), optax.adam(rate))
 
 
 def link(rate: Any, budget: Any, init: Any) -> optax.GradientTransformation:
   """`projection_decay` in front of Adam, with a budget."""
   strength = spd.within_budget(budget, init=init)
-  return optax.chain(spd.projection_decay(strength=strength), optax.adam(rate))
+  return optax.chain(spd.projection_decay(strength=strength, margin=MARGIN), optax.adam(rate))
 
 
 def around(rate: Any, budget: Any, init: Any) -> optax.GradientTransformation:
