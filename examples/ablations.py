@@ -2,10 +2,10 @@
 
     python examples/ablations.py
 
-Adam, `projection_decay` in front of it, and `adam_spd` are changed in one way each. They fine-tune
-the same models on the same examples as in `compare.py`, at learning rates 1e-3 and 3e-3. The table
-shows the difference of each to what it changes, in points: the mean over tasks, rates and seeds,
-± its standard error over tasks (of the mean over rates and seeds).
+Adam, `projection_decay` in front of it (with a margin of 0.05), and `adam_spd` are changed in one
+way each. They fine-tune the same models on the same examples as in `compare.py`, at learning rates
+1e-3 and 3e-3. The table shows the difference of each to what it changes, in points: the mean over
+tasks, rates and seeds, ± its standard error over tasks (of the mean over rates and seeds).
 """
 
 import argparse
