@@ -187,13 +187,14 @@ def publish(args: argparse.Namespace, results: dict[str, Result]) -> None:
   (args.out / 'README.md').write_text(
     tables.page('Real models' if sizes else 'Ten tasks', titles, found)
   )
-  with (args.out / 'records.jsonl').open('w') as file:
-    for name, each in records.items():
-      lines = (json.dumps({'task': name} | record, allow_nan=False) for record in each)
-      file.writelines(line + '\n' for line in lines)
+  if not args.folders:  # these have them
+    with (args.out / 'records.jsonl').open('w') as file:
+      for name, each in records.items():
+        lines = (json.dumps({'task': name} | record, allow_nan=False) for record in each)
+        file.writelines(line + '\n' for line in lines)
   pictures.pareto(args.out / 'pareto.png', titles, records, before, best)
   pictures.ranks(args.out / 'ranks.png', methods, choice.ranks(values))
-  print(f'Results: {args.out}/README.md, results.json, records.jsonl, pareto.png, ranks.png')
+  print(f'Results: {args.out}/README.md, results.json, pareto.png, ranks.png')
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
