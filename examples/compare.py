@@ -166,8 +166,8 @@ def publish(args: argparse.Namespace, results: dict[str, Result]) -> None:
   records = {name: result['records'] for name, result in results.items()}
   run = {record['method'] for found in records.values() for record in found}
   defaults = {method: setting for method, setting in DEFAULTS.items() if method in run}
-  if args.real:
-    defaults = {}  # most methods have one setting there
+  if args.real:  # other methods of SPD have one setting there
+    defaults = {method: x for method, x in defaults.items() if method == 'projection_decay'}
   best = {name: choice.chosen(found, defaults) for name, found in records.items()}
   found = tables.all_of(records, before, best, defaults)
   sizes = {name: result['sizes'] for name, result in results.items() if 'sizes' in result}

@@ -42,6 +42,6 @@ METHODS: dict[str, Method] = {
   'adam_spd': method(methods.around(methods.adam), dial((1, 0))),
   'adam_spd, near': method(methods.waiting, sweep(near=(20.0,))),
   'adam_spd, relieved': method(relieved),
-  'projection_decay': method(methods.chained, dial((1, 0.05), (1, 0))),
+  'projection_decay': method(methods.chained, dial((1, 0), (1, 0.05))),
   'SignificantProjection': method(methods.significant, sweep(z=(0.0,))),
 }

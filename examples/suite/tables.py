@@ -24,17 +24,19 @@ def all_of(
 ) -> dict[str, Table]:
   """Every table by name: of each task, 'overall', 'hindsight', of defaults 'rates' and 'settings'.
 
-  Tasks whose methods have defaults have the same learning rates.
+  'rates' is left out where tasks have different ones.
   """
   found = {}
   for task, each in records.items():
     known = {'setting': '–', 'rate': '–', 'ID': before[task][ID], 'OOD': before[task][OOD]}
     found[task] = {'pre-trained': known} | of_task(each, default)
-  of_defaults = default and {
-    'rates': by_rate(records, {choice.PEER: {}, **default}),
-    'settings': defaults.table(records, list(default)),
-  }
-  return found | {'overall': overall(best), **of_defaults, 'hindsight': hindsight(records, best)}
+  found['overall'] = overall(best)
+  rates = [{record['rate'] for record in each} for each in records.values()]
+  if default and all(each == rates[0] for each in rates):
+    found['rates'] = by_rate(records, {choice.PEER: {}, **default})
+  if default:
+    found['settings'] = defaults.table(records, list(default))
+  return found | {'hindsight': hindsight(records, best)}
 
 
 def of_real_models(
