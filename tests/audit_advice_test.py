@@ -43,7 +43,7 @@ def test_it_warns_once_where_no_layer_was_ever_held(path):
 def test_it_warns_where_every_layer_is_always_held(path):
   # An anchor that the loss wants to reach from the first step on: not where training started.
   anchor = jax.tree.map(lambda p: p - 1, PARAMS)
-  tx = optax.chain(spd.projection_decay(anchor), optax.sgd(1e-4))
+  tx = optax.chain(spd.projection_decay(anchor, margin=0.05), optax.sgd(1e-4))
   found = advice_of(path, tx, PARAMS, lambda i: 1.0)
   assert found.keys() == {'always held'}
   for part in ('100 % of the layers', 'margin', 'anchor', 'sign of the loss'):
@@ -61,7 +61,9 @@ def test_it_still_warns_of_what_is_always_held_beside_l2_sp(path):
   anchor = jax.tree.map(lambda p: p - 1, PARAMS)
   tx = optax.partition(
     {
-      'held': optax.chain(spd.projection_decay({**anchor, 'bias': None}), optax.sgd(1e-4)),
+      'held': optax.chain(
+        spd.projection_decay({**anchor, 'bias': None}, margin=0.05), optax.sgd(1e-4)
+      ),
       'pulled': optax.chain(spd.l2_sp(strength=0.01), optax.sgd(1e-4)),
     },
     {'kernel': 'held', 'bias': 'pulled'},
@@ -103,7 +105,7 @@ def test_it_warns_where_the_first_update_already_finds_the_params_elsewhere(path
 
 def test_it_warns_where_a_held_layer_goes_away_all_the_same(path):
   # Behind the optimizer it sees an update that points outward, and takes it for a gradient.
-  tx = optax.chain(optax.adam(1e-2), spd.projection_decay())
+  tx = optax.chain(optax.adam(1e-2), spd.projection_decay(margin=0.05))
   found = advice_of(path, tx, PARAMS, lambda i: 1.0)
   assert 'behind the optimizer' in found['growing'].message
   assert 'kernel' in found['growing'].message

@@ -272,7 +272,11 @@ def test_differences_at_the_rate_of_adam() -> None:
   one = tables.at_adams_rate({'a': task(0)})
   assert list(one) == ['Adam', 'adam_spd']
   assert one['adam_spd'] == {'ID − Adam': [1, -1], 'OOD − Adam': [3, 5]}
-  two = tables.at_adams_rate({'a': task(0), 'b': task(2)})
+  other = record('L2-SP', 1, 1, rate=1.0) | {'id': [50, 60], 'ood': [30, 30]}
+  some = tables.at_adams_rate({'a': [*task(0), other], 'b': task(2)}, least=0.75)
+  assert list(some) == ['Adam', 'adam_spd']
+  two = tables.at_adams_rate({'a': [*task(0), other], 'b': task(2)})
+  assert two['L2-SP']['OOD − Adam'] == [0]
   assert two['adam_spd'] == {
     'a': '+0.0 / +4.0',
     'b': '+1.0 / +4.0',

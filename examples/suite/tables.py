@@ -52,6 +52,7 @@ def of_real_models(
     'each_rate': each_rate(records, before),
     'unswept': each_rate(records, before, swept=False),
     'at_adams_rate': at_adams_rate(records),
+    'headline': at_adams_rate(records, least=0.75),
     'sizes': by_size(records, sizes),
     'kinds': by_kind(records, sizes),
   }
@@ -159,6 +160,7 @@ TITLES = {
   'each_rate': 'Every setting at every learning rate',
   'unswept': 'The first setting of each method at every learning rate',
   'at_adams_rate': 'Minus Adam, at the rate that validation chose for Adam',
+  'headline': 'The same, of the methods that ran on most tasks',
   'sizes': 'Share of the steps in % in which layers were held, by size, at the rate of Adam',
   'kinds': 'The same by kind: paths without the numbers of their blocks',
   'overall': 'What validation chose, over all tasks',
@@ -168,10 +170,11 @@ TITLES = {
 }
 
 
-def at_adams_rate(records: Mapping[str, Sequence[Record]]) -> Table:
+def at_adams_rate(records: Mapping[str, Sequence[Record]], least: float = 0.0) -> Table:
   """Each method and setting minus Adam, both at the rate that validation chose for Adam.
 
-  One value per task, or per seed where there is one task. A row is of the tasks that have it.
+  One value per task, or per seed where there is one task. A row is of the tasks that have it, if
+  these are at least such a share of all.
   """
   table: Table = {}
   gains: dict[str, dict[str, np.ndarray]] = {}
@@ -185,6 +188,8 @@ def at_adams_rate(records: Mapping[str, Sequence[Record]]) -> Table:
           [record[ID], record[OOD]], [adam[ID], adam[OOD]]
         )
   for title, found in gains.items():
+    if len(found) < least * len(records):
+      continue
     row = table[title] = {}
     if len(records) > 1:
       means = {task: gain.mean(1) for task, gain in found.items()}
