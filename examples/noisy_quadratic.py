@@ -232,8 +232,8 @@ def curvatures(runs: int, each: Sequence[float] = CURVATURES) -> dict[str, dict[
   }
   optimizers = {
     'Adam': adam,
-    'projection_decay, m = 0': optax.chain(spd.projection_decay(0, margin=0.0), adam),
     'projection_decay': optax.chain(spd.projection_decay(0), adam),
+    'projection_decay, m = 0.05': optax.chain(spd.projection_decay(0, margin=MARGIN), adam),
   }
   for name, rule in projections.items():
     optimizers[name] = spd.with_projection_decay(adam, 0, rule=rule)

@@ -35,10 +35,10 @@ def adam_spd(strength):
 
 
 # A transform, what it is where nothing is held, and what it adds to that at strength 1 in the
-# first step: g + (cos + m) ‖g‖ d/‖d‖ with cos = 1 and g = d/4; u − r (θ̃ − θ_0) with θ̃ − θ_0 =
+# first step: g + cos ‖g‖ d/‖d‖ with cos = 1 and g = d/4; u − r (θ̃ − θ_0) with θ̃ − θ_0 =
 # 9/8 d, so r = 1/9; g + d. Adam goes downhill here: it is tested but for its strengths alone.
 TRANSFORMS = {
-  'projection_decay': (functools.partial(spd.projection_decay, ANCHOR), optax.identity(), 1.05 / 4),
+  'projection_decay': (functools.partial(spd.projection_decay, ANCHOR), optax.identity(), 1 / 4),
   'with_projection_decay': (sgd_spd, UPHILL, -1 / 8),
   'with_projection_decay, margin': (sgd_spd_with_margin, UPHILL, -1 / 8),
   'adam_spd': (adam_spd, optax.adam(0.5, b1=0.5, b2=0.5, eps=1.0), None),
