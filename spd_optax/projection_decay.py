@@ -44,7 +44,7 @@ def projection_decay(
 
       g' = g + λ max(0, ⟨g, d⟩) d / ‖d‖²
 
-  which means the same for a layer of any size. The rule is scale-free:
+  which has no term that grows with the size of a layer. The rule is scale-free:
   multiplying the loss changes only the scale of g', and ‖g'‖ ≤ (1 + λ (1 + m)) ‖g‖.
 
   With Adam at a constant learning rate, a layer in a narrow valley circles and never comes to rest.

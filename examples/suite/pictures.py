@@ -1,5 +1,6 @@
 """The suite's pictures: new against old for every configuration, and the methods' ranks."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -37,10 +38,10 @@ def pareto(
 ) -> None:
   """Every configuration of every task as a point: score in distribution against out of it.
 
-  A large mark is what validation chose. The dotted line is the pre-trained model out of
-  distribution. All other peers are grey.
+  A star is what validation chose, of the default setting where there is one. The dotted line is
+  the pre-trained model out of distribution. All other peers are grey.
   """
-  columns = min(3, len(records))
+  columns = 2 if len(records) == 4 else min(3, len(records))
   rows = -(-len(records) // columns)
   figure, grid = plt.subplots(
     rows,
@@ -54,7 +55,7 @@ def pareto(
   for axes, (task, found) in zip(grid.flat, records.items(), strict=False):
     _configurations(axes, found, chosen[task])
     axes.axhline(choice.mean(before[task], OOD), color='gray', linestyle=':', linewidth=1)
-    axes.set_title(titles[task], fontsize=9)
+    axes.set_title(textwrap.fill(titles[task], 50), fontsize=9)
     axes.grid(alpha=0.3)
   for axes in grid[:, 0]:
     axes.set_ylabel('out of distribution')
@@ -79,14 +80,16 @@ def _configurations(
     if not found:
       continue
     axes.scatter(*points(found), s=14, color=color, alpha=0.6, label=method)
-    axes.scatter(*points([chosen[method]]), s=130, marker='*', color=color, edgecolor='white')
-  axes.set_xlim(left=_floor([choice.mean(r, ID) for r in records]))
-  axes.set_ylim(bottom=_floor([choice.mean(r, OOD) for r in records]))
+    star = chosen.get(f'{method}, default', chosen[method])
+    axes.scatter(*points([star]), s=130, marker='*', color=color, edgecolor='white', zorder=3)
+  for limit, column in ((axes.set_xlim, ID), (axes.set_ylim, OOD)):
+    values = [choice.mean(record, column) for record in records]
+    limit(_floor(values, choice.mean(chosen[choice.PEER], column)))
 
 
-def _floor(values: Sequence[float]) -> float:
-  """Leaves out the worst fifth, which would press the rest together."""
-  low, high = np.quantile(values, 0.2), max(values)
+def _floor(values: Sequence[float], shown: float) -> float:
+  """Leaves out the worst fifth, which would press the rest together, unless it is to be shown."""
+  low, high = min(np.quantile(values, 0.2), shown), max(values)
   return float(low - 0.05 * (high - low))
 
 
