@@ -33,7 +33,7 @@ def test_a_model_trained_here_is_compared_as_loaded_ones_are(
   monkeypatch.setattr(compare, 'scaled', lambda *_: task)
   monkeypatch.setattr(compare, 'foundation', lambda *_: start)
   args = argparse.Namespace(real=True, methods=['adam_spd'], seeds=1, rates=(1e-3,), quick=True)
-  args.no_warmup, args.out, args.at_once = False, tmp_path, None
+  args.no_warmup, args.steps, args.out, args.at_once = False, None, tmp_path, None
   with smoke.quick_compiles():
     found = compare.run_task('letters_vit', args)
   assert {name.split('/')[0] for name in found['sizes']} == set(task.blocks)
