@@ -231,18 +231,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
   parser.add_argument('--out', type=Path, help='default: runs/compare, of real models runs/real')
   args = parser.parse_args(arguments)
   if args.folders:
-    others = (
-      'quick',
-      'real',
-      'no_warmup',
-      'tasks',
-      'methods',
-      'seeds',
-      'steps',
-      'rates',
-      'at_once',
-    )
-    if not args.out or any(getattr(args, name) for name in others):
+    others = [args.quick, args.real, args.no_warmup, args.tasks, args.methods]
+    others += [args.seeds, args.steps, args.rates, args.at_once]
+    if not args.out or any(x is not None and x is not False for x in others):
       parser.error('--from needs --out, and has no other options')
     args.real = True
     results = earlier_runs.read(args.folders)

@@ -50,7 +50,6 @@ def of_real_models(
     found['rules'] = defaults.among_rules(records)
   return found | {
     'each_rate': each_rate(records, before),
-    'unswept': each_rate(records, before, swept=False),
     'at_adams_rate': at_adams_rate(records),
     'headline': at_adams_rate(records, least=0.75),
     'sizes': by_size(records, sizes),
@@ -128,14 +127,9 @@ def _held(
 
 
 def each_rate(
-  records: Mapping[str, Sequence[Record]],
-  before: Mapping[str, Mapping[str, Any]],
-  swept: bool = True,
+  records: Mapping[str, Sequence[Record]], before: Mapping[str, Mapping[str, Any]]
 ) -> Table:
-  """Both scores of each method and setting, WiSE-FT only after Adam, at each learning rate.
-
-  If not `swept`, a method has only its first setting, and WiSE-FT all.
-  """
+  """Both scores of each method and setting, WiSE-FT only after Adam, at each learning rate."""
   table: Table = {}
   for task, each in records.items():
     start = f'{task}: ' if len(records) > 1 else ''
@@ -143,11 +137,8 @@ def each_rate(
     table[f'{start}pre-trained'] = {
       f'{title}, {rate:g}': before[task][column] for rate in rates for title, column in BOTH
     }
-    firsts = {record['method']: record['setting'] for record in reversed(each)}
     for record in each:
-      known = swept or record['method'] == WISE_FT
-      known = known or record['setting'] == firsts[record['method']]
-      if known and not record['method'].endswith(f'+ {WISE_FT}'):
+      if not record['method'].endswith(f'+ {WISE_FT}'):
         setting = choice.shown(record['setting'])
         row = table.setdefault(start + ', '.join(filter(None, (record['method'], setting))), {})
         row |= {f'{title}, {record["rate"]:g}': record[column] for title, column in BOTH}
@@ -158,7 +149,6 @@ TITLES = {
   'fronts': 'Fronts: what a method keeps at equal accuracy, over all its rates, settings and α',
   'rules': 'Functions and rules of SPD; the last row is chosen without the task it is scored on',
   'each_rate': 'Every setting at every learning rate',
-  'unswept': 'The first setting of each method at every learning rate',
   'at_adams_rate': 'Minus Adam, at the rate that validation chose for Adam',
   'headline': 'The same, of the methods that ran on most tasks',
   'sizes': 'Share of the steps in % in which layers were held, by size, at the rate of Adam',
