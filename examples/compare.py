@@ -2,7 +2,7 @@
 
     python examples/compare.py           # ten tasks of five kinds; resumes where it was interrupted
     python examples/compare.py --quick   # three tasks, a few steps: does it run?
-    python examples/compare.py --real    # five tasks of larger models; best on a GPU
+    python examples/compare.py --real    # six tasks of larger models; best on a GPU
     python examples/compare.py --from A B --out C   # tables over the results of two such runs
 
 Each of the ten tasks has a model that is pre-trained on something old and learns something new from
@@ -13,9 +13,10 @@ in the tables is chosen on in-distribution validation data alone; *oracle* colum
 show the configuration with the best mean of both test scores, which no one can choose.
 
 With --real there are two kinds. Four tasks have models that are loaded from packages: each seed
-has its own examples, batch order and linear probe to start from. The models of `letters_vit`, of
-3.5 million weights, are pre-trained here, one for each seed. All have three seeds, rates of their
-own over a range of 30 to 100, a warm-up over a tenth of the steps and a cosine decay.
+has its own examples, batch order and linear probe to start from. The models of `letters_vit` and
+`keywords_t5`, of 3 million weights, are pre-trained here, one for each seed. All have three seeds,
+rates of their own over a range of 30 to 100, a warm-up over a tenth of the steps and a cosine
+decay.
 
 Writes to `--out`: `records.jsonl`, a line for each configuration of each task; `results.json`
 and `README.md`, the tables; `pareto.png` and `ranks.png`.
@@ -63,6 +64,7 @@ REAL = {
   'handwriting': 'efficientnet',
   'digits_by_hand': 'efficientnet',
   'letters_vit': 'printed',
+  'keywords_t5': 'text',
 }
 QUICK = ('digits_mlp', 'code_to_prose', 'tumours')
 DEFAULTS = {

