@@ -42,7 +42,7 @@ import spd_optax as spd
 from suite import cache, choice, earlier_runs, jobs, learned, methods, pictures, real, tables
 from suite.earlier_runs import Result
 from suite.methods import Method
-from suite.tasks import Params, Task, cosine
+from suite.tasks import Params, Task, cosine, in_bfloat16
 
 # By the module of the suite that makes them. The slowest first, so that no core waits for another
 # at the end.
@@ -101,8 +101,10 @@ def run_task(name: str, args: argparse.Namespace) -> Result:
     'steps': task.steps,
     'pretrain_steps': task.pretrain_steps,
     'at_once': args.at_once,
+    'bfloat16': args.bfloat16,
     'pace': task.pace,
   }
+  task = in_bfloat16(task) if args.bfloat16 else task
   before = jobs.measure(task, start_from, np.arange(args.seeds), args.seeds)
   records = []
   for title, method in compared(args).items():
@@ -118,7 +120,8 @@ def run_task(name: str, args: argparse.Namespace) -> Result:
   records = [choice.without_diverged(record) for record in records]
   found = {
     'title': task.title,
-    'protocol': {'seeds': args.seeds, 'steps': task.steps, 'pace': task.pace},
+    'protocol': {'seeds': args.seeds, 'steps': task.steps, 'pace': task.pace}
+    | ({'compute': 'bfloat16'} if args.bfloat16 else {}),
     'before': pretrained,
     'records': records,
   }
@@ -156,7 +159,9 @@ def each_task(
 ) -> dict[str, Any]:
   """Runs all tasks, as many at a time as there are cores: a small model keeps only one busy."""
   spawn = multiprocessing.get_context('spawn')
-  with futures.ProcessPoolExecutor(args.workers, spawn, max_tasks_per_child=1) as pool:
+  with futures.ProcessPoolExecutor(
+    args.workers or os.cpu_count(), spawn, max_tasks_per_child=1
+  ) as pool:
     running = {name: pool.submit(run, name, args) for name in args.tasks}
     return {name: future.result() for name, future in running.items()}
 
@@ -223,18 +228,21 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
     metavar='FOLDER',
     help='make tables of the results in these folders, of real models; trains nothing',
   )
+  parser.add_argument(
+    '--bfloat16', action='store_true', help='compute losses in bfloat16; weights stay float32'
+  )
   parser.add_argument('--seeds', type=int, help='default: 5, of real models 3')
   parser.add_argument('--steps', type=int, help='of fine-tuning; default: those of each task')
   parser.add_argument('--rates', type=float, nargs='+', help='default: those of each task')
-  parser.add_argument('--workers', type=int, default=os.cpu_count(), help='tasks at a time')
+  parser.add_argument('--workers', type=int, help='tasks at a time; default: one for each core')
   parser.add_argument(
     '--at-once', type=int, help='configurations at a time; fewer need less memory; default: all'
   )
   parser.add_argument('--out', type=Path, help='default: runs/compare, of real models runs/real')
   args = parser.parse_args(arguments)
   if args.folders:
-    others = [args.quick, args.real, args.no_warmup, args.tasks, args.methods]
-    others += [args.seeds, args.steps, args.rates, args.at_once]
+    others = [args.quick, args.real, args.no_warmup, args.bfloat16, args.tasks, args.methods]
+    others += [args.seeds, args.steps, args.rates, args.workers, args.at_once]
     if not args.out or any(x is not None and x is not False for x in others):
       parser.error('--from needs --out, and has no other options')
     args.real = True

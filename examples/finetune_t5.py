@@ -48,7 +48,8 @@ def small_t5(tokenizer: Any, blocks: int = 2) -> Model:
 
 def logits_of(model: Model, params: Any, batch: prose.Examples) -> jax.Array:
   """float32[n, target, vocabulary]."""
-  return model(batch.inputs, batch.attention, batch.decoder_inputs, params=params)
+  logits = model(batch.inputs, batch.attention, batch.decoder_inputs, params=params)
+  return logits.astype(jnp.float32)
 
 
 def losses_of(logits: jax.Array, batch: prose.Examples) -> jax.Array:

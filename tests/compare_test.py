@@ -116,10 +116,12 @@ def test_results_have_all_tables_and_pictures(run: Any) -> None:
     (['--steps', '0'], 'at least 1'),
     (['--from', 'runs/real'], '--out'),
     (['--from', 'runs/real', '--out', 'runs/all', '--seeds', '2'], 'no other options'),
+    (['--from', 'runs/real', '--out', 'runs/all', '--workers', '2'], 'no other options'),
+    (['--from', 'runs/real', '--out', 'runs/all', '--bfloat16'], 'no other options'),
   ],
   ids=[
     *('real without --real', 'mixed', 'without Adam', 'typing error', 'no steps'),
-    *('over other results', 'an option that would do nothing'),
+    *('over other results', 'seeds', 'workers', 'a width'),
   ],
 )
 def test_what_cannot_be_compared(

@@ -95,23 +95,20 @@ def test_a_layer_that_overshoots_may_leave_its_anchor() -> None:
   table = noisy_quadratic.curvatures(1, (1.0,))
   progress = {name: float(row['c = 1'].split()[0]) for name, row in table.items()}
   assert progress['Adam'] > 0.7
-  assert progress['SignificantProjection'] > 0.5
-  assert progress['with_projection_decay'] < 0.2  # else nothing is tested
-  assert progress['SignificantProjection, k = 0'] < 0.2
+  for free in ('SignificantProjection', 'tried: Relieved', 'tried: NeitherWay'):
+    assert progress[free] > 0.5, free
+  for stuck in ('with_projection_decay', 'SignificantProjection, k = 0'):  # else nothing is tested
+    assert progress[stuck] < 0.2, stuck
 
 
-def test_rules_that_were_tried_free_a_layer_that_overshoots() -> None:
-  """Catches a rule whose relief does nothing, or that no longer holds at all."""
-  adam = optax.adam(0.001)
+def test_relief_holds_a_layer_of_noise_as_the_paper_does() -> None:
+  """Catches a relief that frees every layer."""
 
-  def found(rule: spd.Rule, curvature: float) -> dict[str, float]:
-    optimizer = spd.with_projection_decay(adam, 0, rule=rule)
-    each = noisy_quadratic.fine_tuned(optimizer, 800, 1, curvature=curvature)
+  def found(rule: spd.Rule) -> dict[str, float]:
+    optimizer = spd.with_projection_decay(optax.adam(0.001), 0, rule=rule)
+    each = noisy_quadratic.fine_tuned(optimizer, 800, 1, curvature=0.0)
     return {name: float(np.mean(values)) for name, values in each.items()}
 
-  paper = found(spd.Projection(), 1.0)
-  for rule in (tried.Relieved(), tried.NeitherWay()):
-    assert found(rule, 1.0)['progress'] > paper['progress'] + 0.3
-  still, relieved = found(spd.Projection(), 0.0), found(tried.Relieved(), 0.0)
+  paper, relieved = found(spd.Projection()), found(tried.Relieved())
   assert relieved['held'] > 0.1
-  assert relieved['noise'] == pytest.approx(still['noise'], rel=0.05)
+  assert relieved['noise'] == pytest.approx(paper['noise'], rel=0.05)

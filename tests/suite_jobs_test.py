@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from suite import jobs, methods
-from suite.tasks import Stage, Task
+from suite.tasks import Stage, Task, in_bfloat16
 
 pytestmark = pytest.mark.examples
 
@@ -133,3 +133,14 @@ def test_adapters_have_their_own_rates_too() -> None:
   still, slow, fast = (each['moved'] for each in records)
   assert still == [0, 0]
   assert 0 < max(slow) < min(fast)
+
+
+def test_bfloat16_rounds_weights_and_inputs_but_no_labels() -> None:
+  """Catches a loss in float32, rounded labels, and gradients that are not float32."""
+  off = np.float32(1 + 2**-8)  # bfloat16 has 7 bits after the point: 1
+  narrow = in_bfloat16(least_squares())
+  params = {'head': {'w': np.full((1, 1), off)}}
+  loss, gradients = jax.value_and_grad(narrow.loss)(params, (np.full((1, 1), off), np.full(1, off)))
+  np.testing.assert_allclose(loss, (1 - off) ** 2, rtol=1e-6)
+  assert gradients['head']['w'].dtype == jnp.float32
+  np.testing.assert_allclose(gradients['head']['w'], 2 * (1 - off), rtol=2**-8)

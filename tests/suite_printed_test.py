@@ -32,7 +32,9 @@ def test_a_model_trained_here_is_compared_as_loaded_ones_are(
   start = jax.vmap(task.init)(jax.random.split(jax.random.key(0), 1))
   monkeypatch.setattr(compare, 'scaled', lambda *_: task)
   monkeypatch.setattr(compare, 'foundation', lambda *_: start)
-  args = argparse.Namespace(real=True, methods=['adam_spd'], seeds=1, rates=(1e-3,), quick=True)
+  args = argparse.Namespace(
+    real=True, methods=['adam_spd'], seeds=1, rates=(1e-3,), quick=True, bfloat16=False
+  )
   args.no_warmup, args.steps, args.out, args.at_once = False, None, tmp_path, None
   with smoke.quick_compiles():
     found = compare.run_task('letters_vit', args)

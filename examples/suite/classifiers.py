@@ -18,7 +18,7 @@ def cross_entropy(module: nn.Module) -> Callable[[Params, Data], jax.Array]:
   """Mean cross-entropy of (inputs, labels)."""
 
   def loss(params: Params, batch: Data) -> jax.Array:
-    logits = module.apply({'params': params}, batch[0])
+    logits = module.apply({'params': params}, batch[0]).astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
   return loss

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -85,6 +86,23 @@ def cosine(warmup: float = 0.1, parts: int = 30) -> tuple[float, ...]:
   steps = 1000 * parts
   schedule = optax.warmup_cosine_decay_schedule(0, 1, round(warmup * steps), steps)
   return tuple(float(schedule(1000 * part + 500)) for part in range(parts))
+
+
+def in_bfloat16(task: Task) -> Task:
+  """The task whose loss is computed in bfloat16, from weights and gradients in float32.
+
+  Weights and inputs are rounded; labels, numbers for each example, are not.
+  """
+
+  def rounded(x: jax.Array) -> jax.Array:
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(jnp.bfloat16) if floating else x
+
+  def loss(params: Params, batch: Data) -> jax.Array:
+    inputs = jax.tree.map(lambda x: rounded(x) if x.ndim > 1 else x, batch)
+    return task.loss(jax.tree.map(rounded, params), inputs).astype(jnp.float32)
+
+  return task._replace(loss=loss)
 
 
 def size(data: Data) -> int:

@@ -95,7 +95,7 @@ def decoder(title: str, old: np.ndarray, stage: Stage, ood: dict[str, np.ndarray
   module = models.Decoder(32, 1)
 
   def logits(params: Params, batch: Data) -> jax.Array:
-    return module.apply({'params': params}, batch[:, :-1])
+    return module.apply({'params': params}, batch[:, :-1]).astype(jnp.float32)
 
   def loss(params: Params, batch: Data) -> jax.Array:
     losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, batch), batch[:, 1:])
