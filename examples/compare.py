@@ -179,7 +179,7 @@ def publish(args: argparse.Namespace, results: dict[str, Result]) -> None:
   found = tables.all_of(records, before, best, defaults)
   sizes = {name: result['sizes'] for name, result in results.items() if 'sizes' in result}
   if sizes:
-    found = tables.of_real_models(records, before, sizes) | found
+    found = tables.of_real_models(records, before, sizes, defaults) | found
   for name, table in found.items():
     reporting.show(titles.get(name, name), table)
   methods, values = choice.scores(best, choice.both)

@@ -273,8 +273,8 @@ def test_differences_at_the_rate_of_adam() -> None:
   assert list(one) == ['Adam', 'adam_spd']
   assert one['adam_spd'] == {'ID − Adam': [1, -1], 'OOD − Adam': [3, 5]}
   other = record('L2-SP', 1, 1, rate=1.0) | {'id': [50, 60], 'ood': [30, 30]}
-  some = tables.at_adams_rate({'a': [*task(0), other], 'b': task(2)}, least=0.75)
-  assert list(some) == ['Adam', 'adam_spd']
+  some = tables.headline({'a': [*task(0), other], 'b': task(2)}, {})
+  assert some == tables.at_adams_rate({'a': task(0), 'b': task(2)})
   two = tables.at_adams_rate({'a': [*task(0), other], 'b': task(2)})
   assert two['L2-SP']['OOD − Adam'] == [0]
   assert two['adam_spd'] == {
@@ -282,6 +282,27 @@ def test_differences_at_the_rate_of_adam() -> None:
     'b': '+1.0 / +4.0',
     'ID − Adam': [0, 1],
     'OOD − Adam': [4, 4],
+  }
+
+
+def test_a_method_has_one_row_with_the_setting_of_validation() -> None:
+  """Catches a setting that is chosen on test scores or at another rate, and a swept default."""
+
+  def at(method: str, validation: float, score: float, rate: float = 1.0, **setting: float) -> Any:
+    both = {'id': [score], 'ood': [score], 'validation': [validation]}
+    return record(method, 0, 0, rate=rate) | both | {'setting': setting}
+
+  records = [
+    *(at('Adam', 5, 0), at('Adam', 4, 0, rate=2.0)),
+    *(at('L2-SP', 3, 1, strength=0.1), at('L2-SP', 2, 7, strength=0.01)),
+    at('L2-SP', 9, 8, rate=2.0, strength=0.01),
+    *(at('projection_decay', 1, 2, margin=0), at('projection_decay', 2, 7, margin=0.05)),
+  ]
+  found = tables.headline({'a': records}, {'projection_decay': {'margin': 0}})
+  assert {name: row['ID − Adam'] for name, row in found.items()} == {
+    'Adam': [0],
+    'L2-SP': [1],
+    'projection_decay': [2],
   }
 
 

@@ -83,9 +83,12 @@ def finetune(optimizer, log=None):
 
 
 by_adam, _ = finetune(optax.adam(1e-3))
-with spd.AuditLog(folder / 'adam_spd.jsonl', transform='adam_spd', source='pretrained.npz') as log:
-  by_spd, state = finetune(spd.adam_spd(1e-3, anchor), log)
-by_turn, _ = finetune(optax.chain(spd.projection_decay(anchor, 3.0), optax.adam(1e-3)))
+chain = optax.chain(spd.projection_decay(anchor), optax.adam(1e-3))
+with spd.AuditLog(
+  folder / 'spd.jsonl', transform='projection_decay', source='pretrained.npz'
+) as log:
+  by_spd, state = finetune(chain, log)
+by_paper, _ = finetune(spd.adam_spd(1e-3, anchor))
 
 # %% [markdown]
 # ## Compare
@@ -97,8 +100,8 @@ results = {
   'pre-trained': anchor,
   'Adam': by_adam,
   'WiSE-FT, α = 0.7': spd.interpolate(anchor, by_adam, 0.7),
-  'adam_spd': by_spd,
-  'projection_decay, λ = 3': by_turn,
+  'projection_decay': by_spd,
+  'adam_spd': by_paper,
 }
 figure, axis = plt.subplots(figsize=(6, 3.6))
 print(f'{"":24} striped   old')
@@ -121,7 +124,7 @@ for record in spd.layer_report(state):
   print(f'{record.name:16} held in {100 * record.constrained_share:3.0f} % of the steps')
 
 # %% [markdown]
-# The log has the same over time. In a shell: `python -m spd_optax.audit report adam_spd.jsonl --html page.html`.
+# The log has the same over time. In a shell: `python -m spd_optax.audit report spd.jsonl --html page.html`.
 # [Reading the audit page](audit_page.py) explains it.
 #
 # ## Next

@@ -122,9 +122,10 @@ def finetune(optimizer, log=None):
 
 by_adam, _ = finetune(optax.adam(schedule))
 
-path = Path(tempfile.mkdtemp()) / 'adam_spd.jsonl'
-with spd.AuditLog(path, transform='adam_spd', source='EfficientNet-Lite0') as log:
-  by_spd, state = finetune(spd.adam_spd(schedule, start), log)
+path = Path(tempfile.mkdtemp()) / 'spd.jsonl'
+with spd.AuditLog(path, transform='projection_decay', source='EfficientNet-Lite0') as log:
+  chain = optax.chain(spd.projection_decay(start), optax.adam(schedule))
+  by_spd, state = finetune(chain, log)
 
 # %% [markdown]
 # ## Compare
@@ -135,7 +136,7 @@ with spd.AuditLog(path, transform='adam_spd', source='EfficientNet-Lite0') as lo
 # %%
 lines = {
   'Adam': [spd.interpolate(start, by_adam, share) for share in (1.0, 0.6)],
-  'adam_spd': [spd.interpolate(start, by_spd, share) for share in (1.0, 0.6)],
+  'projection_decay': [spd.interpolate(start, by_spd, share) for share in (1.0, 0.6)],
 }
 figure, axis = plt.subplots(figsize=(6, 3.6))
 print(f'{"":28} digits photographs')
@@ -166,7 +167,7 @@ for kind, each in sorted(shares.items()):
   print(f'{kind:18} {len(each):3} layers, held in {100 * np.mean(each):3.0f} % of the steps')
 
 # %% [markdown]
-# The log has this for each step and layer. In a shell: `python -m spd_optax.audit report adam_spd.jsonl --html page.html`.
+# The log has this for each step and layer. In a shell: `python -m spd_optax.audit report spd.jsonl --html page.html`.
 # [Reading the audit page](audit_page.py) explains the page.
 #
 # ## Next

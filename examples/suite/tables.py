@@ -43,6 +43,7 @@ def of_real_models(
   records: Mapping[str, Sequence[Record]],
   before: Mapping[str, Mapping[str, Any]],
   sizes: Mapping[str, Mapping[str, int]],
+  default: Mapping[str, Any],
 ) -> dict[str, Table]:
   """More tables, for models with layers worth telling apart."""
   found = {'fronts': fronts.table(records)}
@@ -51,7 +52,7 @@ def of_real_models(
   return found | {
     'each_rate': each_rate(records, before),
     'at_adams_rate': at_adams_rate(records),
-    'headline': at_adams_rate(records, least=0.75),
+    'headline': headline(records, default),
     'sizes': by_size(records, sizes),
     'kinds': by_kind(records, sizes),
   }
@@ -150,7 +151,7 @@ TITLES = {
   'rules': 'Functions and rules of SPD; the last row is chosen without the task it is scored on',
   'each_rate': 'Every setting at every learning rate',
   'at_adams_rate': 'Minus Adam, at the rate that validation chose for Adam',
-  'headline': 'The same, of the methods that ran on most tasks',
+  'headline': 'The same, a row for each method that ran on all tasks, with the setting of validation',
   'sizes': 'Share of the steps in % in which layers were held, by size, at the rate of Adam',
   'kinds': 'The same by kind: paths without the numbers of their blocks',
   'overall': 'What validation chose, over all tasks',
@@ -160,33 +161,63 @@ TITLES = {
 }
 
 
-def at_adams_rate(records: Mapping[str, Sequence[Record]], least: float = 0.0) -> Table:
+def at_adams_rate(records: Mapping[str, Sequence[Record]]) -> Table:
   """Each method and setting minus Adam, both at the rate that validation chose for Adam.
 
-  One value per task, or per seed where there is one task. A row is of the tasks that have it, if
-  these are at least such a share of all.
+  One value per task, or per seed where there is one task. A row is of the tasks that have it.
   """
-  table: Table = {}
-  gains: dict[str, dict[str, np.ndarray]] = {}
+  found = {}
   for task, each in records.items():
-    adam = choice.by_validation(choice.of(each, choice.PEER))
-    for record in each:
-      if record['rate'] == adam['rate'] and not record['method'].endswith(f'+ {WISE_FT}'):
-        setting = choice.shown(record['setting'])
-        title = ', '.join(filter(None, (record['method'], setting)))
-        gains.setdefault(title, {})[task] = np.subtract(
-          [record[ID], record[OOD]], [adam[ID], adam[OOD]]
-        )
-  for title, found in gains.items():
-    if len(found) < least * len(records):
-      continue
+    of_setting = ((record, choice.shown(record['setting'])) for record in _like_adam(each))
+    found[task] = {', '.join(filter(None, (r['method'], shown))): r for r, shown in of_setting}
+  return _minus_adam(found)
+
+
+def headline(records: Mapping[str, Sequence[Record]], default: Mapping[str, Any]) -> Table:
+  """The same of methods that ran on all tasks, a row each.
+
+  Validation chooses the setting of a method on each task; one in `default` has that setting.
+  """
+  found = {}
+  for task, each in records.items():
+    like_adam = _like_adam(each)
+    best = choice.chosen(like_adam, dict(default))
+    names = choice.methods_in(like_adam)
+    found[task] = {name: best.get(f'{name}, default', best[name]) for name in names}
+  everywhere = set.intersection(*(set(each) for each in found.values()))
+  return _minus_adam(
+    {
+      task: {name: each[name] for name in each if name in everywhere}
+      for task, each in found.items()
+    }
+  )
+
+
+def _like_adam(records: Sequence[Record]) -> list[Record]:
+  """Those at the rate that validation chose for Adam; without WiSE-FT after another method."""
+  rate = choice.by_validation(choice.of(records, choice.PEER))['rate']
+  return [r for r in records if r['rate'] == rate and not r['method'].endswith(f'+ {WISE_FT}')]
+
+
+def _minus_adam(found: Mapping[str, Mapping[str, Record]]) -> Table:
+  """A row for each title, of the tasks that have it."""
+  table: Table = {}
+  for title in dict.fromkeys(title for each in found.values() for title in each):
+    gains = {
+      task: np.subtract(
+        [each[title][column] for _, column in BOTH],
+        [each[choice.PEER][column] for _, column in BOTH],
+      )
+      for task, each in found.items()
+      if title in each
+    }
     row = table[title] = {}
-    if len(records) > 1:
-      means = {task: gain.mean(1) for task, gain in found.items()}
+    if len(found) > 1:
+      means = {task: gain.mean(1) for task, gain in gains.items()}
       row |= {task: ' / '.join(f'{x:+.1f}' for x in means[task]) for task in means}
       values = np.array([*means.values()]).T
     else:
-      (values,) = found.values()
+      (values,) = gains.values()
     row |= {f'{name} − Adam': each.tolist() for (name, _), each in zip(BOTH, values, strict=True)}
   return table
 
