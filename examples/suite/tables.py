@@ -151,7 +151,7 @@ TITLES = {
   'rules': 'Functions and rules of SPD; the last row is chosen without the task it is scored on',
   'each_rate': 'Every setting at every learning rate',
   'at_adams_rate': 'Minus Adam, at the rate that validation chose for Adam',
-  'headline': 'The same, a row for each method that ran on all tasks, with the setting of validation',
+  'headline': 'The same, a row for each method that ran on all tasks; validation chose its setting',
   'sizes': 'Share of the steps in % in which layers were held, by size, at the rate of Adam',
   'kinds': 'The same by kind: paths without the numbers of their blocks',
   'overall': 'What validation chose, over all tasks',
