@@ -152,8 +152,9 @@ def test_fronts_of_several_tasks_by_hand() -> None:
 
 def test_shares_by_size_and_kind() -> None:
   """Catches layers in the wrong class, the shares of another rate, and a peer's."""
-  shares = {'block_0/norm_1/bias': [10.0, 30.0], 'block_12/norm_2/bias': [40.0], 'norm': [0.0]}
-  sizes = {'task': {'block_0/norm_1/bias': 8, 'block_12/norm_2/bias': 1600, 'norm': 8}}
+  one, two, deep = 'block_0/norm_1/bias', 'block_12/norm_2/bias', 'decoder/block/0/layer/1/norm'
+  shares = {one: [10.0, 30.0], two: [40.0], deep: [0.0]}
+  sizes = {'task': {one: 8, two: 1600, deep: 8}}
   records = {
     'task': [
       record('Adam', 90, 50, rate=0.1),
@@ -173,7 +174,11 @@ def test_shares_by_size_and_kind() -> None:
       'weights of each': '8 to 1,600',
       'held by adam_spd': [20.0, 40.0],
     },
-    'task, norm': {'layers': '1', 'weights of each': '8', 'held by adam_spd': [0.0]},
+    'task, decoder/block/layer/norm': {
+      'layers': '1',
+      'weights of each': '8',
+      'held by adam_spd': [0.0],
+    },
   }
 
 

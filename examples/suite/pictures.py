@@ -75,16 +75,17 @@ def _configurations(
 
   others = [record for record in records if record['method'] not in COLORS]
   axes.scatter(*points(others), s=9, color=PEER_COLOR, label='all other peers')
+  stars = []
   for method, color in COLORS.items():
     found = choice.of(records, method)
     if not found:
       continue
     axes.scatter(*points(found), s=14, color=color, alpha=0.6, label=method)
-    star = chosen.get(f'{method}, default', chosen[method])
-    axes.scatter(*points([star]), s=130, marker='*', color=color, edgecolor='white', zorder=3)
+    stars.append(chosen.get(f'{method}, default', chosen[method]))
+    axes.scatter(*points(stars[-1:]), s=130, marker='*', color=color, edgecolor='white', zorder=3)
   for limit, column in ((axes.set_xlim, ID), (axes.set_ylim, OOD)):
     values = [choice.mean(record, column) for record in records]
-    limit(_floor(values, choice.mean(chosen[choice.PEER], column)))
+    limit(_floor(values, min(choice.mean(star, column) for star in stars)))
 
 
 def _floor(values: Sequence[float], shown: float) -> float:

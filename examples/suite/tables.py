@@ -109,7 +109,9 @@ def by_kind(
   for task, each in records.items():
     found, kinds = held_shares(each), {}
     for name in sizes[task]:
-      kinds.setdefault(re.sub(r'^(block|layer)_\d+/|_\d+(?=/|$)', '', name), []).append(name)
+      kinds.setdefault(re.sub(r'^(block|layer)_\d+/|_\d+(?=/|$)|/\d+(?=/)', '', name), []).append(
+        name
+      )
     for kind, layers in kinds.items() if found else ():
       few, many = (f([sizes[task][name] for name in layers]) for f in (min, max))
       weights = f'{few:,}' if few == many else f'{few:,} to {many:,}'
