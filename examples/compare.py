@@ -26,7 +26,6 @@ import argparse
 import importlib
 import json
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
@@ -159,9 +158,7 @@ def each_task(
 ) -> dict[str, Any]:
   """Runs all tasks, as many at a time as there are cores: a small model keeps only one busy."""
   spawn = multiprocessing.get_context('spawn')
-  with futures.ProcessPoolExecutor(
-    args.workers or os.cpu_count(), spawn, max_tasks_per_child=1
-  ) as pool:
+  with futures.ProcessPoolExecutor(args.workers, spawn, max_tasks_per_child=1) as pool:
     running = {name: pool.submit(run, name, args) for name in args.tasks}
     return {name: future.result() for name, future in running.items()}
 
@@ -191,9 +188,7 @@ def publish(args: argparse.Namespace, results: dict[str, Result]) -> None:
     'layers': sizes,
   }
   reporting.write_json(args.out / 'results.json', settings, found)
-  (args.out / 'README.md').write_text(
-    tables.page('Real models' if sizes else 'Ten tasks', titles, found)
-  )
+  (args.out / 'README.md').write_text(tables.page(title(results), titles, found))
   if not args.folders:  # these have them
     with (args.out / 'records.jsonl').open('w') as file:
       for name, each in records.items():
@@ -202,6 +197,13 @@ def publish(args: argparse.Namespace, results: dict[str, Result]) -> None:
   pictures.pareto(args.out / 'pareto.png', titles, records, before, best)
   pictures.ranks(args.out / 'ranks.png', methods, choice.ranks(values))
   print(f'Results: {args.out}/README.md, results.json, pareto.png, ranks.png')
+
+
+def title(results: dict[str, Result]) -> str:
+  """Of the page of tables."""
+  (of,) = {'Real models' if 'sizes' in result else 'Small tasks' for result in results.values()}
+  computed = {result['protocol'].get('compute') for result in results.values()} - {None}
+  return ', '.join([of, *(f'computed in {width}' for width in computed)])
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
@@ -229,7 +231,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
     help='make tables of the results in these folders, of real models; trains nothing',
   )
   parser.add_argument(
-    '--bfloat16', action='store_true', help='compute losses in bfloat16; weights stay float32'
+    '--bfloat16',
+    action='store_true',
+    help='compute losses of small tasks in bfloat16; weights stay float32',
   )
   parser.add_argument('--seeds', type=int, help='default: 5, of real models 3')
   parser.add_argument('--steps', type=int, help='of fine-tuning; default: those of each task')
@@ -254,6 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
   args.tasks = args.tasks or list(REAL if args.real else QUICK if args.quick else TASKS)
   if {name in REAL for name in args.tasks} != {args.real}:
     parser.error('tasks on real models need --real, and other tasks are not compared with them')
+  if args.bfloat16 and args.real:
+    parser.error('--bfloat16: --real has models that read pictures in float32')
   if args.no_warmup and not args.real:
     parser.error('--no-warmup needs --real: other tasks have a constant learning rate')
   if choice.PEER not in (args.methods or [choice.PEER]):

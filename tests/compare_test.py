@@ -111,6 +111,7 @@ def test_results_have_all_tables_and_pictures(run: Any) -> None:
   [
     (['--tasks', 'handwriting'], '--real'),
     (['--real', '--tasks', 'handwriting', 'tumours'], '--real'),
+    (['--real', '--bfloat16'], 'pictures'),
     (['--methods', 'L2-SP'], 'Adam'),
     (['--methods', 'Adam', 'L2SP'], 'invalid choice'),
     (['--steps', '0'], 'at least 1'),
@@ -120,7 +121,14 @@ def test_results_have_all_tables_and_pictures(run: Any) -> None:
     (['--from', 'runs/real', '--out', 'runs/all', '--bfloat16'], 'no other options'),
   ],
   ids=[
-    *('real without --real', 'mixed', 'without Adam', 'typing error', 'no steps'),
+    *(
+      'real without --real',
+      'mixed',
+      'pictures in bfloat16',
+      'without Adam',
+      'typing error',
+      'no steps',
+    ),
     *('over other results', 'seeds', 'workers', 'a width'),
   ],
 )

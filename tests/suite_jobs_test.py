@@ -136,11 +136,16 @@ def test_adapters_have_their_own_rates_too() -> None:
 
 
 def test_bfloat16_rounds_weights_and_inputs_but_no_labels() -> None:
-  """Catches a loss in float32, rounded labels, and gradients that are not float32."""
-  off = np.float32(1 + 2**-8)  # bfloat16 has 7 bits after the point: 1
+  """Catches a loss in float32, from rounded weights or not, and rounded labels."""
   narrow = in_bfloat16(least_squares())
-  params = {'head': {'w': np.full((1, 1), off)}}
-  loss, gradients = jax.value_and_grad(narrow.loss)(params, (np.full((1, 1), off), np.full(1, off)))
-  np.testing.assert_allclose(loss, (1 - off) ** 2, rtol=1e-6)
-  assert gradients['head']['w'].dtype == jnp.float32
-  np.testing.assert_allclose(gradients['head']['w'], 2 * (1 - off), rtol=2**-8)
+
+  def arguments(x: float, w: float, label: float) -> Any:
+    x, w, label = np.float32([x, w, label])
+    return {'head': {'w': np.full((1, 1), w)}}, (np.full((1, 1), x), np.full(1, label))
+
+  program = jax.make_jaxpr(narrow.loss)(*arguments(1, 1, 1))
+  products = [each for each in program.eqns if each.primitive.name == 'dot_general']
+  assert [each.outvars[0].aval.dtype for each in products] == [jnp.bfloat16]
+  ulp = 2**-7  # bfloat16 has 7 bits after the point
+  assert narrow.loss(*arguments(1 + ulp / 2, 1 + ulp / 2, 3)) == 4  # both are 1
+  assert narrow.loss(*arguments(1, 1, 3 + ulp / 8)) == (2 + ulp / 8) ** 2

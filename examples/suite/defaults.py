@@ -20,9 +20,14 @@ ByTask = Mapping[str, Sequence[Record]]
 
 
 def settings_of(records: ByTask, method: str) -> list[Setting]:
-  """A method's settings, in order."""
+  """A method's settings that all tasks have, in order."""
   first = choice.of(next(iter(records.values())), method)
-  return [dict(items) for items in dict.fromkeys(tuple(r['setting'].items()) for r in first)]
+  settings = [dict(x) for x in dict.fromkeys(tuple(r['setting'].items()) for r in first)]
+  return [
+    setting
+    for setting in settings
+    if all(choice.of(found, method, setting=setting) for found in records.values())
+  ]
 
 
 def gains(records: ByTask, method: str, setting: Setting) -> np.ndarray:
@@ -82,9 +87,7 @@ def among_rules(records: ByTask) -> dict[str, dict[str, Any]]:
     (method, setting)
     for method in choice.methods_in(next(iter(records.values())))
     for setting in settings_of(records, method)
-    if method.startswith(SPD)
-    and WISE_FT not in method
-    and all(choice.of(found, method, setting=setting) for found in records.values())
+    if method.startswith(SPD) and WISE_FT not in method
   ]
   if len(candidates) < 2:
     return {}

@@ -153,7 +153,7 @@ TITLES = {
   'rules': 'Functions and rules of SPD; the last row is chosen without the task it is scored on',
   'each_rate': 'Every setting at every learning rate',
   'at_adams_rate': 'Minus Adam, at the rate that validation chose for Adam',
-  'headline': 'The same, a row for each method that ran on all tasks; validation chose its setting',
+  'headline': 'The same of methods that ran on all tasks, at their default or as validation chose',
   'sizes': 'Share of the steps in % in which layers were held, by size, at the rate of Adam',
   'kinds': 'The same by kind: paths without the numbers of their blocks',
   'overall': 'What validation chose, over all tasks',
@@ -182,10 +182,10 @@ def headline(records: Mapping[str, Sequence[Record]], default: Mapping[str, Any]
   """
   found = {}
   for task, each in records.items():
-    like_adam = _like_adam(each)
-    best = choice.chosen(like_adam, dict(default))
-    names = choice.methods_in(like_adam)
-    found[task] = {name: best.get(f'{name}, default', best[name]) for name in names}
+    one_setting = [
+      r for r in _like_adam(each) if r['setting'] == default.get(r['method'], r['setting'])
+    ]
+    found[task] = choice.chosen(one_setting, {})
   everywhere = set.intersection(*(set(each) for each in found.values()))
   return _minus_adam(
     {

@@ -89,20 +89,24 @@ def cosine(warmup: float = 0.1, parts: int = 30) -> tuple[float, ...]:
 
 
 def in_bfloat16(task: Task) -> Task:
-  """The task whose loss is computed in bfloat16, from weights and gradients in float32.
+  """The task with its loss, logits and gradients computed in bfloat16.
 
-  Weights and inputs are rounded; labels, numbers for each example, are not.
+  Weights stay float32, and so does the type of the gradients. What has one axis, as labels have,
+  is not rounded. Scores are computed in float32.
   """
 
   def rounded(x: jax.Array) -> jax.Array:
     floating = jnp.issubdtype(x.dtype, jnp.floating)
     return x.astype(jnp.bfloat16) if floating else x
 
-  def loss(params: Params, batch: Data) -> jax.Array:
-    inputs = jax.tree.map(lambda x: rounded(x) if x.ndim > 1 else x, batch)
-    return task.loss(jax.tree.map(rounded, params), inputs).astype(jnp.float32)
+  def narrow(of: Callable[[Params, Data], jax.Array]) -> Callable[[Params, Data], jax.Array]:
+    def computed(params: Params, batch: Data) -> jax.Array:
+      inputs = jax.tree.map(lambda x: rounded(x) if x.ndim > 1 else x, batch)
+      return of(jax.tree.map(rounded, params), inputs).astype(jnp.float32)
 
-  return task._replace(loss=loss)
+    return computed
+
+  return task._replace(loss=narrow(task.loss), logits=task.logits and narrow(task.logits))
 
 
 def size(data: Data) -> int:
