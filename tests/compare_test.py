@@ -1,5 +1,6 @@
 """examples/compare.py and ablations.py at tiny sizes, and the cache of their results."""
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -15,6 +16,7 @@ import ablations
 import compare
 import spd_optax as spd
 from suite import cache, jobs, methods
+from suite.tasks import Task
 
 pytestmark = pytest.mark.examples
 
@@ -139,6 +141,27 @@ def test_what_cannot_be_compared(
   with pytest.raises(SystemExit):
     compare.main(arguments)
   assert message in capsys.readouterr().err
+
+
+def test_bfloat16_reaches_the_training_and_no_other(
+  monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+  """Catches an option that changes nothing, a foundation in bfloat16, and a page that is silent."""
+  seen: dict[str, Task] = {}
+  scores = {'id': np.zeros(1), 'ood': {'old': np.zeros(1)}}
+  monkeypatch.setattr(compare, 'foundation', lambda name, task, args: seen.update(foundation=task))
+  monkeypatch.setattr(jobs, 'run', lambda task, *args: seen.update(trained=task) or [])
+  monkeypatch.setattr(jobs, 'measure', lambda *args: scores)
+  args = argparse.Namespace(real=False, quick=True, methods=['Adam'], seeds=1, rates=(1e-3,))
+  args.no_warmup, args.steps, args.out, args.at_once = False, None, tmp_path, None
+  for narrow in (True, False):
+    args.bfloat16 = narrow
+    found = compare.run_task('tumours', args)
+    assert ('bfloat16' in compare.title({'tumours': found})) == narrow
+    for name, task in seen.items():
+      batch = jax.tree.map(lambda x: x[:2], task.old)
+      program = str(jax.make_jaxpr(task.loss)(task.init(jax.random.key(0)), batch))
+      assert ('bf16' in program) == (narrow and name == 'trained'), name
 
 
 # The cache.
