@@ -139,12 +139,12 @@ lines = {
   'projection_decay': [spd.interpolate(start, by_spd, share) for share in (1.0, 0.6)],
 }
 figure, axis = plt.subplots(figsize=(6, 3.6))
-print(f'{"":28} digits photographs')
-print('{:28} {:6.1f} {:11.1f}'.format('before', *scores(start)))
+print(f'{"":34} digits photographs')
+print('{:34} {:6.1f} {:11.1f}'.format('before', *scores(start)))
 for name, mixes in lines.items():
   found = [scores(params) for params in mixes]
   for share, pair in zip(('', ', WiSE-FT α = 0.6'), found, strict=True):
-    print('{:28} {:6.1f} {:11.1f}'.format(f'{name}{share}', *pair))
+    print('{:34} {:6.1f} {:11.1f}'.format(f'{name}{share}', *pair))
   axis.plot(*zip(*found, strict=True), marker='o', label=f'{name}, then WiSE-FT')
 axis.set(xlabel='digits, %', ylabel='crops with the answer of before, %')
 axis.grid(alpha=0.3)

@@ -213,14 +213,13 @@ def _minus_adam(found: Mapping[str, Mapping[str, Record]]) -> Table:
       for task, each in found.items()
       if title in each
     }
-    row = table[title] = {}
+    means = {task: gain.mean(1) for task, gain in gains.items()}
+    values = np.array([*means.values()]).T if len(found) > 1 else next(iter(gains.values()))
+    table[title] = {
+      f'{name} − Adam': each.tolist() for (name, _), each in zip(BOTH, values, strict=True)
+    }
     if len(found) > 1:
-      means = {task: gain.mean(1) for task, gain in gains.items()}
-      row |= {task: ' / '.join(f'{x:+.1f}' for x in means[task]) for task in means}
-      values = np.array([*means.values()]).T
-    else:
-      (values,) = gains.values()
-    row |= {f'{name} − Adam': each.tolist() for (name, _), each in zip(BOTH, values, strict=True)}
+      table[title] |= {task: ' / '.join(f'{x:+.1f}' for x in means[task]) for task in means}
   return table
 
 
