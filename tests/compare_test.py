@@ -123,15 +123,8 @@ def test_results_have_all_tables_and_pictures(run: Any) -> None:
     (['--from', 'runs/real', '--out', 'runs/all', '--bfloat16'], 'no other options'),
   ],
   ids=[
-    *(
-      'real without --real',
-      'mixed',
-      'pictures in bfloat16',
-      'without Adam',
-      'typing error',
-      'no steps',
-    ),
-    *('over other results', 'seeds', 'workers', 'a width'),
+    *('real without --real', 'mixed', 'pictures in bfloat16', 'without Adam', 'typing error'),
+    *('no steps', 'over other results', 'seeds', 'workers', 'a width'),
   ],
 )
 def test_what_cannot_be_compared(

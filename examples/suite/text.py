@@ -214,8 +214,7 @@ def build_brown() -> dict[str, np.ndarray]:
       for each in sentences
       if each.source[1] in genres and int(each.source[2:]) % 2 == odd
     )
-    pieces = windows([text], most, size=prose.LENGTH) + 3  # ByT5's ids of bytes
-    return prose.pack([prose.corrupt(x, tokenizer, rng) for x in pieces], tokenizer)
+    return spans(windows([text], most, size=prose.LENGTH), tokenizer, rng)
 
   sets = {name: of(genres, 0, 300) for name, genres in GENRES.items()}
   sets['old'] = of(string.ascii_lowercase, 1, 40_000)
@@ -228,9 +227,11 @@ def build_brown() -> dict[str, np.ndarray]:
 
 def corrupted(tokenizer: t5.Bytes) -> dict[str, prose.Examples]:
   """English of other kinds, by span corruption."""
-  rng = np.random.default_rng(0)
-  found = {}
-  for name in ('docstrings', 'data sets'):
-    tokens = english_tests()[name][:, : prose.LENGTH] + 3  # ByT5's ids of bytes
-    found[name] = prose.pack([prose.corrupt(x, tokenizer, rng) for x in tokens], tokenizer)
-  return found
+  rng, tests = np.random.default_rng(0), english_tests()
+  return {name: spans(tests[name], tokenizer, rng) for name in ('docstrings', 'data sets')}
+
+
+def spans(pieces: np.ndarray, tokenizer: t5.Bytes, rng: np.random.Generator) -> prose.Examples:
+  """Span corruption of pieces of bytes, int32[n, length]."""
+  tokens = pieces[:, : prose.LENGTH] + 3  # ByT5's ids of bytes
+  return prose.pack([prose.corrupt(x, tokenizer, rng) for x in tokens], tokenizer)
