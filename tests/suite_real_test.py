@@ -228,6 +228,7 @@ def test_tables_of_earlier_runs(tmp_path: Path) -> None:
   assert found['overall']['adam_spd']['OOD − Adam'] == [11, 11]
   assert found['kinds']['handwriting, a']['held by adam_spd'] == [30]
   assert (tmp_path / 'all/pareto.png').exists()
+  assert (tmp_path / 'all/held.png').exists()
 
 
 @pytest.mark.parametrize(

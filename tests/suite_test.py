@@ -138,3 +138,32 @@ def test_pictures_are_drawn(tmp_path: Any) -> None:
   pictures.ranks(tmp_path / 'b.png', names, choice.ranks(values))
   for name in ('a.png', 'b.png'):
     assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_point_for_each_kind_of_layer_and_method(
+  tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Catches shares of another row or method, and two settings that look alike."""
+  columns = (
+    'held by adam_spd',
+    'held by projection_decay, m = 0',
+    'held by projection_decay, m = 1',
+  )
+  rows = {'up': [[10.0, 20.0], [30.0], [40.0]], 'down': [[50.0], [60.0, 80.0], [90.0]]}
+  table = {
+    f't, {kind}': {'weights of each': '8', **dict(zip(columns, values, strict=True))}
+    for kind, values in rows.items()
+  }
+  figures = []
+  monkeypatch.setattr(pictures.plt, 'close', figures.append)
+  pictures.held(tmp_path / 'held.png', {'t': 'title'}, {'t': table})
+  (axes,), (legend,) = figures[0].axes, figures[0].legends
+  assert [label.get_text() for label in axes.get_yticklabels()] == ['up  (8)', 'down  (8)']
+  shares = [points.get_offsets()[:, 0].tolist() for points in axes.collections]
+  assert shares == [[15, 50], [30, 70], [40, 90]]
+  at = [np.round(points.get_offsets()[:, 1]).tolist() for points in axes.collections]
+  assert at == [[0, 1]] * 3
+  names = [text.get_text() for text in legend.get_texts()]
+  assert names == [column.removeprefix('held by ') for column in columns]
+  colors = {(*points.get_facecolor()[0], *points.get_edgecolor()[0]) for points in axes.collections}
+  assert len(colors) == 3

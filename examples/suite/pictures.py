@@ -1,8 +1,9 @@
-"""The suite's pictures: new against old for every configuration, and the methods' ranks."""
+"""The suite's pictures: new against old for every configuration, ranks, and what was held."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -13,6 +14,7 @@ import numpy as np
 from suite import choice
 from suite.choice import ID, OOD, Record
 from suite.methods import SPD
+from suite.tables import HELD, Table
 
 PEER_COLOR = '0.75'
 COLORS = {
@@ -105,5 +107,58 @@ def ranks(path: Path, methods: Sequence[str], values: np.ndarray) -> None:
   axes.set_yticks(range(len(methods)), [methods[i] for i in order])
   axes.set_xlabel('rank of (ID + OOD) / 2, 1 is best: each task, and the mean')
   axes.grid(axis='x', alpha=0.3)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+def held(path: Path, titles: Mapping[str, str], kinds: Mapping[str, Table]) -> None:
+  """Share of the steps in which layers of a kind were held: a point for each method of SPD.
+
+  Args:
+    path: of the picture.
+    titles: by task.
+    kinds: by task, what `tables.by_kind` says of it.
+  """
+  rows = sum(map(len, kinds.values()))
+  figure, panels = plt.subplots(
+    len(kinds),
+    figsize=(7.5, 0.25 * rows + 0.6 * len(kinds) + 0.8),
+    height_ratios=[len(table) for table in kinds.values()],
+    layout='constrained',
+    squeeze=False,
+  )
+  labels: dict[str, Any] = {}
+  for axes, (task, table) in zip(panels[:, 0], kinds.items(), strict=True):
+    columns = [column for column in next(iter(table.values())) if column.startswith(HELD)]
+    drawn: set[str] = set()
+    for i, column in enumerate(columns):
+      method = column.removeprefix(HELD)
+      of = max((name for name in COLORS if method.startswith(name)), key=len)
+      values = [np.mean(row[column]) for row in table.values()]
+      shift = 0.12 * (i - (len(columns) - 1) / 2)
+      # A second setting of a method is hollow.
+      inside = 'white' if of in drawn else COLORS[of]
+      labels[method] = axes.scatter(
+        *(values, np.arange(len(values)) + shift),
+        s=24,
+        facecolor=inside,
+        edgecolor=COLORS[of],
+        zorder=3,
+      )
+      drawn.add(of)
+    names = [title.removeprefix(f'{task}, ') for title in table]
+    weights = [row['weights of each'] for row in table.values()]
+    axes.set_yticks(
+      range(len(names)), [f'{x}  ({n})' for x, n in zip(names, weights, strict=True)], fontsize=8
+    )
+    axes.invert_yaxis()
+    axes.axvline(50, color='gray', linestyle=':', linewidth=1)
+    axes.set_xlim(-2, 102)
+    axes.grid(alpha=0.3)
+    axes.set_title(textwrap.fill(titles[task], 80), fontsize=9)
+  panels[-1, 0].set_xlabel('held, % of the steps (in brackets: weights of each layer)', fontsize=9)
+  figure.legend(
+    [*labels.values()], [*labels], loc='outside lower center', ncols=min(3, len(labels)), fontsize=8
+  )
   figure.savefig(path, dpi=110)
   plt.close(figure)

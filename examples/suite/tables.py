@@ -59,6 +59,7 @@ def of_real_models(
 
 
 BOTH = (('ID', ID), ('OOD', OOD))  # by their titles
+HELD = 'held by '  # and a method: a column
 SIZES = (100, 1_000, 10_000, 100_000, 10**9)
 
 
@@ -73,7 +74,7 @@ def held_shares(records: Sequence[Record]) -> dict[str, Mapping[str, Sequence[fl
   ]
   names = [r['method'] for r in found]
   return {
-    f'held by {r["method"]}'
+    f'{HELD}{r["method"]}'
     + (f', {choice.shown(r["setting"])}' if names.count(r['method']) > 1 else ''): r['layers']
     for r in found
   }
