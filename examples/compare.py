@@ -19,7 +19,8 @@ rates of their own over a range of 30 to 100, a warm-up over a tenth of the step
 decay.
 
 Writes to `--out`: `records.jsonl`, a line for each configuration of each task; `results.json`
-and `README.md`, the tables; `pareto.png` and `ranks.png`; of real models `held.png`.
+and `README.md`, the tables; `pareto.png` and `ranks.png`; of real models
+`held.png`, and `headline.png` if there are several.
 """
 
 import argparse
@@ -196,6 +197,8 @@ def publish(args: argparse.Namespace, results: dict[str, Result]) -> None:
         file.writelines(line + '\n' for line in lines)
   pictures.pareto(args.out / 'pareto.png', titles, records, before, best)
   pictures.ranks(args.out / 'ranks.png', methods, choice.ranks(values))
+  if len(sizes) > 1:
+    pictures.headline(args.out / 'headline.png', found['headline'], list(records))
   kinds = {name: tables.by_kind({name: records[name]}, sizes) for name in sizes}
   if any(kinds.values()):
     held = {name: table for name, table in kinds.items() if table}

@@ -229,6 +229,7 @@ def test_tables_of_earlier_runs(tmp_path: Path) -> None:
   assert found['kinds']['handwriting, a']['held by adam_spd'] == [30]
   assert (tmp_path / 'all/pareto.png').exists()
   assert (tmp_path / 'all/held.png').exists()
+  assert (tmp_path / 'all/headline.png').exists()
 
 
 @pytest.mark.parametrize(

@@ -167,3 +167,28 @@ def test_a_point_for_each_kind_of_layer_and_method(
   assert names == [column.removeprefix('held by ') for column in columns]
   colors = {(*points.get_facecolor()[0], *points.get_edgecolor()[0]) for points in axes.collections}
   assert len(colors) == 3
+
+
+def test_the_headline_shows_each_task_and_the_mean(
+  tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Catches points under another task's name, and scores that are swapped."""
+  gains = {'Adam': ([0.0, 0.0], [0.0, 0.0]), 'L2-SP': ([1.0, -3.0], [4.0, 6.0])}
+  gains['adam_spd'] = ([2.0, 4.0], [10.0, 30.0])
+  table = {name: {'ID − Adam': a, 'OOD − Adam': b} for name, (a, b) in gains.items()}
+  figures = []
+  monkeypatch.setattr(pictures.plt, 'close', figures.append)
+  pictures.headline(tmp_path / 'headline.png', table, ['one', 'two'])
+  panels = figures[0].axes
+  assert [label.get_text() for label in panels[0].get_yticklabels()] == ['L2-SP', 'adam_spd']
+  assert '(ID)' in panels[0].get_xlabel()
+  assert '(OOD)' in panels[1].get_xlabel()
+  for axes, tasks, means in (
+    (panels[0], {'one': [1, 2], 'two': [-3, 4]}, [-1, 3]),
+    (panels[1], {'one': [4, 10], 'two': [6, 30]}, [5, 20]),
+  ):
+    points = axes.get_legend_handles_labels()
+    found = {label: of.get_offsets()[:, 0].tolist() for of, label in zip(*points, strict=True)}
+    assert found == tasks
+    bars = [bar.lines[0].get_xdata()[0] for bar in axes.containers]
+    assert bars == means

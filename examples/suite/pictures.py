@@ -1,4 +1,4 @@
-"""The suite's pictures: new against old for every configuration, ranks, and what was held."""
+"""The suite's pictures: every configuration, ranks, differences from Adam, and what was held."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np
 
+import reporting
 from suite import choice
 from suite.choice import ID, OOD, Record
 from suite.methods import SPD
@@ -107,6 +108,47 @@ def ranks(path: Path, methods: Sequence[str], values: np.ndarray) -> None:
   axes.set_yticks(range(len(methods)), [methods[i] for i in order])
   axes.set_xlabel('rank of (ID + OOD) / 2, 1 is best: each task, and the mean')
   axes.grid(axis='x', alpha=0.3)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+def headline(path: Path, table: Table, tasks: Sequence[str]) -> None:
+  """Both scores of each method minus Adam's: a point for each task, and the mean over tasks.
+
+  Args:
+    path: of the picture.
+    table: what `tables.headline` says.
+    tasks: their names, in the order of its values.
+  """
+  columns = {
+    'ID − Adam': 'new data (ID), points more than Adam',
+    'OOD − Adam': 'what must not be lost (OOD), points more than Adam',
+  }
+  rows = {method: row for method, row in table.items() if method != choice.PEER}
+  spans = [max(1, np.ptp([row[column] for row in rows.values()])) for column in columns]
+  figure, panels = plt.subplots(
+    ncols=2,
+    figsize=(9, 0.36 * len(rows) + 1.4),
+    width_ratios=spans,  # a point is as wide in both
+    sharey=True,
+    layout='constrained',
+  )
+  for axes, (column, title) in zip(panels, columns.items(), strict=True):
+    for i, (task, marker) in enumerate(zip(tasks, 'os^Dv', strict=False)):
+      each = [row[column][i] for row in rows.values()]
+      axes.scatter(each, range(len(rows)), s=22, marker=marker, alpha=0.6, label=task)
+    for y, (method, row) in enumerate(rows.items()):
+      mean, error = reporting.mean_and_error(row[column])
+      color = 'tab:red' if method.startswith(SPD) else 'black'
+      axes.errorbar(mean, y, xerr=error, fmt='|', color=color, markersize=16, capsize=3, zorder=3)
+    axes.axvline(0, color='gray', linewidth=1)
+    axes.set_xlabel(title, fontsize=9)
+    axes.grid(alpha=0.3)
+  panels[0].set_yticks(range(len(rows)), [*rows])
+  panels[0].invert_yaxis()
+  figure.legend(
+    *panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=len(tasks), fontsize=9
+  )
   figure.savefig(path, dpi=110)
   plt.close(figure)
 
