@@ -19,8 +19,8 @@ rates of their own over a range of 30 to 100, a warm-up over a tenth of the step
 decay.
 
 Writes to `--out`: `records.jsonl`, a line for each configuration of each task; `results.json`
-and `README.md`, the tables; `pareto.png` and `ranks.png`; of real models
-`held.png`, and `headline.png` if there are several.
+and `README.md`, the tables; `pareto.png` and `ranks.png`; of one real model `held.png`, of several
+`headline.png`.
 """
 
 import argparse
@@ -199,10 +199,8 @@ def publish(args: argparse.Namespace, results: dict[str, Result]) -> None:
   pictures.ranks(args.out / 'ranks.png', methods, choice.ranks(values))
   if len(sizes) > 1:
     pictures.headline(args.out / 'headline.png', found['headline'], list(records))
-  kinds = {name: tables.by_kind({name: records[name]}, sizes) for name in sizes}
-  if any(kinds.values()):
-    held = {name: table for name, table in kinds.items() if table}
-    pictures.held(args.out / 'held.png', titles, held)
+  elif found.get('kinds'):
+    pictures.held(args.out / 'held.png', *titles.values(), found['kinds'])
   print(f'Results, and pictures of them: {args.out}')
 
 

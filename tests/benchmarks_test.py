@@ -14,7 +14,7 @@ from benchmarks import compiled, leaf_sizes, methods, shapes, step_time, trainin
 
 pytestmark = pytest.mark.examples
 
-SOME = ('projection_decay', 'adam_spd, apply')  # each takes seconds to compile; step_time has all
+SOME = ('projection_decay', 'adam_spd, apply')  # of each kind; each takes seconds to compile
 SMALL = {'a': (3, 4), 'b': {'c': (5,), 'd': (2, 3, 4)}}
 
 
@@ -181,8 +181,8 @@ def test_torch_optimizers_take_optax_steps(torch_loop, name):
     np.testing.assert_allclose(tensor.detach().numpy(), leaf, rtol=1e-5, atol=1e-6)
 
 
-def test_compiled_has_a_row_for_each_method_and_adam_moves_what_it_must(tmp_path):
-  """Catches traffic that is counted twice, or not at all, and a method that is left out."""
+def test_compiled_has_a_row_for_each_method_asked_for_and_adam_moves_what_it_must(tmp_path):
+  """Catches traffic that is counted twice, or not at all."""
   arguments = ['--target', 'cpu', '--model', 'tiny', '--method', *SOME, '--out', str(tmp_path)]
   found = compiled.main(arguments)
   assert found.keys() == {f'tiny, cpu: {name}' for name in (methods.REFERENCE, *SOME)}
@@ -208,8 +208,8 @@ def test_traffic_by_leaf_size_is_that_of_each_leaf():
     np.testing.assert_allclose(row['all, N'], 10, atol=0.1)
 
 
-def test_training_step_has_a_row_for_each_method(tmp_path, monkeypatch):
-  """Catches a method that cannot train the model of the examples."""
+def test_a_training_step_is_timed_with_a_method_of_each_kind(tmp_path, monkeypatch):
+  """Catches a kind of method that cannot train the model of the examples."""
   some = {name: methods.OPTIMIZERS[name] for name in (methods.REFERENCE, *SOME)}
   monkeypatch.setattr(methods, 'OPTIMIZERS', some)
   monkeypatch.setattr(training_step.finetune_vit, 'small_vit', smoke.tiny_vit)

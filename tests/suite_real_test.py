@@ -174,7 +174,7 @@ def test_shares_by_size_and_kind() -> None:
       'weights of each': '8 to 1,600',
       'held by adam_spd': [20.0, 40.0],
     },
-    'task, decoder/block/layer/norm': {
+    'task, decoder/norm': {
       'layers': '1',
       'weights of each': '8',
       'held by adam_spd': [0.0],
@@ -228,8 +228,9 @@ def test_tables_of_earlier_runs(tmp_path: Path) -> None:
   assert found['overall']['adam_spd']['OOD − Adam'] == [11, 11]
   assert found['kinds']['handwriting, a']['held by adam_spd'] == [30]
   assert (tmp_path / 'all/pareto.png').exists()
-  assert (tmp_path / 'all/held.png').exists()
   assert (tmp_path / 'all/headline.png').exists()
+  compare.main(['--from', str(c), '--out', str(tmp_path / 'one')])
+  assert (tmp_path / 'one/held.png').exists()
 
 
 @pytest.mark.parametrize(

@@ -140,55 +140,70 @@ def test_pictures_are_drawn(tmp_path: Any) -> None:
     assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
 
 
-def test_a_point_for_each_kind_of_layer_and_method(
-  tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-  """Catches shares of another row or method, and two settings that look alike."""
-  columns = (
-    'held by adam_spd',
-    'held by projection_decay, m = 0',
-    'held by projection_decay, m = 1',
-  )
-  rows = {'up': [[10.0, 20.0], [30.0], [40.0]], 'down': [[50.0], [60.0, 80.0], [90.0]]}
-  table = {
-    f't, {kind}': {'weights of each': '8', **dict(zip(columns, values, strict=True))}
+@pytest.fixture
+def figure(monkeypatch: pytest.MonkeyPatch) -> Any:
+  """What closes a figure; gives the one that was drawn."""
+  close, drawn = pictures.plt.close, []
+  monkeypatch.setattr(pictures.plt, 'close', drawn.append)
+  yield lambda: drawn[0]
+  for each in drawn:
+    close(each)
+
+
+def positions(points: Any, axis: int) -> list[float]:
+  return points.get_offsets()[:, axis].tolist()
+
+
+def test_a_point_for_each_kind_of_layer_and_method(tmp_path: Any, figure: Any) -> None:
+  """Catches shares of another row or method, and settings that look alike."""
+  methods = ('adam_spd', 'projection_decay, m = 0', 'projection_decay, m = 1', 'of no color')
+  rows = {
+    'up': [[10.0, 20.0], [30.0], [40.0], [0.0]],
+    'down': [[50.0], [60.0, 80.0], [90.0], [5.0]],
+  }
+  kinds = {
+    f't, {kind}': {'weights of each': '8'}
+    | {f'held by {name}': each for name, each in zip(methods, values, strict=True)}
     for kind, values in rows.items()
   }
-  figures = []
-  monkeypatch.setattr(pictures.plt, 'close', figures.append)
-  pictures.held(tmp_path / 'held.png', {'t': 'title'}, {'t': table})
-  (axes,), (legend,) = figures[0].axes, figures[0].legends
+  pictures.held(tmp_path / 'held.png', 'title', kinds)
+  (axes,), (legend,) = figure().axes, figure().legends
   assert [label.get_text() for label in axes.get_yticklabels()] == ['up  (8)', 'down  (8)']
-  shares = [points.get_offsets()[:, 0].tolist() for points in axes.collections]
-  assert shares == [[15, 50], [30, 70], [40, 90]]
-  at = [np.round(points.get_offsets()[:, 1]).tolist() for points in axes.collections]
-  assert at == [[0, 1]] * 3
-  names = [text.get_text() for text in legend.get_texts()]
-  assert names == [column.removeprefix('held by ') for column in columns]
-  colors = {(*points.get_facecolor()[0], *points.get_edgecolor()[0]) for points in axes.collections}
-  assert len(colors) == 3
+  shares = [positions(points, 0) for points in axes.collections]
+  assert shares == [[15, 50], [30, 70], [40, 90], [0, 5]]
+  assert [np.round(positions(points, 1)).tolist() for points in axes.collections] == [[0, 1]] * 4
+  assert tuple(text.get_text() for text in legend.get_texts()) == methods
+  shapes = {points.get_paths()[0].vertices.tobytes() for points in axes.collections}
+  assert len(shapes) == 4
 
 
-def test_the_headline_shows_each_task_and_the_mean(
-  tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-  """Catches points under another task's name, and scores that are swapped."""
-  gains = {'Adam': ([0.0, 0.0], [0.0, 0.0]), 'L2-SP': ([1.0, -3.0], [4.0, 6.0])}
-  gains['adam_spd'] = ([2.0, 4.0], [10.0, 30.0])
+def test_the_headline_shows_each_task_and_the_mean(tmp_path: Any, figure: Any) -> None:
+  """Catches points under another task's name, a task too many for the marks, swapped scores."""
+  tasks = [f'task {i}' for i in range(9)]
+  gains = {
+    'Adam': ([0.0] * 9, [0.0] * 9),
+    'L2-SP': ([-4.0, *range(1, 9)], [*range(9)]),
+    'adam_spd': ([9.0] * 9, [*range(30, 39)]),
+  }
   table = {name: {'ID − Adam': a, 'OOD − Adam': b} for name, (a, b) in gains.items()}
-  figures = []
-  monkeypatch.setattr(pictures.plt, 'close', figures.append)
-  pictures.headline(tmp_path / 'headline.png', table, ['one', 'two'])
-  panels = figures[0].axes
-  assert [label.get_text() for label in panels[0].get_yticklabels()] == ['L2-SP', 'adam_spd']
+  pictures.headline(tmp_path / 'headline.png', table, tasks)
+  panels = figure().axes
+  labels = panels[0].get_yticklabels()
+  assert [label.get_text() for label in labels] == ['L2-SP', 'adam_spd']
+  assert [label.get_fontweight() for label in labels] == ['normal', 'bold']
   assert '(ID)' in panels[0].get_xlabel()
   assert '(OOD)' in panels[1].get_xlabel()
-  for axes, tasks, means in (
-    (panels[0], {'one': [1, 2], 'two': [-3, 4]}, [-1, 3]),
-    (panels[1], {'one': [4, 10], 'two': [6, 30]}, [5, 20]),
-  ):
-    points = axes.get_legend_handles_labels()
-    found = {label: of.get_offsets()[:, 0].tolist() for of, label in zip(*points, strict=True)}
-    assert found == tasks
-    bars = [bar.lines[0].get_xdata()[0] for bar in axes.containers]
-    assert bars == means
+  for i, axes in enumerate(panels):
+    found = {
+      points.get_label(): points for points in axes.collections if points.get_label()[0] != '_'
+    }
+    assert [*found] == tasks
+    for at, points in enumerate(found.values()):
+      assert positions(points, 0) == [gains['L2-SP'][i][at], gains['adam_spd'][i][at]]
+      assert np.round(positions(points, 1)).tolist() == [0, 1]
+    (bars,) = axes.containers
+    np.testing.assert_allclose(bars.lines[0].get_xdata(), [[32 / 9, 9], [4, 34]][i])
+    (errors,) = bars.lines[2]
+    ends = np.array(errors.get_segments())[:, :, 0]
+    spread = [np.std(gains[name][i], ddof=1) / 3 for name in ('L2-SP', 'adam_spd')]
+    np.testing.assert_allclose(np.diff(ends, axis=1)[:, 0] / 2, spread, atol=1e-6)

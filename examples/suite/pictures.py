@@ -1,9 +1,9 @@
 """The suite's pictures: every configuration, ranks, differences from Adam, and what was held."""
 
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -30,6 +30,10 @@ COLORS = {
   'FTP': 'tab:green',
   'SignificantProjection': 'tab:pink',
 }
+
+MARKERS = 'os^DvPX*'
+# By Okabe and Ito: told apart by everyone.
+TASK_COLORS = ('#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9', '#d55e00')
 
 
 def pareto(
@@ -121,86 +125,77 @@ def headline(path: Path, table: Table, tasks: Sequence[str]) -> None:
     tasks: their names, in the order of its values.
   """
   columns = {
-    'ID − Adam': 'new data (ID), points more than Adam',
-    'OOD − Adam': 'what must not be lost (OOD), points more than Adam',
+    'ID − Adam': 'new data (ID): points more than Adam',
+    'OOD − Adam': 'what must not be lost (OOD): points more than Adam',
   }
   rows = {method: row for method, row in table.items() if method != choice.PEER}
-  spans = [max(1, np.ptp([row[column] for row in rows.values()])) for column in columns]
-  figure, panels = plt.subplots(
-    ncols=2,
-    figsize=(9, 0.36 * len(rows) + 1.4),
-    width_ratios=spans,  # a point is as wide in both
-    sharey=True,
-    layout='constrained',
-  )
+  at = np.arange(len(rows))
+  size = (9.5, 0.5 * len(rows) + 1.4)
+  figure, panels = plt.subplots(ncols=2, figsize=size, sharey=True, layout='constrained')
   for axes, (column, title) in zip(panels, columns.items(), strict=True):
-    for i, (task, marker) in enumerate(zip(tasks, 'os^Dv', strict=False)):
+    means, errors = np.array([reporting.mean_and_error(row[column]) for row in rows.values()]).T
+    axes.errorbar(
+      *(means, at + 0.24),
+      xerr=errors,
+      fmt='D',
+      color='black',
+      markersize=6,
+      capsize=3,
+      label='mean ± standard error',
+    )
+    for i, (task, marker) in enumerate(zip(tasks, itertools.cycle(MARKERS), strict=False)):
       each = [row[column][i] for row in rows.values()]
-      axes.scatter(each, range(len(rows)), s=22, marker=marker, alpha=0.6, label=task)
-    for y, (method, row) in enumerate(rows.items()):
-      mean, error = reporting.mean_and_error(row[column])
-      color = 'tab:red' if method.startswith(SPD) else 'black'
-      axes.errorbar(mean, y, xerr=error, fmt='|', color=color, markersize=16, capsize=3, zorder=3)
+      shift = -0.3 + 0.4 * i / len(tasks)
+      color = TASK_COLORS[i % len(TASK_COLORS)]
+      axes.scatter(each, at + shift, s=26, marker=marker, color=color, label=task)
     axes.axvline(0, color='gray', linewidth=1)
+    for line in at[:-1] + 0.5:
+      axes.axhline(line, color='0.9', linewidth=0.8)
     axes.set_xlabel(title, fontsize=9)
-    axes.grid(alpha=0.3)
-  panels[0].set_yticks(range(len(rows)), [*rows])
+    axes.grid(axis='x', alpha=0.3)
+  panels[0].set_yticks(at, [*rows])
+  for label in panels[0].get_yticklabels():
+    label.set_fontweight('bold' if label.get_text().startswith(SPD) else 'normal')
   panels[0].invert_yaxis()
-  figure.legend(
-    *panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=len(tasks), fontsize=9
-  )
+  handles, labels = panels[0].get_legend_handles_labels()
+  figure.legend(handles, labels, loc='outside lower center', ncols=3, fontsize=9)
   figure.savefig(path, dpi=110)
   plt.close(figure)
 
 
-def held(path: Path, titles: Mapping[str, str], kinds: Mapping[str, Table]) -> None:
+def held(path: Path, title: str, kinds: Table) -> None:
   """Share of the steps in which layers of a kind were held: a point for each method of SPD.
 
   Args:
     path: of the picture.
-    titles: by task.
-    kinds: by task, what `tables.by_kind` says of it.
+    title: of the task.
+    kinds: what `tables.by_kind` says of it.
   """
-  rows = sum(map(len, kinds.values()))
-  figure, panels = plt.subplots(
-    len(kinds),
-    figsize=(7.5, 0.25 * rows + 0.6 * len(kinds) + 0.8),
-    height_ratios=[len(table) for table in kinds.values()],
-    layout='constrained',
-    squeeze=False,
-  )
-  labels: dict[str, Any] = {}
-  for axes, (task, table) in zip(panels[:, 0], kinds.items(), strict=True):
-    columns = [column for column in next(iter(table.values())) if column.startswith(HELD)]
-    drawn: set[str] = set()
-    for i, column in enumerate(columns):
-      method = column.removeprefix(HELD)
-      of = max((name for name in COLORS if method.startswith(name)), key=len)
-      values = [np.mean(row[column]) for row in table.values()]
-      shift = 0.12 * (i - (len(columns) - 1) / 2)
-      # A second setting of a method is hollow.
-      inside = 'white' if of in drawn else COLORS[of]
-      labels[method] = axes.scatter(
-        *(values, np.arange(len(values)) + shift),
-        s=24,
-        facecolor=inside,
-        edgecolor=COLORS[of],
-        zorder=3,
-      )
-      drawn.add(of)
-    names = [title.removeprefix(f'{task}, ') for title in table]
-    weights = [row['weights of each'] for row in table.values()]
-    axes.set_yticks(
-      range(len(names)), [f'{x}  ({n})' for x, n in zip(names, weights, strict=True)], fontsize=8
+  size = (7.5, 0.25 * len(kinds) + 1.8)
+  figure, axes = plt.subplots(figsize=size, layout='constrained')
+  columns = [column for column in next(iter(kinds.values())) if column.startswith(HELD)]
+  for i, column in enumerate(columns):
+    method = column.removeprefix(HELD)
+    of = max((name for name in COLORS if method.startswith(name)), key=len, default='')
+    shift = 0.12 * (i - (len(columns) - 1) / 2)
+    axes.scatter(
+      *([np.mean(row[column]) for row in kinds.values()], np.arange(len(kinds)) + shift),
+      s=26,
+      marker=MARKERS[i % len(MARKERS)],
+      color=COLORS.get(of, PEER_COLOR),
+      label=method,
+      zorder=3,
     )
-    axes.invert_yaxis()
-    axes.axvline(50, color='gray', linestyle=':', linewidth=1)
-    axes.set_xlim(-2, 102)
-    axes.grid(alpha=0.3)
-    axes.set_title(textwrap.fill(titles[task], 80), fontsize=9)
-  panels[-1, 0].set_xlabel('held, % of the steps (in brackets: weights of each layer)', fontsize=9)
-  figure.legend(
-    [*labels.values()], [*labels], loc='outside lower center', ncols=min(3, len(labels)), fontsize=8
+  names = [f'{name.partition(", ")[2]}  ({row["weights of each"]})' for name, row in kinds.items()]
+  axes.set_yticks(range(len(names)), names, fontsize=8)
+  axes.invert_yaxis()
+  axes.axvline(50, color='gray', linestyle=':', linewidth=1)
+  axes.set_xlim(-2, 102)
+  axes.grid(alpha=0.3)
+  figure.suptitle(
+    f'{textwrap.fill(title, 90)}\nin brackets: the number of weights of each layer', fontsize=9
   )
+  axes.set_xlabel('held, % of the steps', fontsize=9)
+  figure.legend(loc='outside lower center', ncols=min(3, len(columns)), fontsize=8)
   figure.savefig(path, dpi=110)
   plt.close(figure)

@@ -60,6 +60,8 @@ def of_real_models(
 
 BOTH = (('ID', ID), ('OOD', OOD))  # by their titles
 HELD = 'held by '  # and a method: a column
+# Of blocks, in the path of a layer.
+NUMBERS = re.compile(r'^(block|layer)_\d+/|_\d+(?=/|$)|(/(block|layer))?/\d+(?=/)')
 SIZES = (100, 1_000, 10_000, 100_000, 10**9)
 
 
@@ -110,9 +112,7 @@ def by_kind(
   for task, each in records.items():
     found, kinds = held_shares(each), {}
     for name in sizes[task]:
-      kinds.setdefault(re.sub(r'^(block|layer)_\d+/|_\d+(?=/|$)|/\d+(?=/)', '', name), []).append(
-        name
-      )
+      kinds.setdefault(NUMBERS.sub('', name), []).append(name)
     for kind, layers in kinds.items() if found else ():
       few, many = (f([sizes[task][name] for name in layers]) for f in (min, max))
       weights = f'{few:,}' if few == many else f'{few:,} to {many:,}'
