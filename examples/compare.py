@@ -19,8 +19,8 @@ rates of their own over a range of 30 to 100, a warm-up over a tenth of the step
 decay.
 
 Writes to `--out`: `records.jsonl`, a line for each configuration of each task; `results.json`
-and `README.md`, the tables; `pareto.png` and `ranks.png`; of one real model `held.png`, of several
-`headline.png`.
+and `README.md`, the tables; `pareto.png` and `ranks.png`; of real models `fronts.png`, of one
+`held.png`, of several `headline.png`.
 """
 
 import argparse
@@ -197,6 +197,8 @@ def publish(args: argparse.Namespace, results: dict[str, Result]) -> None:
         file.writelines(line + '\n' for line in lines)
   pictures.pareto(args.out / 'pareto.png', titles, records, before, best)
   pictures.ranks(args.out / 'ranks.png', methods, choice.ranks(values))
+  if sizes:
+    pictures.front_curves(args.out / 'fronts.png', titles, records, defaults)
   if len(sizes) > 1:
     pictures.headline(args.out / 'headline.png', found['headline'], list(records))
   elif found.get('kinds'):

@@ -131,23 +131,50 @@ def test_fronts_by_hand() -> None:
   adam = [record('Adam', 90, 50), record('WiSE-FT', 89, 55, setting={'alpha': 0.8})]
   own = [record('A', 89.5, 52), record('A + WiSE-FT', 85, 60, setting={'alpha': 0.8})]
   expected = [np.nan, 2, 52 - 55, 52 - 55, 52 - 55, 60 - 55]
-  np.testing.assert_allclose(fronts.differences(adam + own, 'A'), expected)
+  found = [fronts.points(adam + own, method) for method in ('A', 'Adam')]
+  np.testing.assert_allclose(fronts.differences(*found), expected)
   table = fronts.table({'task': adam + own})
-  assert table['A']['task: best ID − Adam'] == '-0.5'
-  assert table['A']['task: OOD − Adam'] == f'{np.mean(expected[1:]):.1f} (5 of 6)'
-  assert table['A']['configurations'] == '2'
-  assert table['Adam']['task: OOD − Adam'] == '0.0 (6 of 6)'
+  assert table['A'] == {
+    'configurations': '2',
+    'best ID − Adam': [-0.5],
+    'OOD − Adam': [np.mean(expected[1:])],
+    'levels': '5 of 6',
+  }
+  assert table['Adam']['OOD − Adam'] == [0]
+  assert table['Adam']['levels'] == '6 of 6'
+
+
+def test_the_front_of_a_default() -> None:
+  """Catches other settings of it, its WiSE-FT left out, and a row that says the same again."""
+  adam = record('Adam', 90, 50)
+  own = [record('A', 89.5, 52, setting={'m': 0}), record('A', 90, 99, setting={'m': 1})]
+  mixed = record('A + WiSE-FT', 89, 60, setting={'m': 0, 'alpha': 0.8})
+  table = fronts.table({'task': [adam, *own, mixed]}, {'A': {'m': 0}})
+  assert table['A']['configurations'] == '3'
+  assert table['A, default']['configurations'] == '2'
+  assert table['A, default']['OOD − Adam'] == [np.mean([2, 10, 10, 10, 10])]
+  assert [*fronts.table({'task': [adam, own[0], mixed]}, {'A': {'m': 0}})] == ['Adam', 'A']
 
 
 def test_fronts_of_several_tasks_by_hand() -> None:
   """Catches a mean over the tasks that a method fails on, and one of another order."""
   adam, good, poor = record('Adam', 90, 50), record('A', 91, 53), record('A', 20, 99)
   table = fronts.table({'a': [adam, good], 'b': [adam, record('A', 89, 52)]})
-  assert table['A']['best ID − Adam'] == [1, -1]
-  assert table['A']['OOD − Adam'] == [3, 2]
-  assert table['A']['levels'] == '10 of 12'
-  assert table['A']['configurations'] == '2'
-  assert 'OOD − Adam' not in fronts.table({'a': [adam, good], 'b': [adam, poor]})['A']
+  assert table['A'] == {
+    'configurations': '2',
+    'best ID − Adam': [1, -1],
+    'OOD − Adam': [3, 2],
+    'levels': '10 of 12',
+    'a': '+1.0 / +3.0 (6)',
+    'b': '-1.0 / +2.0 (4)',
+  }
+  fails = fronts.table({'a': [adam, good], 'b': [adam, poor]})['A']
+  assert 'OOD − Adam' not in fails
+  assert fails['b'] == '-70.0 / –'
+  assert fails['best ID − Adam'] == [1, -70]
+  absent = fronts.table({'a': [adam, good], 'b': [adam]})['A']
+  assert {'best ID − Adam', 'OOD − Adam', 'b'}.isdisjoint(absent)
+  assert absent['levels'] == '6 of 6'
 
 
 def test_shares_by_size_and_kind() -> None:
@@ -229,6 +256,7 @@ def test_tables_of_earlier_runs(tmp_path: Path) -> None:
   assert found['kinds']['handwriting, a']['held by adam_spd'] == [30]
   assert (tmp_path / 'all/pareto.png').exists()
   assert (tmp_path / 'all/headline.png').exists()
+  assert (tmp_path / 'all/fronts.png').exists()
   compare.main(['--from', str(c), '--out', str(tmp_path / 'one')])
   assert (tmp_path / 'one/held.png').exists()
 

@@ -177,6 +177,38 @@ def test_a_point_for_each_kind_of_layer_and_method(tmp_path: Any, figure: Any) -
   assert len(shapes) == 4
 
 
+def test_front_curves_stop_where_a_method_does(tmp_path: Any, figure: Any) -> None:
+  """Catches another setting than the default, a curve too long, a mean over too few tasks."""
+
+  def made(method: str, of_id: float, ood: float, setting: Any) -> dict[str, Any]:
+    return {'method': method, 'setting': setting, 'id': [of_id], 'ood': [ood], 'validation': [0]}
+
+  adam = made('Adam', 90, 50, {})
+  records = {
+    'a': [adam, made('A', 91, 53, {'m': 0}), made('A', 95, 99, {'m': 1})],
+    'b': [adam, made('A', 88, 55, {'m': 0})],
+    'c': [adam, made('A', 90, 50, {'m': 0}), made('B', 90, 50, {})],
+  }
+  titles = {task: f'task {task}' for task in records}
+  pictures.front_curves(tmp_path / 'fronts.png', titles, records, {'A': {'m': 0}})
+  *panels, mean = figure().axes[:4]
+  assert [axes.get_title() for axes in panels] == [*titles.values()]
+  (legend,) = figure().legends
+  assert [text.get_text() for text in legend.get_texts()] == ['Adam', 'A, default', 'B']
+
+  def ends(axes: Any, label: str) -> tuple[float, float]:
+    (line,) = (line for line in axes.lines if line.get_label() == label)
+    x, y = line.get_data()
+    known = ~np.isnan(y)
+    return (x[known].min().round(1), x[known].max().round(1), *np.unique(y[known]))
+
+  assert [ends(axes, 'Adam') for axes in panels] == [(82, 90, 50)] * 3
+  assert [ends(axes, 'A, default') for axes in panels] == [(82, 91, 53), (82, 88, 55), (82, 90, 50)]
+  assert ends(mean, 'A, default') == (2, 8, (3 + 5 + 0) / 3)
+  (line,) = (line for line in mean.lines if line.get_label() == 'B')
+  assert np.isnan(line.get_ydata()).all()
+
+
 def test_the_headline_shows_each_task_and_the_mean(tmp_path: Any, figure: Any) -> None:
   """Catches points under another task's name, a task too many for the marks, swapped scores."""
   tasks = [f'task {i}' for i in range(9)]

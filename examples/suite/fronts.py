@@ -4,6 +4,7 @@ A method's front runs over all its learning rates, its settings, and all α of W
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,15 @@ def base(record: Record) -> str:
   return PEER if name == WISE_FT else name.removesuffix(f' + {WISE_FT}')
 
 
-def points(records: Sequence[Record], method: str) -> np.ndarray:
-  """(ID, OOD) of every configuration of a method, means over seeds: [n, 2]."""
-  found = [record for record in records if base(record) == method]
-  return np.array([(choice.mean(record, ID), choice.mean(record, OOD)) for record in found])
+def points(
+  records: Sequence[Record], method: str, setting: Mapping[str, Any] = MappingProxyType({})
+) -> np.ndarray:
+  """(ID, OOD) of the configurations of a method that have this setting, means over seeds: [n, 2].
+
+  WiSE-FT adds its α to the setting of the method that it goes on from.
+  """
+  found = [r for r in records if base(r) == method and setting.items() <= r['setting'].items()]
+  return np.array([(choice.mean(r, ID), choice.mean(r, OOD)) for r in found]).reshape(-1, 2)
 
 
 def front(found: np.ndarray, levels: np.ndarray) -> np.ndarray:
@@ -33,40 +39,58 @@ def front(found: np.ndarray, levels: np.ndarray) -> np.ndarray:
   return np.array([values.max() if len(values) else np.nan for values in best])
 
 
-def differences(records: Sequence[Record], method: str) -> np.ndarray:
-  """A method's front minus Adam's at each of the levels `BELOW`."""
-  adam, own = points(records, PEER), points(records, method)
-  levels = adam[:, 0].max() - np.array(BELOW)
+def differences(own: np.ndarray, adam: np.ndarray, below: Sequence[float] = BELOW) -> np.ndarray:
+  """A front minus Adam's, at so many points of ID below Adam's best.
+
+  Args:
+    own: the `points` of a method.
+    adam: those of Adam.
+    below: points of ID.
+  """
+  levels = adam[:, 0].max() - np.array(below)
   return front(own, levels) - front(adam, levels)
 
 
-def table(records: Mapping[str, Sequence[Record]]) -> dict[str, dict[str, Any]]:
-  """A row for each method.
+def methods(
+  records: Mapping[str, Sequence[Record]], default: Mapping[str, Mapping[str, Any]]
+) -> dict[str, tuple[str, Mapping[str, Any]]]:
+  """By title: each method with all its settings, and again with its default if it has others."""
+  found: dict[str, tuple[str, Mapping[str, Any]]] = {}
+  every = [record for each in records.values() for record in each]
+  for method in dict.fromkeys(map(base, every)):
+    found[method] = (method, {})
+    trained = {choice.shown(r['setting']) for r in every if r['method'] == method}
+    if method in default and len(trained) > 1:
+      found[f'{method}, default'] = (method, default[method])
+  return found
 
-  For each task: the best ID minus Adam's, and the mean difference of the fronts over the levels
-  that the method reaches, with their number. Of several tasks also both with one value per task,
-  and the number of levels, where the method reaches some on each. Fronts are chosen on test data,
-  for all alike.
+
+def table(
+  records: Mapping[str, Sequence[Record]],
+  default: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> dict[str, dict[str, Any]]:
+  """A row for each method, and for each default.
+
+  The best ID minus Adam's, of a method that ran on all tasks; the mean difference of the fronts
+  over the levels that the method reaches, if it reaches some on each task; the number of levels.
+  Of several tasks there is one value per task, which a column of each tells with its levels.
+  Fronts are chosen on test data, for all alike.
   """
+  adam = {task: points(each, PEER) for task, each in records.items()}
   rows: dict[str, dict[str, Any]] = {}
-  gains: dict[str, list[tuple[float, float, int]]] = {}
-  counts: dict[str, int] = {}
-  for task, each in records.items():
-    best = points(each, PEER)[:, 0].max()
-    for method in dict.fromkeys(map(base, each)):
-      own, found = points(each, method), differences(each, method)
-      known = found[~np.isnan(found)]
-      row = rows.setdefault(method, {})
-      counts[method] = counts.get(method, 0) + len(own)
-      row['configurations'] = str(counts[method])
-      row[f'{task}: best ID − Adam'] = f'{own[:, 0].max() - best:.1f}'
-      mean = f'{known.mean():.1f} ({len(known)} of {len(found)})' if len(known) else '–'
-      row[f'{task}: OOD − Adam'] = mean
-      if len(known):
-        gains.setdefault(method, []).append((own[:, 0].max() - best, known.mean(), len(known)))
-  for method, found in gains.items() if len(records) > 1 else ():
-    if len(found) == len(records):
-      of_id, of_ood, levels = zip(*found, strict=True)
-      rows[method] |= {'best ID − Adam': list(of_id), 'OOD − Adam': list(of_ood)}
-      rows[method]['levels'] = f'{sum(levels)} of {len(BELOW) * len(records)}'
+  for title, (method, setting) in methods(records, default).items():
+    own = {task: points(each, method, setting) for task, each in records.items()}
+    ran = {task: found for task, found in own.items() if len(found)}
+    best = {task: found[:, 0].max() - adam[task][:, 0].max() for task, found in ran.items()}
+    gains = {task: differences(found, adam[task]) for task, found in ran.items()}
+    known = {task: gain[~np.isnan(gain)] for task, gain in gains.items()}
+    row = rows[title] = {'configurations': str(sum(map(len, ran.values())))}
+    if len(ran) == len(records):
+      row['best ID − Adam'] = [*best.values()]
+    if len(ran) == len(records) and all(map(len, known.values())):
+      row['OOD − Adam'] = [gain.mean() for gain in known.values()]
+    row['levels'] = f'{sum(map(len, known.values()))} of {len(BELOW) * len(ran)}'
+    for task, gain in known.items() if len(records) > 1 else ():
+      mean = f'{gain.mean():+.1f} ({len(gain)})' if len(gain) else '–'
+      row[task] = f'{best[task]:+.1f} / {mean}'
   return rows

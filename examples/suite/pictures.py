@@ -1,4 +1,4 @@
-"""The suite's pictures: every configuration, ranks, differences from Adam, and what was held."""
+"""The suite's pictures: configurations and fronts, ranks, differences from Adam, what was held."""
 
 import itertools
 import textwrap
@@ -12,8 +12,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import reporting
-from suite import choice
-from suite.choice import ID, OOD, Record
+from suite import choice, fronts
+from suite.choice import ID, OOD, PEER, Record
 from suite.methods import SPD
 from suite.tables import HELD, Table
 
@@ -29,6 +29,11 @@ COLORS = {
   'adam_spd, relieved': 'tab:brown',
   'FTP': 'tab:green',
   'SignificantProjection': 'tab:pink',
+}
+LINES = {  # of the fronts: these beside `COLORS`, thinner and dashed
+  'Cautious decay to the start': 'tab:brown',
+  'DiGraP': '0.55',
+  'KL to the base': 'tab:olive',
 }
 
 MARKERS = 'os^DvPX*'
@@ -99,6 +104,64 @@ def _floor(values: Sequence[float], shown: float) -> float:
   """Leaves out the worst fifth, which would press the rest together, unless it is to be shown."""
   low, high = min(np.quantile(values, 0.2), shown), max(values)
   return float(low - 0.05 * (high - low))
+
+
+def front_curves(
+  path: Path,
+  titles: Mapping[str, str],
+  records: Mapping[str, Sequence[Record]],
+  default: Mapping[str, Mapping[str, float]],
+) -> None:
+  """What each method keeps at equal accuracy: its front, in each task; the higher, the better.
+
+  Of a method with a default, it is the front of that. With several tasks, the last panel has the
+  mean over tasks of the differences from Adam's front, as far as a method reaches it on each.
+  """
+  below = np.linspace(0, max(fronts.BELOW), 161)
+  count = len(records) + (len(records) > 1)
+  columns = min(3, count)
+  rows = -(-count // columns)
+  size = (max(4.6 * columns, 6), 3.7 * rows + 0.6)
+  figure, grid = plt.subplots(rows, columns, figsize=size, layout='constrained', squeeze=False)
+  every = fronts.methods(records, default)
+  shown = {title: of for title, of in every.items() if f'{title}, default' not in every}
+  adam = {task: fronts.points(each, PEER) for task, each in records.items()}
+  for title, (method, setting) in shown.items():
+    style = {
+      'color': COLORS.get(method, LINES.get(method, PEER_COLOR)),
+      'linewidth': 2 if method.startswith((*SPD, PEER)) else 1.2,
+      'linestyle': '--' if method in LINES else '-',
+      'label': title,
+    }
+    gains = []
+    for axes, (task, each) in zip(grid.flat, records.items(), strict=False):
+      own = fronts.points(each, method, setting)
+      best = adam[task][:, 0].max()
+      levels = np.linspace(best - max(fronts.BELOW), max(best, *own[:, 0], best), 321)
+      axes.plot(levels, fronts.front(own, levels), **style)
+      gains.append(fronts.differences(own, adam[task], below))
+    if len(records) > 1:
+      grid.flat[len(records)].plot(below, np.mean(gains, 0), **style)
+  for axes, (task, title) in zip(grid.flat, titles.items(), strict=False):
+    axes.axvline(adam[task][:, 0].max(), color='gray', linestyle=':', linewidth=1)
+    axes.set_title(textwrap.fill(title, 50), fontsize=9)
+    axes.set_xlabel('in distribution, at least', fontsize=9)
+  if len(records) > 1:
+    axes = grid.flat[len(records)]
+    axes.set_title('mean of the tasks', fontsize=9)
+    axes.set_xlabel("points of ID below Adam's best", fontsize=9)
+    axes.set_ylabel("OOD minus that of Adam's front", fontsize=9)
+    axes.invert_xaxis()
+  for axes in grid[:, 0]:
+    axes.set_ylabel('best out of distribution', fontsize=9)
+  for axes in grid.flat[:count]:
+    axes.grid(alpha=0.3)
+  for axes in grid.flat[count:]:
+    axes.axis('off')
+  handles, labels = grid.flat[0].get_legend_handles_labels()
+  figure.legend(handles, labels, loc='outside lower center', ncols=min(4, 3 * columns), fontsize=9)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
 
 
 def ranks(path: Path, methods: Sequence[str], values: np.ndarray) -> None:

@@ -46,7 +46,7 @@ def of_real_models(
   default: Mapping[str, Any],
 ) -> dict[str, Table]:
   """More tables, for models with layers worth telling apart."""
-  found = {'fronts': fronts.table(records)}
+  found = {'fronts': fronts.table(records, default)}
   if len(records) > 1:
     found['rules'] = defaults.among_rules(records)
   return found | {
