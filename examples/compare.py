@@ -118,6 +118,9 @@ def run_task(name: str, args: argparse.Namespace) -> Result:
     print(f'{name}: {title}, {time.perf_counter() - start:.0f} s', flush=True)
   pretrained = {'id': before['id'].tolist(), 'ood': np.mean([*before['ood'].values()], 0).tolist()}
   records = [choice.without_diverged(record) for record in records]
+  if args.real:
+    pretrained['old'] = real.on_old(name, before['ood'])
+    records = [record | {'old': real.on_old(name, record['sets'])} for record in records]
   found = {
     'title': task.title,
     'protocol': {'seeds': args.seeds, 'steps': task.steps, 'pace': task.pace}
@@ -202,7 +205,8 @@ def publish(args: argparse.Namespace, results: dict[str, Result]) -> None:
   if len(sizes) > 1:
     pictures.headline(args.out / 'headline.png', found['headline'], list(records))
   elif found.get('kinds'):
-    pictures.held(args.out / 'held.png', *titles.values(), found['kinds'])
+    ((task, of_task),) = titles.items()
+    pictures.held(args.out / 'held.png', f'{task}: {of_task}', found['kinds'])
   print(f'Results, and pictures of them: {args.out}')
 
 

@@ -17,6 +17,7 @@ from suite.tasks import Stage, Task
 pytestmark = pytest.mark.examples
 
 SEEDS, SHOTS, STEPS = 2, 30, 20
+ROOT = Path(__file__).parents[1]
 
 
 def rotated(params: Any, x: jax.Array) -> jax.Array:
@@ -122,7 +123,7 @@ def test_kl_holds_the_answers_of_the_base_model() -> None:
 
 
 def record(method: str, id_score: float, ood: float, **more: Any) -> dict[str, Any]:
-  scores = {'validation': [id_score], 'id': [id_score], 'ood': [ood]}
+  scores = {'validation': [id_score], 'id': [id_score], 'ood': [ood], 'old': [ood]}
   return {'method': method, 'setting': {}, 'rate': 1.0, 'sets': {}, **scores, **more}
 
 
@@ -298,26 +299,59 @@ def test_differences_at_the_rate_of_adam() -> None:
 
   def task(shift: float) -> list[dict[str, Any]]:
     return [
-      record('Adam', 0, 0, rate=1.0) | {'id': [50, 60], 'ood': [30, 30], 'validation': [9]},
+      record('Adam', 0, 0, rate=1.0)
+      | {'id': [50, 60], 'ood': [30, 30], 'old': [70, 80], 'validation': [9]},
       record('Adam', 0, 0, rate=2.0),
-      record('adam_spd', 0, 0, rate=1.0) | {'id': [51, 59 + shift], 'ood': [33, 35]},
+      record('adam_spd', 0, 0, rate=1.0)
+      | {'id': [51, 59 + shift], 'ood': [33, 35], 'old': [76, 82]},
       record('adam_spd', 0, 0, rate=2.0),
       record('adam_spd + WiSE-FT', 0, 0, rate=1.0),
     ]
 
   one = tables.at_adams_rate({'a': task(0)})
   assert list(one) == ['Adam', 'adam_spd']
-  assert one['adam_spd'] == {'ID − Adam': [1, -1], 'OOD − Adam': [3, 5]}
-  other = record('L2-SP', 1, 1, rate=1.0) | {'id': [50, 60], 'ood': [30, 30]}
-  some = tables.headline({'a': [*task(0), other], 'b': task(2)}, {})
-  assert some == tables.at_adams_rate({'a': task(0), 'b': task(2)})
+  assert one['adam_spd'] == {'ID − Adam': [1, -1], 'old − Adam': [6, 2], 'OOD − Adam': [3, 5]}
+  other = record('L2-SP', 1, 1, rate=1.0) | {'id': [50, 60], 'ood': [30, 30], 'old': [0, 0]}
+  some = tables.like_adam({'a': [*task(0), other], 'b': task(2)}, {})
+  assert [[*each] for each in some.values()] == [['Adam', 'adam_spd']] * 2
+  starts = {name: {'id': [1, 2], 'ood': [0, 0], 'old': [90, 91]} for name in 'ab'}
+  assert tables.scores(some, starts) == {
+    'pre-trained': dict.fromkeys('ab', '1.5 / 90.5'),
+    'Adam': dict.fromkeys('ab', '55.0 / 75.0'),
+    'adam_spd': {'a': '55.0 / 79.0', 'b': '56.0 / 79.0'},
+  }
   two = tables.at_adams_rate({'a': [*task(0), other], 'b': task(2)})
   assert two['L2-SP']['OOD − Adam'] == [0]
   assert two['adam_spd'] == {
     'a': '+0.0 / +4.0',
     'b': '+1.0 / +4.0',
     'ID − Adam': [0, 1],
+    'old − Adam': [4, 4],
     'OOD − Adam': [4, 4],
+  }
+
+
+def test_differences_by_test_set() -> None:
+  """Catches a set of another task, and seeds that are not paired."""
+  adam = record('Adam', 0, 0) | {'sets': {'x': [50, 60], 'y': [0, 0]}}
+  peer = record('L2-SP', 0, 0) | {'sets': {'x': [51, 59], 'y': [3, 3]}}
+  assert tables.each_set({'a': {'Adam': adam, 'L2-SP': peer}}) == {
+    'a: x': {'Adam': [50, 60], 'L2-SP − Adam': [1, -1]},
+    'a: y': {'Adam': [0, 0], 'L2-SP − Adam': [3, 3]},
+  }
+
+
+def test_sets_of_what_a_model_could_before() -> None:
+  """Catches a set of the new task among them, or one that exists no more."""
+  sets = {'serif': [1, 2], 'emoji turned': [60.0, 80.0], 'emoji by another': [40.0, 41.0]}
+  assert real.on_old('handwriting', sets) == [50, 60.5]
+  np.testing.assert_allclose(real.on_old('letters_vit', sets), [101 / 3, 41])
+  lines = (ROOT / 'examples/results/real/records.jsonl').read_text().splitlines()
+  sets = {record['task']: set(record['sets']) for record in map(json.loads, lines)}
+  assert {name: set(others) < sets[name] for name, others in real.OTHER_DATA.items()} == {
+    'handwriting': True,
+    'minilm_tense': True,
+    'minilm_voice': True,
   }
 
 
@@ -334,8 +368,8 @@ def test_a_method_has_one_row_with_the_setting_of_validation() -> None:
     at('L2-SP', 9, 8, rate=2.0, strength=0.01),
     *(at('projection_decay', 1, 2, margin=0), at('projection_decay', 2, 7, margin=0.05)),
   ]
-  found = tables.headline({'a': records}, {'projection_decay': {'margin': 0}})
-  assert {name: row['ID − Adam'] for name, row in found.items()} == {
+  found = tables.like_adam({'a': records}, {'projection_decay': {'margin': 0}})['a']
+  assert {name: each['id'] for name, each in found.items()} == {
     'Adam': [0],
     'L2-SP': [1],
     'projection_decay': [2],

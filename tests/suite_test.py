@@ -192,7 +192,7 @@ def test_front_curves_stop_where_a_method_does(tmp_path: Any, figure: Any) -> No
   titles = {task: f'task {task}' for task in records}
   pictures.front_curves(tmp_path / 'fronts.png', titles, records, {'A': {'m': 0}})
   *panels, mean = figure().axes[:4]
-  assert [axes.get_title() for axes in panels] == [*titles.values()]
+  assert [axes.get_title() for axes in panels] == ['a\ntask a', 'b\ntask b', 'c\ntask c']
   (legend,) = figure().legends
   assert [text.get_text() for text in legend.get_texts()] == ['Adam', 'A, default', 'B']
 
@@ -217,14 +217,14 @@ def test_the_headline_shows_each_task_and_the_mean(tmp_path: Any, figure: Any) -
     'L2-SP': ([-4.0, *range(1, 9)], [*range(9)]),
     'adam_spd': ([9.0] * 9, [*range(30, 39)]),
   }
-  table = {name: {'ID − Adam': a, 'OOD − Adam': b} for name, (a, b) in gains.items()}
+  table = {name: {'ID − Adam': a, 'old − Adam': b} for name, (a, b) in gains.items()}
   pictures.headline(tmp_path / 'headline.png', table, tasks)
   panels = figure().axes
   labels = panels[0].get_yticklabels()
   assert [label.get_text() for label in labels] == ['L2-SP', 'adam_spd']
   assert [label.get_fontweight() for label in labels] == ['normal', 'bold']
-  assert '(ID)' in panels[0].get_xlabel()
-  assert '(OOD)' in panels[1].get_xlabel()
+  assert 'new task' in panels[0].get_xlabel()
+  assert 'before' in panels[1].get_xlabel()
   for i, axes in enumerate(panels):
     found = {
       points.get_label(): points for points in axes.collections if points.get_label()[0] != '_'

@@ -13,7 +13,7 @@ Record = dict[str, Any]
 Table = dict[str, dict[str, list[float]]]
 
 PEER = 'Adam'
-VALIDATION, ID, OOD = 'validation', 'id', 'ood'
+VALIDATION, ID, OOD, OLD = 'validation', 'id', 'ood', 'old'
 
 
 def without_diverged(record: Record) -> Record:

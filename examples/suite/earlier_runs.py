@@ -1,13 +1,22 @@
 """Results of earlier runs on real models, read again: for tables over several of them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from suite.choice import ID, OOD, PEER
+from suite import real
+from suite.choice import ID, OLD, OOD, PEER
 
 Result = dict[str, Any]  # title, before, records and, by layer, sizes of a task
+
+
+def before(task: str, start: Mapping[str, Any]) -> Result:
+  """Scores of the start; that of what the model could before is absent in some earlier results."""
+  found = {ID: start['ID'], OOD: start['OOD']}
+  if task not in real.OTHER_DATA:
+    found[OLD] = start['OOD']
+  return found | ({OLD: start['old']} if 'old' in start else {})
 
 
 def read(folders: Sequence[Path]) -> dict[str, Result]:
@@ -29,7 +38,7 @@ def read(folders: Sequence[Path]) -> dict[str, Result]:
       result = {
         'title': title,
         'protocol': settings['protocols'][name],
-        'before': {ID: start['ID'], OOD: start['OOD']},
+        'before': before(name, start),
         'sizes': settings['layers'][name],
       }
       known = found.setdefault(name, {**result, 'records': {}})
@@ -37,8 +46,11 @@ def read(folders: Sequence[Path]) -> dict[str, Result]:
         raise ValueError(f'{folder}: {name} differs from that of another folder in {differ}')
     for line in (folder / 'records.jsonl').read_text().splitlines():
       record = json.loads(line)
+      task = record.pop('task')
+      if OLD not in record:  # as in results of earlier versions
+        record[OLD] = real.on_old(task, record['sets'])
       key = json.dumps([record['method'], record['setting'], record['rate']])
-      found[record.pop('task')]['records'].setdefault(key, record)
+      found[task]['records'].setdefault(key, record)
   for name, result in found.items():
     result['records'] = list(result['records'].values())
     if PEER not in {record['method'] for record in result['records']}:

@@ -37,6 +37,12 @@ LINES = {  # of the fronts: these beside `COLORS`, thinner and dashed
 }
 
 MARKERS = 'os^DvPX*'
+SETTINGS = {  # of a method in `held`, in their order
+  'adam_spd': 'o',
+  'adam_spd, near': 'v',
+  'projection_decay': '^D',
+  'SignificantProjection': 's',
+}
 # By Okabe and Ito: told apart by everyone.
 TASK_COLORS = ('#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9', '#d55e00')
 
@@ -67,7 +73,7 @@ def pareto(
   for axes, (task, found) in zip(grid.flat, records.items(), strict=False):
     _configurations(axes, found, chosen[task])
     axes.axhline(choice.mean(before[task], OOD), color='gray', linestyle=':', linewidth=1)
-    axes.set_title(textwrap.fill(titles[task], 50), fontsize=9)
+    axes.set_title(_title(task, titles[task]), fontsize=9)
     axes.grid(alpha=0.3)
   for axes in grid[:, 0]:
     axes.set_ylabel('out of distribution')
@@ -77,6 +83,10 @@ def pareto(
   figure.legend(handles, labels, loc='outside lower center', ncols=min(4, 3 * columns), fontsize=9)
   figure.savefig(path, dpi=110)
   plt.close(figure)
+
+
+def _title(task: str, title: str) -> str:
+  return f'{task}\n{textwrap.fill(title, 52)}'
 
 
 def _configurations(
@@ -144,7 +154,7 @@ def front_curves(
       grid.flat[len(records)].plot(below, np.mean(gains, 0), **style)
   for axes, (task, title) in zip(grid.flat, titles.items(), strict=False):
     axes.axvline(adam[task][:, 0].max(), color='gray', linestyle=':', linewidth=1)
-    axes.set_title(textwrap.fill(title, 50), fontsize=9)
+    axes.set_title(_title(task, title), fontsize=9)
     axes.set_xlabel('in distribution, at least', fontsize=9)
   if len(records) > 1:
     axes = grid.flat[len(records)]
@@ -180,16 +190,16 @@ def ranks(path: Path, methods: Sequence[str], values: np.ndarray) -> None:
 
 
 def headline(path: Path, table: Table, tasks: Sequence[str]) -> None:
-  """Both scores of each method minus Adam's: a point for each task, and the mean over tasks.
+  """Scores of the new task and the old minus Adam's: a point for each task, and their mean.
 
   Args:
     path: of the picture.
-    table: what `tables.headline` says.
+    table: what `tables.of_real_models` calls 'headline'.
     tasks: their names, in the order of its values.
   """
   columns = {
-    'ID − Adam': 'new data (ID): points more than Adam',
-    'OOD − Adam': 'what must not be lost (OOD): points more than Adam',
+    'ID − Adam': 'the new task: points more than Adam',
+    'old − Adam': 'what the model could before: points more than Adam',
   }
   rows = {method: row for method, row in table.items() if method != choice.PEER}
   at = np.arange(len(rows))
@@ -237,6 +247,7 @@ def held(path: Path, title: str, kinds: Table) -> None:
   size = (7.5, 0.25 * len(kinds) + 1.8)
   figure, axes = plt.subplots(figsize=size, layout='constrained')
   columns = [column for column in next(iter(kinds.values())) if column.startswith(HELD)]
+  markers = {method: iter(marks) for method, marks in SETTINGS.items()}
   for i, column in enumerate(columns):
     method = column.removeprefix(HELD)
     of = max((name for name in COLORS if method.startswith(name)), key=len, default='')
@@ -244,7 +255,7 @@ def held(path: Path, title: str, kinds: Table) -> None:
     axes.scatter(
       *([np.mean(row[column]) for row in kinds.values()], np.arange(len(kinds)) + shift),
       s=26,
-      marker=MARKERS[i % len(MARKERS)],
+      marker=next(markers.get(of, iter('')), 'X'),
       color=COLORS.get(of, PEER_COLOR),
       label=method,
       zorder=3,

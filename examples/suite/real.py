@@ -4,15 +4,23 @@ The head of a loaded model is a linear probe of the training examples at first, 
 LP-FT there. WiSE-FT goes on from every method, since it costs nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import optax
 
 import spd_optax as spd
 from suite import methods, peers, tried
 from suite.methods import KL, WISE_FT, Method, Scalar, Setting, dial, sweep
 
+# Test sets of the new task that have other data than the training examples. What a model could
+# before is in all others.
+OTHER_DATA = {
+  'handwriting': ('serif', 'monospaced', 'poster'),
+  'minilm_tense': ('fiction', 'science'),
+  'minilm_voice': ('press', 'fiction'),
+}
 ALPHAS = sweep(alpha=(0.8, 0.6, 0.4))
 
 
@@ -24,6 +32,19 @@ def towards_base(learning_rate: Scalar, blocks: Any = None) -> optax.GradientTra
 def relieved(learning_rate: Scalar, blocks: Any = None) -> optax.GradientTransformation:
   """`adam_spd` that holds a layer less firmly the more often it has been held."""
   return spd.adam_spd(learning_rate, rule=tried.Relieved())
+
+
+def on_old(task: str, sets: Mapping[str, Any]) -> list[float]:
+  """The score of each seed on what the model could before: the mean over these test sets.
+
+  Args:
+    task: its name.
+    sets: by name of a test set out of distribution, the score of each seed.
+  """
+  old = [
+    np.asarray(values) for name, values in sets.items() if name not in OTHER_DATA.get(task, ())
+  ]
+  return np.mean(old, 0).tolist()
 
 
 def method(make: Callable[..., Any], settings: tuple[Setting, ...] = ({},)) -> Method:

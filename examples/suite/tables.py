@@ -9,7 +9,7 @@ import numpy as np
 
 import reporting
 from suite import choice, defaults, fronts
-from suite.choice import ID, OOD, Record
+from suite.choice import ID, OLD, OOD, Record
 from suite.methods import SPD, WISE_FT
 
 Table = dict[str, dict[str, Any]]
@@ -28,7 +28,7 @@ def all_of(
   """
   found = {}
   for task, each in records.items():
-    known = {'setting': '–', 'rate': '–', 'ID': before[task][ID], 'OOD': before[task][OOD]}
+    known = {'setting': '–', 'rate': '–'} | _columns(before[task])
     found[task] = {'pre-trained': known} | of_task(each, default)
   found['overall'] = overall(best)
   rates = [{record['rate'] for record in each} for each in records.values()]
@@ -49,16 +49,20 @@ def of_real_models(
   found = {'fronts': fronts.table(records, default)}
   if len(records) > 1:
     found['rules'] = defaults.among_rules(records)
+  same_rate = like_adam(records, default)
   return found | {
     'each_rate': each_rate(records, before),
     'at_adams_rate': at_adams_rate(records),
-    'headline': headline(records, default),
+    'headline': _minus_adam(same_rate),
+    'scores': scores(same_rate, before),
+    'sets': each_set(same_rate),
     'sizes': by_size(records, sizes),
     'kinds': by_kind(records, sizes),
   }
 
 
 BOTH = (('ID', ID), ('OOD', OOD))  # by their titles
+ALL = (('ID', ID), ('old', OLD), ('OOD', OOD))
 HELD = 'held by '  # and a method: a column
 # Of blocks, in the path of a layer.
 NUMBERS = re.compile(r'^(block|layer)_\d+/|_\d+(?=/|$)|(/(block|layer))?/\d+(?=/)')
@@ -155,6 +159,8 @@ TITLES = {
   'each_rate': 'Every setting at every learning rate',
   'at_adams_rate': 'Minus Adam, at the rate that validation chose for Adam',
   'headline': 'The same of methods that ran on all tasks, at their default or as validation chose',
+  'scores': 'Their scores: of the new task, and of what the model could before',
+  'sets': 'By test set out of distribution: the score of Adam, and the others minus it',
   'sizes': 'Share of the steps in % in which layers were held, by size, at the rate of Adam',
   'kinds': 'The same by kind: paths without the numbers of their blocks',
   'overall': 'What validation chose, over all tasks',
@@ -171,45 +177,72 @@ def at_adams_rate(records: Mapping[str, Sequence[Record]]) -> Table:
   """
   found = {}
   for task, each in records.items():
-    of_setting = ((record, choice.shown(record['setting'])) for record in _like_adam(each))
+    of_setting = ((record, choice.shown(record['setting'])) for record in _at_its_rate(each))
     found[task] = {', '.join(filter(None, (r['method'], shown))): r for r, shown in of_setting}
   return _minus_adam(found)
 
 
-def headline(records: Mapping[str, Sequence[Record]], default: Mapping[str, Any]) -> Table:
-  """The same of methods that ran on all tasks, a row each.
+def like_adam(
+  records: Mapping[str, Sequence[Record]], default: Mapping[str, Any]
+) -> dict[str, dict[str, Record]]:
+  """By task and method, the configuration at the rate that validation chose for Adam.
 
   Validation chooses the setting of a method on each task; one in `default` has that setting.
+  Methods that did not run on all tasks are left out.
   """
   found = {}
   for task, each in records.items():
     one_setting = [
-      r for r in _like_adam(each) if r['setting'] == default.get(r['method'], r['setting'])
+      r for r in _at_its_rate(each) if r['setting'] == default.get(r['method'], r['setting'])
     ]
     found[task] = choice.chosen(one_setting, {})
   everywhere = set.intersection(*(set(each) for each in found.values()))
-  return _minus_adam(
-    {
-      task: {name: each[name] for name in each if name in everywhere}
-      for task, each in found.items()
-    }
-  )
+  return {
+    task: {name: each[name] for name in each if name in everywhere} for task, each in found.items()
+  }
 
 
-def _like_adam(records: Sequence[Record]) -> list[Record]:
+def _at_its_rate(records: Sequence[Record]) -> list[Record]:
   """Those at the rate that validation chose for Adam; without WiSE-FT after another method."""
   rate = choice.by_validation(choice.of(records, choice.PEER))['rate']
   return [r for r in records if r['rate'] == rate and not r['method'].endswith(f'+ {WISE_FT}')]
 
 
-def _minus_adam(found: Mapping[str, Mapping[str, Record]]) -> Table:
-  """A row for each title, of the tasks that have it."""
+def scores(found: Found, before: Mapping[str, Mapping[str, Any]]) -> Table:
+  """A row for each method, and one for the start: on each task both scores, new and old."""
+  starts = {task: {'pre-trained': each} for task, each in before.items() if OLD in each}
+  table: Table = {}
+  for task, each in found.items():
+    for method, record in (starts.get(task, {}) | each).items():
+      both = (np.mean(record[column]) for column in (ID, OLD))
+      table.setdefault(method, {})[task] = ' / '.join(f'{score:.1f}' for score in both)
+  return table
+
+
+def each_set(found: Found) -> Table:
+  """A row for each test set out of distribution: Adam's score, and that of others minus it."""
+  table: Table = {}
+  for task, each in found.items():
+    peer = each[choice.PEER]['sets']
+    for name, score in peer.items():
+      row = table[f'{task}: {name}'] = {choice.PEER: score}
+      for method, record in each.items():
+        if method != choice.PEER:
+          row[f'{method} − Adam'] = np.subtract(record['sets'][name], score).tolist()
+  return table
+
+
+def _minus_adam(found: Found) -> Table:
+  """A row for each title, of the tasks that have it: one value per task, or per seed of one task.
+
+  Of several tasks, a column of each has the means: new / old.
+  """
   table: Table = {}
   for title in dict.fromkeys(title for each in found.values() for title in each):
     gains = {
       task: np.subtract(
-        [each[title][column] for _, column in BOTH],
-        [each[choice.PEER][column] for _, column in BOTH],
+        [each[title][column] for _, column in ALL],
+        [each[choice.PEER][column] for _, column in ALL],
       )
       for task, each in found.items()
       if title in each
@@ -217,10 +250,10 @@ def _minus_adam(found: Mapping[str, Mapping[str, Record]]) -> Table:
     means = {task: gain.mean(1) for task, gain in gains.items()}
     values = np.array([*means.values()]).T if len(found) > 1 else next(iter(gains.values()))
     table[title] = {
-      f'{name} − Adam': each.tolist() for (name, _), each in zip(BOTH, values, strict=True)
+      f'{name} − Adam': each.tolist() for (name, _), each in zip(ALL, values, strict=True)
     }
     if len(found) > 1:
-      table[title] |= {task: ' / '.join(f'{x:+.1f}' for x in means[task]) for task in means}
+      table[title] |= {task: f'{new:+.1f} / {old:+.1f}' for task, (new, old, _) in means.items()}
   return table
 
 
@@ -244,14 +277,17 @@ def of_task(records: Sequence[Record], defaults: Mapping[str, Any]) -> Table:
     table[method] = {
       'setting': choice.shown(record['setting']) or '–',
       'rate': f'{record["rate"]:g}',
-      'ID': record[ID],
-      'OOD': record[OOD],
+      **_columns(record),
       'moved': [value for value in record['moved'] if value is not None] or '–',
     }
     if 'held' in record:
       table[method]['held'] = record['held']
     table[method] |= {'oracle ID': oracle[method][ID], 'oracle OOD': oracle[method][OOD]}
   return table
+
+
+def _columns(record: Mapping[str, Any]) -> dict[str, list[float]]:
+  return {title: record[column] for title, column in ALL if column in record}
 
 
 def overall(found: Found) -> Table:
