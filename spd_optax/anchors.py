@@ -8,7 +8,7 @@ state's anchor tree ``optax.MaskedNode()`` stands where nothing is stored.
 import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -19,6 +19,8 @@ import optax
 
 from spd_optax import checks, leafwise, patterns, placement, trees
 from spd_optax.patterns import Patterns
+
+Fits = Callable[[jax.typing.DTypeLike, jax.typing.DTypeLike], bool]  # of an anchor and its param
 
 
 class View(NamedTuple):
@@ -89,13 +91,13 @@ class Anchoring:
       None if never_held(leaf) else 0 if checks.is_zero(value) else value for leaf, value in each
     ]
 
-  def checked(self, params: trees.Flat) -> list[Any]:
+  def checked(self, params: trees.Flat, fits: Fits | None = None) -> list[Any]:
     """What is `given`, after a check against the params."""
-    values = self.given(params)
+    values, fits = self.given(params), fits or self._fits
     problems = [
       f'{trees.shown(path)}: {problem}'
       for path, leaf, value in zip(params.paths, params.leaves, values, strict=True)
-      if is_stored(value) and (problem := _mismatch(leaf, value, self.dtype))
+      if is_stored(value) and (problem := _mismatch(leaf, value, fits))
     ]
     injected = isinstance(self.anchor, jax.Array) and not self.anchor.ndim
     checks.raise_all(
@@ -104,6 +106,9 @@ class Anchoring:
       f'(captured), 0, or None (free){checks.STATIC.format("anchor") if injected else ""}:',
     )
     return values
+
+  def _fits(self, dtype: jax.typing.DTypeLike, param: jax.typing.DTypeLike) -> bool:
+    return dtype == param or (self.dtype is not None and dtype == self.dtype)
 
   def init(self, params: optax.Params) -> optax.Params:
     """The anchor tree for the state: copies with the shardings of the params."""
@@ -115,6 +120,8 @@ class Anchoring:
       for value, leaf in zip(self.checked(flat), flat.leaves, strict=True)
     ]
     stored = jax.tree.unflatten(flat.treedef, found)
+    if self.ema is not None:
+      _check_can_follow(trees.flatten(stored))
     if self.memory_kind is None or not placement.have_pinned_host(jax.tree.leaves(stored)):
       return stored
     return jax.tree.map(placement.on_host, stored)
@@ -169,11 +176,7 @@ class Anchoring:
     if self.ema is None:
       return view.stored
     flat = trees.flatten(view.stored)
-    narrow = {path: x.dtype for path, x in flat.by_path.items() if jnp.finfo(x).bits < 32}
-    checks.raise_all(
-      [f'{trees.shown(path)}: {dtype}' for path, dtype in narrow.items()],
-      'anchor_ema: a slowly following anchor needs float32 or wider (anchor_dtype=jnp.float32):',
-    )
+    _check_can_follow(flat)
     pairs = zip(view.at, view.params, view.anchors, strict=True)
     ends = {view.flat.paths[i]: (p, a) for i, p, a in pairs}
     moved = [leafwise.followed(*ends[path], self.ema) for path in flat.paths]
@@ -236,6 +239,15 @@ def flat_params(params: optax.Params) -> trees.Flat:
   return flat
 
 
+def _check_can_follow(anchor: trees.Flat) -> None:
+  """Raises a ValueError that names each array which is too narrow for small steps."""
+  narrow = {path: x.dtype for path, x in anchor.by_path.items() if jnp.finfo(x).bits < 32}
+  checks.raise_all(
+    [f'{trees.shown(path)}: {dtype}' for path, dtype in narrow.items()],
+    'anchor_ema: a slowly following anchor needs float32 or wider (anchor_dtype=jnp.float32):',
+  )
+
+
 def _is_captured(value: object) -> bool:
   """Whether a leaf of the anchor stands for the param at the first update."""
   return isinstance(value, jax.ShapeDtypeStruct)
@@ -251,7 +263,9 @@ def is_stored(value: object) -> bool:
   return value is not None and not checks.is_zero(value)
 
 
-def _mismatch(leaf: Any, value: Any, anchor_dtype: Any) -> str | None:
+def _mismatch(leaf: Any, value: Any, fits: Fits) -> str | None:
+  if isinstance(value, optax.MaskedNode):  # of the anchor in a state
+    return 'found MaskedNode; pass 0 if the anchor is zero there, None if the leaf is free'
   problem = None if _is_captured(value) else checks.without_values(value)
   if problem or isinstance(value, bool):
     return f'found {problem or checks.kind_of(value)}'
@@ -261,7 +275,7 @@ def _mismatch(leaf: Any, value: Any, anchor_dtype: Any) -> str | None:
     return both
   # A Python number takes the param's dtype, as everywhere in JAX.
   dtype = jnp.result_type(value, leaf) if number else checks.dtype_of(value)
-  if dtype == checks.dtype_of(leaf) or (anchor_dtype is not None and dtype == anchor_dtype):
+  if fits(dtype, checks.dtype_of(leaf)):
     return None
   return f'{both}; cast the anchor'
 
@@ -272,8 +286,8 @@ def interpolate(anchor: optax.Params, params: optax.Params, alpha: chex.Numeric)
       (1 − α) θ_0 + α θ
 
   Args:
-    anchor: θ_0, a tree like the params or a prefix of it: arrays, 0 (zero), or
-      None where there is no anchor (θ is kept).
+    anchor: θ_0, a tree like the params or a prefix of it: arrays of any floating dtype, 0 (zero),
+      or None where there is no anchor (θ is kept).
     params: θ, the fine-tuned weights.
     alpha: α; 0 is the anchor, 1 the fine-tuned params, both exactly.
 
@@ -294,8 +308,7 @@ def interpolate(anchor: optax.Params, params: optax.Params, alpha: chex.Numeric)
     >>> spd.interpolate({'w': jnp.zeros(2)}, {'w': jnp.ones(2)}, 0.5)
     {'w': Array([0.5, 0.5], dtype=float32)}
   """
-  structs = (x for x in jax.tree.leaves(anchor) if isinstance(x, jax.ShapeDtypeStruct))
-  if anchor is None or any(structs):
+  if anchor is None or any(map(_is_captured, jax.tree.leaves(anchor))):
     raise TypeError('interpolate(anchor, params, alpha): expected an anchor with values')
   checks.scalar('alpha', alpha, 'a number', math.isfinite)
   flat = flat_params(params)
@@ -310,5 +323,5 @@ def interpolate(anchor: optax.Params, params: optax.Params, alpha: chex.Numeric)
     exact = jnp.where(jnp.equal(alpha, 0), start, jnp.where(jnp.equal(alpha, 1), end, mixed))
     return exact.astype(checks.dtype_of(leaf))
 
-  pairs = zip(Anchoring(anchor).checked(flat), flat.leaves, strict=True)
+  pairs = zip(Anchoring(anchor).checked(flat, checks.can_replace), flat.leaves, strict=True)
   return jax.tree.unflatten(flat.treedef, [between(start, leaf) for start, leaf in pairs])

@@ -69,7 +69,10 @@ def states_of(opt_state: optax.OptState, name: str) -> list[ProjectionDecayState
   found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
   if not found:
     kind = checks.kind_of(opt_state)
-    raise TypeError(f'{name}: expected the state of an optimizer with SPD in it, found {kind}')
+    raise TypeError(
+      f'{name}: expected the state of an optimizer with SPD in it, found {kind}; of an '
+      'nnx.Optimizer pass its opt_state'
+    )
   return found
 
 

@@ -50,12 +50,13 @@ def not_clearly_outward(
   """The condition with a margin m in [0, 1): c < m ‖g‖ ‖d‖, that is cos(g, d) > −m.
 
   A layer moves freely only where −g points clearly away from the anchor. Never true where
-  ‖g‖ or ‖d‖ is 0 or not finite. A square leaves float32 where its root leaves
-  1e-19 to 1e19; the cosine is then not known, and does not hold a layer.
+  ‖g‖ or ‖d‖ is 0 or not finite, or m is out of its range. A square leaves float32 where its
+  root leaves 1e-19 to 1e19; the cosine is then not known, and does not hold a layer.
   """
   threshold: jax.Array = margin * gradient_norm * distance
   measured = (gradient_norm > 0) & (distance > 0) & jnp.isfinite(gradient_norm + distance)
-  return (-inner < threshold) & jnp.isfinite(threshold) & measured
+  known: jax.Array = measured & jnp.isfinite(threshold) & (margin >= 0) & (margin < 1)
+  return (-inner < threshold) & known
 
 
 def projection_ratio(distance: jax.Array, distance_after: jax.Array) -> jax.Array:

@@ -159,7 +159,14 @@ class Arrangement:
   def _group_keys(self, params: trees.Flat, at: Sequence[int]) -> list[str | int | None]:
     """For each of these leaves the key of its group, or None."""
     if callable(self.group):
-      return [self.group(params.paths[i]) for i in at]
+      keys = {params.paths[i]: self.group(params.paths[i]) for i in at}
+      problems = [
+        f'{trees.shown(path)}: {checks.kind_of(key)}'
+        for path, key in keys.items()
+        if isinstance(key, bool) or not isinstance(key, str | int | None)
+      ]
+      checks.raise_all(problems, 'group(path) must return a string, an int or None:', TypeError)
+      return list(keys.values())
     places = patterns.places('group', self.group, params)
     return [places[i] for i in at]
 

@@ -77,9 +77,10 @@ def sums(
 
 @jax.jit
 def followed(param: jax.Array, anchor: jax.Array, ema: chex.Numeric) -> jax.Array:
-  """β θ_0 + (1 − β) θ; a param that is not finite is not followed."""
+  """β θ_0 + (1 − β) θ; a param that is not finite is not followed, nor any with β out of [0, 1)."""
   anchor, param = at_least_float32(anchor), at_least_float32(param)
-  return jnp.where(jnp.isfinite(param), anchor + (1 - ema) * (param - anchor), anchor)
+  follows = jnp.isfinite(param) & (ema >= 0) & (ema < 1)
+  return jnp.where(follows, anchor + (1 - ema) * (param - anchor), anchor)
 
 
 def taken_back(

@@ -1,19 +1,22 @@
 """Warnings where a transformation stands in a wrong place.
 
-No transformation of optax knows its neighbors. So this looks at what `init` was called from, and at
-the functions that an optimizer is made of. What it cannot see, it does not warn of.
+No transformation of optax knows its neighbors. So this looks at what `init` or `update` was called
+from, and at the functions that an optimizer is made of. A link without state, such as a constant
+learning rate, shows itself in `update` alone. What cannot be seen is not warned of.
 """
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 
 from spd_optax import checks
-from spd_optax.rules import GradientTurn
+from spd_optax.rules import L2SP, GradientTurn, Rule
 
 Part = tuple[str, dict[str, Any]]  # a name, and the closure by name
 
@@ -50,19 +53,26 @@ def _parts(*functions: Any) -> Iterator[Part]:
       yield name, closure
 
 
-def _neighbors() -> tuple[list[str], list[str]]:
-  """The names of the links before and behind the one whose `init` runs, of all chains around it."""
+def _frames() -> Iterator[FrameType]:
+  """What called this function, from the inside out."""
+  frame = inspect.currentframe()
+  while (frame := frame and frame.f_back) is not None:
+    yield frame
+
+
+def _neighbors() -> tuple[list[Part], list[Part]]:
+  """The parts before and behind the link whose function runs, of all chains around it."""
   before: list[Any] = []
   behind: list[Any] = []
-  frame, called = inspect.currentframe(), None
-  while frame is not None:
+  called = None
+  for frame in _frames():
     if frame.f_globals.get('__name__') == optax.chain.__module__:
       found, at = frame.f_locals, 0
       links: tuple[Any, ...] = ()
       called = found.get('fn', called)
-      if called in found.get('init_fns', ()):  # of optax.chain
-        links = found['init_fns']
-        at = links.index(called)
+      own = found.get('init_fns', found.get('update_fns', ()))
+      if called in own:  # of optax.chain
+        links, at = own, own.index(called)
       elif isinstance(found.get('transforms'), list) and 'name' in found:  # of optax.named_chain
         names, links = zip(*found['transforms'], strict=True)
         at = names.index(found['name'])
@@ -70,29 +80,74 @@ def _neighbors() -> tuple[list[str], list[str]]:
         before += links[:at]
         behind += links[at + 1 :]
         called = None
-    frame = frame.f_back
-  return [name for name, _ in _parts(*before)], [name for name, _ in _parts(*behind)]
+  return list(_parts(*before)), list(_parts(*behind))
 
 
-def _changing(names: list[str]) -> list[str]:
-  """Those that turn gradients into steps, or change steps."""
-  return sorted({name for name in names if name == 'trace' or name.startswith('scale_by_')})
+def _changing(parts: Sequence[Part]) -> list[str]:
+  """The names of those that turn gradients into steps, or change steps."""
+  names = {name for name, _ in parts if name == 'trace' or name.startswith('scale_by_')}
+  return sorted(names | ({'a learning rate'} if any(map(_is_negative_scale, parts)) else set()))
 
 
-def warn_of_link() -> None:
+def _is_negative_scale(part: Part) -> bool:
+  """Whether a part is what optax makes of a constant learning rate."""
+  name, closure = part
+  size = closure.get('step_size')
+  return name == 'scale' and isinstance(size, int | float | np.number) and bool(size < 0)
+
+
+class LinkCheck:
+  """Warns of a link in a wrong place; of each transformation once."""
+
+  def __init__(self, rule: Rule):
+    self.rule, self.has_warned, self.has_run = rule, False, False
+
+  def at_init(self) -> None:
+    """Looks at the links that have a state."""
+    self.has_warned = self._warn()
+
+  def at_update(self, gradients: optax.Updates) -> None:
+    """Looks at all links, at trace time or in the first step."""
+    tracing = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(gradients))
+    if not self.has_warned and (tracing or not self.has_run):
+      self.has_warned, self.has_run = self._warn(), True
+
+  def _warn(self) -> bool:
+    if isinstance(self.rule, GradientTurn):
+      return _warn_of_turn()
+    return _warn_of_pull('l2_sp' if isinstance(self.rule, L2SP) else 'projection_decay')
+
+
+def _warn_of_pull(name: str) -> bool:
+  """Warns of a link behind the learning rate, where its pull has the wrong sign."""
+  before, _ = _neighbors()
+  rates = [p for p in before if p[0] == 'scale_by_learning_rate' or _is_negative_scale(p)]
+  if rates:
+    checks.warn(
+      f'{name} stands behind a learning rate, so that its pull has the wrong sign and drives the '
+      f'params away from the anchor. Put it first: optax.chain(spd.{name}(), optax.adam(...)); or, '
+      'decoupled, between optax.scale_by_adam() and optax.scale_by_learning_rate(...).'
+    )
+  return bool(rates)
+
+
+def _warn_of_turn() -> bool:
   """Warns of a `projection_decay` that sees no gradients any more, or is one of two."""
   before, behind = _neighbors()
-  if found := _changing(before):
+  found = _changing(before)
+  if found:
     checks.warn(
       f'projection_decay stands behind {", ".join(found)}, so that it sees steps, not gradients, '
       'and its pull has the wrong sign. Put it first: '
       'optax.chain(spd.projection_decay(), optax.adam(...)).'
     )
-  if 'with_projection_decay' in before + behind:
+  twice = 'with_projection_decay' in dict(before + behind)
+  if twice:
     checks.warn(
       'projection_decay and an optimizer of with_projection_decay (or adam_spd) are links of one '
       'chain, so each layer is held twice. Leave one of them out.'
     )
+  return bool(found or twice)
 
 
 def warn_of_optimizer(optimizer: Any) -> None:
@@ -115,6 +170,13 @@ def warn_of_optimizer(optimizer: Any) -> None:
       f'with_projection_decay is around an optimizer with weight decay toward 0 ({decay[0]!r}), '
       'which pulls held layers away from their anchor. SPD replaces it: pass weight_decay=0, or '
       'optax.adam in place of optax.adamw. Only free layers may have it.'
+    )
+  home = optax.contrib.schedule_free.__module__
+  if any(frame.f_globals.get('__name__') == home for frame in _frames()):
+    checks.warn(
+      'with_projection_decay (or adam_spd) is inside optax.contrib.schedule_free, which adds its '
+      'step to other weights than the params, so that held layers may move away. Put it around: '
+      'spd.with_projection_decay(optax.contrib.schedule_free(...)).'
     )
   before, behind = _neighbors()
   if found := _changing(before):

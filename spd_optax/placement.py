@@ -46,12 +46,23 @@ def copy(value: Any, like: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
     always = jax.lax.optimization_barrier(jnp.array(True))
     return jnp.where(always, array, like.astype(dtype))
   if value is like or not getattr(like, 'committed', False):
-    return jnp.array(value, dtype, copy=True)
+    return jnp.array(np.asarray(value) if _is_elsewhere(value, like) else value, dtype, copy=True)
   # Straight to the shards: the whole array may not fit on one device.
   if not isinstance(value, jax.Array):
     value = np.asarray(value)
   placed: jax.Array = jax.device_put(value.astype(dtype), like.sharding, may_alias=False)
   return placed
+
+
+def _is_elsewhere(value: Any, like: Any) -> bool:
+  """Whether an array was put on one device that is not the param's: steps would move there."""
+  concrete = all(
+    isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) for x in (value, like)
+  )
+  if not (concrete and value.committed):
+    return False
+  alone = len(value.devices()) == 1 and value.is_fully_addressable
+  return alone and value.devices() != like.devices()
 
 
 # The host's memory.

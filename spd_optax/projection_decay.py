@@ -178,17 +178,20 @@ def _link(engine: Engine) -> optax.GradientTransformationExtraArgs:
       'use with_projection_decay(optimizer, rule=…)'
     )
 
+  place = misuse.LinkCheck(engine.rule)
+
   def update(
     updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
   ) -> tuple[optax.Updates, ProjectionDecayState]:
+    place.at_update(updates)
     step, state = engine.decide(state, *engine.view(updates, state, params), extra_args)
     if not checks.is_zero(engine.strength):
       updates = replaced(updates, step, step.view.gradients, _turned_back)
     return updates, state
 
   def init(params: optax.Params) -> ProjectionDecayState:
-    if isinstance(engine.rule, GradientTurn) and not trees.is_placeholder(params):
-      misuse.warn_of_link()
+    if not trees.is_placeholder(params):
+      place.at_init()
     return engine.init(params)
 
   return optax.GradientTransformationExtraArgs(init, update)

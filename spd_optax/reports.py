@@ -237,12 +237,17 @@ def sizes(states: States) -> list[int]:
   return [sum(map(math.prod, shapes(state).values())) for state in states]
 
 
+def _with_layers(states: States) -> States:
+  """Those that hold anything; only these are numbered."""
+  return [state for state, size in zip(states, sizes(states), strict=True) if size]
+
+
 def budgets_of(states: States) -> dict[str, Any]:
   """The budget, the drift and the strength of each state that has a budget."""
-  each = [state.budget_state for state in states]
+  each = [state.budget_state for state in _with_layers(states)]
   found = {i: state for i, state in enumerate(each) if isinstance(state, BudgetState)}
   return {
-    (f'state_{i}/' if len(states) > 1 else '') + name: _whole(getattr(state, name))
+    (f'state_{i}/' if len(each) > 1 else '') + name: _whole(getattr(state, name))
     for i, state in found.items()
     for name in ('budget', 'drift', 'strength')
   }
@@ -253,7 +258,7 @@ def slots(states: States) -> list[LayerRecord]:
 
   If two states have a layer of one name, each name begins with the number of its state.
   """
-  found = [(i, slot) for i, state in enumerate(states) for slot in _slots(state)]
+  found = [(i, slot) for i, state in enumerate(_with_layers(states)) for slot in _slots(state)]
   if len({slot.name for _, slot in found}) < len(found):
     found = [(i, slot._replace(name=f'state_{i}/{slot.name}')) for i, slot in found]
   return [slot for _, slot in found]

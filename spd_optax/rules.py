@@ -230,6 +230,9 @@ class L2SP(Rule):
     return Decision(ones > 0, ones, strength * ones)
 
 
+NEEDS = ('gradient_norm', 'after', 'step')
+
+
 def chosen(
   rule: Rule | None, default: type[Projection | GradientTurn], margin: chex.Numeric
 ) -> Rule:
@@ -239,5 +242,8 @@ def chosen(
   found = default(margin) if rule is None else rule
   if not isinstance(found, Rule):
     raise TypeError(f'rule: expected an instance of spd.Rule, found {checks.kind_of(found)}')
+  needs, name = found.needs, type(found).__name__
+  if isinstance(needs, str) or not set(needs) <= set(NEEDS):
+    raise TypeError(f'{name}.needs: expected a tuple of names among {NEEDS}, found {needs!r}')
   found.check()
   return found

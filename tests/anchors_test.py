@@ -59,6 +59,18 @@ def test_a_jax_anchor_is_copied(make: Any, committed: bool) -> None:
   chex.assert_trees_all_equal(anchor_of(state), random(0))
 
 
+@pytest.mark.eight_devices
+@EACH
+def test_an_anchor_on_another_device_comes_to_the_params(make: Any) -> None:
+  """Catches a step that goes where the anchor was loaded: from the GPU to the CPU, say."""
+  params = random(1)
+  tx = make(jax.device_put(random(0), jax.devices()[3]))
+  updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+  here = {frozenset(x.devices()) for x in jax.tree.leaves((updates, state))}
+  assert here == {frozenset(jax.devices()[:1])}
+  chex.assert_trees_all_equal(anchor_of(state), random(0))
+
+
 @EACH
 @pytest.mark.parametrize('given', [True, False])
 @pytest.mark.parametrize('committed', [True, False])

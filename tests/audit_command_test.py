@@ -148,6 +148,12 @@ def test_bad_input_is_a_message_and_a_status(log, name, content, message, tmp_pa
   assert [entry.name for entry in tmp_path.iterdir()] in ([], ['bad.jsonl'])
 
 
+def test_the_page_makes_its_directory(log, tmp_path):
+  page = tmp_path / 'new/deep/page.html'
+  assert run('report', log, '--out', tmp_path, '--html', page) == 0
+  assert page.exists()
+
+
 def test_an_output_that_cannot_be_written_is_a_message(log, tmp_path, capsys):
   (tmp_path / 'file').write_text('')
   assert run('report', log, '--out', tmp_path / 'file') == 1

@@ -1,6 +1,7 @@
 """What an audit log says: nothing false, and all of it."""
 
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from audited import FACTS, PARAMS, TX, made_up, states, write
+from audited import run as run_command
 
 import spd_optax as spd
 from spd_optax import audit
@@ -99,17 +101,96 @@ def test_every_line_is_json_also_of_values_that_are_not_finite(path):
 
 
 def test_before_the_first_update_there_is_nothing_to_log(path):
-  # Would catch: a fingerprint of random weights, logged at step 0, as that of the anchor.
+  # Would catch: a fingerprint of random weights, logged at step 0, as that of the anchor; a run
+  # that ends since its first update was withheld.
   random = {'kernel': jnp.full((2, 3), 0.5), 'bias': jnp.zeros(3)}
   (after,) = states(1)
   log = spd.AuditLog(path, **FACTS)
-  with pytest.raises(ValueError, match='record after the first update'):
+  with pytest.warns(audit.AuditWarning, match='no record of step 0: SPD has made no update'):
     log.record(0, TX.init(random), {'accuracy': 0.9})
+  log.record(1, TX.init(random))  # no second warning
   assert not path.exists()
   log.record(1, after)
   log.close()
   anchor = optax.tree.get(after, 'anchor')
   assert audit.verify(path).header.anchor.fingerprint == spd.fingerprint(anchor)
+
+
+@pytest.mark.parametrize(
+  'metric', [1j, jnp.array(1j), jax.ShapeDtypeStruct((), jnp.float32)], ids=repr
+)
+def test_a_metric_without_a_real_value_harms_no_other_record(path, metric):
+  # Would catch: an error at the next record, and at each one after it.
+  first, second = states(2)
+  with spd.AuditLog(path, **FACTS) as log:
+    log.record(1, first)
+    with pytest.raises(TypeError, match="'loss': "):
+      log.record(2, second, {'loss': metric})
+    log.record(2, second)
+  assert [record.step for record in audit.verify(path).records] == [1, 2]
+
+
+def test_a_step_that_fails_on_the_device_has_no_record(path, monkeypatch):
+  # Would catch: a log that waits for that step again and again, also in `close`.
+  first, second, third = states(3)
+  begin = spd.reports.begin
+
+  def failing(of):
+    if of[0].count != 2:
+      return begin(of)
+
+    def wait():
+      raise RuntimeError('out of memory')
+
+    return wait
+
+  monkeypatch.setattr(spd.reports, 'begin', failing)
+  with spd.AuditLog(path, **FACTS) as log:
+    log.record(1, first)
+    log.record(2, second)
+    with pytest.raises(RuntimeError, match='out of memory'):
+      log.flush()
+    log.record(3, third)
+  assert [record.step for record in audit.verify(path).records] == [1, 3]
+
+
+def test_an_optimizer_that_holds_nothing_has_a_log(path):
+  tx = spd.adam_spd(1e-3, free='*')
+  with spd.AuditLog(path, **FACTS) as log:
+    for step, state in enumerate(states(2, tx)):
+      log.record(step, state, {'loss': 1.0})
+  run = audit.verify(path)
+  assert (run.layers, [record.step for record in run.records]) == ([], [0, 1])
+
+
+def test_a_part_without_layers_has_no_number(path):
+  # Would catch: the budget of another part's layers, or none.
+  tx = optax.partition(
+    {name: spd.adam_spd(1e-3, strength=spd.within_distance(0.5)) for name in 'ab'},
+    {'kernel': 'b', 'bias': 'b', 'steps': 'a'},
+  )
+  params = PARAMS | {'steps': jnp.arange(3)}
+  gradients = jax.tree.map(jnp.ones_like, params)
+  _, state = tx.update(gradients, tx.init(params), params)
+  with spd.AuditLog(path, **FACTS) as log:
+    log.record(1, state)
+  run = audit.verify(path)
+  assert (run.header.states, [*run.records[0].metrics]) == (
+    [2],
+    ['spd/budget', 'spd/drift', 'spd/strength'],
+  )
+  assert run_command('report', path, '--out', path.parent) == 0
+
+
+def test_a_file_that_was_emptied_begins_anew(path):
+  # Would catch: lines without a first line, which nothing can read.
+  with spd.AuditLog(path, **FACTS) as log:
+    for step, state in enumerate(states(3)):
+      log.record(step, state)
+      log.flush()
+      if step == 0:
+        os.truncate(path, 0)
+  assert [record.step for record in audit.verify(path).records] == [1, 2]
 
 
 def test_metrics_are_those_of_their_step(path):

@@ -169,3 +169,24 @@ def test_interpolate_keeps_integers_and_empty_leaves() -> None:
   found = spd.interpolate(start, params, 0.25)
   chex.assert_trees_all_equal(found, {**params, 'w': jnp.full(2, 0.25)})
   chex.assert_trees_all_equal_dtypes(found, params)
+
+
+def test_interpolate_from_the_anchor_of_a_state() -> None:
+  """Catches a narrow anchor that is refused, and a leaf without one that has no name."""
+  params = {'w': jnp.full(2, 2.0), 'b': jnp.ones(3)}
+  tx = spd.adam_spd(1e-3, free='b', anchor_dtype=jnp.bfloat16)
+  anchor = optax.tree.get(tx.init(params), 'anchor')
+  with pytest.raises(ValueError, match=r'b: found MaskedNode; pass 0 .*None if the leaf is free'):
+    spd.interpolate(anchor, params, 0.5)
+  found = spd.interpolate({**anchor, 'b': None}, {**params, 'w': jnp.zeros(2)}, 0.25)
+  chex.assert_trees_all_equal(found, {**params, 'w': jnp.full(2, 1.5)})
+  with pytest.raises(ValueError, match='w: anchor int32'):
+    spd.interpolate({'w': jnp.ones(2, int), 'b': 0}, params, 0.5)
+
+
+@pytest.mark.parametrize('shape', [(), (0, 2), (2,)])
+def test_interpolate_needs_values(shape: tuple[int, ...]) -> None:
+  """Catches a struct without a length that ends in another error."""
+  struct = jax.ShapeDtypeStruct(shape, jnp.float32)
+  with pytest.raises(TypeError, match='expected an anchor with values'):
+    spd.interpolate({'w': struct}, {'w': jnp.ones(shape)}, 0.5)

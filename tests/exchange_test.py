@@ -227,7 +227,11 @@ def test_an_anchor_too_coarse_to_follow(make):
   """Catches steps of the anchor that bfloat16 rounds away."""
   tx, params = make(anchor_ema=0.99, anchor_dtype=jnp.bfloat16), normal(0)
   with pytest.raises(ValueError, match=r'(?s)float32 or wider.*body/kernel: bfloat16.*head: bfl'):
-    tx.update(params, tx.init(params), params)
+    tx.init(params)
+  narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  with pytest.raises(ValueError, match=r'float32 or wider \(anchor_dtype=jnp.float32\)'):
+    make(anchor_ema=0.99).init(narrow)
+  make(anchor_ema=0.99, anchor_dtype=jnp.float32).init(narrow)
 
 
 def sharded(tree, shape, spec):

@@ -319,3 +319,12 @@ def test_counters_saturate():
     assert bits(own(state, 'anchor')) == bits(START)
   assert int(state.projection_decay.count) == largest
   assert [int(x) for x in own(state, 'constrained').values()] == [largest, largest]
+
+
+@pytest.mark.parametrize('ema', [1.0, 1.5, -0.1, NAN])
+def test_an_injected_ema_out_of_range_moves_no_anchor(ema):
+  """Catches an anchor that flees from the params, which no error can tell of under jit."""
+  tx = spd.projection_decay(START, anchor_ema=jnp.float32(ema))
+  params = jax.tree.map(lambda x: x + 0.1, START)
+  _, state = jax.jit(tx.update)(noise(0), tx.init(START), params)
+  assert bits(own(state, 'anchor')) == bits(START)

@@ -1,5 +1,6 @@
 """Warnings where a transformation stands in a wrong place, and none where it stands well."""
 
+import re
 import warnings
 
 import jax
@@ -13,6 +14,12 @@ ADAM, LINK, SPD = optax.adam(0.1), spd.projection_decay(), spd.adam_spd(0.1)
 SCHEDULE = optax.constant_schedule(0.1)
 PARAMS = {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)}
 
+
+class Always(spd.Rule):
+  def decide(self, norms, numbers, strength):
+    return spd.Decision(norms['distance'] >= 0, norms['distance'], strength)
+
+
 WRONG = {
   'behind the optimizer': (
     lambda: optax.chain(ADAM, LINK),
@@ -24,7 +31,7 @@ WRONG = {
   ),
   'behind it in a named chain': (
     lambda: optax.named_chain(('adam', ADAM), ('spd', LINK)),
-    'behind scale_by_adam',
+    'behind a learning rate, scale_by_adam',
   ),
   'behind momentum': (lambda: optax.chain(optax.sgd(0.1, momentum=0.9), LINK), 'behind trace'),
   'behind it in a chain of chains': (
@@ -76,6 +83,10 @@ WRONG = {
     lambda: optax.chain(optax.scale_by_adam(), SPD),
     r'adam_spd\) stands behind scale_by_adam',
   ),
+  'inside schedule_free': (
+    lambda: optax.contrib.schedule_free(SPD, 0.1),
+    r'is inside optax.contrib.schedule_free.* Put it around',
+  ),
   'a schedule behind adam_spd': (
     lambda: optax.chain(SPD, optax.scale_by_schedule(SCHEDULE)),
     r'adam_spd\) stands before scale_by_schedule',
@@ -91,6 +102,55 @@ def test_a_wrong_place_is_said_once(name):
   with pytest.warns(UserWarning, match=message) as found:
     jax.eval_shape(init, PARAMS)
   (said,) = found
+  assert said.filename == __file__
+
+
+IN_THE_FIRST_UPDATE = {
+  'L2-SP behind a schedule': (
+    lambda: optax.chain(optax.sgd(SCHEDULE), spd.l2_sp()),
+    'l2_sp stands behind a learning rate, so that its pull has the wrong sign',
+  ),
+  'a rule of the user behind a schedule': (
+    lambda: optax.chain(optax.sgd(SCHEDULE), spd.projection_decay(rule=Always())),
+    'projection_decay stands behind a learning rate',
+  ),
+  'behind SGD': (
+    lambda: optax.chain(optax.sgd(0.1), spd.projection_decay()),
+    'behind a learning rate, so that it',
+  ),
+  'behind SGD of signs': (
+    lambda: optax.chain(optax.sign_sgd(0.1), spd.projection_decay()),
+    'behind a learning rate, scale_by_sign',
+  ),
+  'behind SGD in a named chain': (
+    lambda: optax.named_chain(('sgd', optax.sgd(0.1)), ('spd', spd.projection_decay())),
+    'behind a learning rate',
+  ),
+  'L2-SP behind SGD': (
+    lambda: optax.chain(optax.sgd(0.1), spd.l2_sp()),
+    'l2_sp stands behind a learning rate',
+  ),
+  'L2-SP behind Adam': (
+    lambda: optax.chain(ADAM, spd.l2_sp()),
+    'l2_sp stands behind a learning rate',
+  ),
+}
+
+
+@pytest.mark.parametrize('jit', [True, False], ids=['jit', 'eager'])
+@pytest.mark.parametrize('name', IN_THE_FIRST_UPDATE)
+def test_a_learning_rate_before_is_seen_in_the_first_update(name, jit):
+  """Catches the wrong sign of a pull that no test of the state can see, and a warning per step."""
+  make, message = IN_THE_FIRST_UPDATE[name]
+  tx = make()
+  update = jax.jit(tx.update) if jit else tx.update
+  with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    state = tx.init(PARAMS)
+    for _ in range(3):
+      _, state = update(PARAMS, state, PARAMS)
+  (said,) = caught
+  assert re.search(message, str(said.message))
   assert said.filename == __file__
 
 
@@ -133,7 +193,11 @@ RIGHT = {
   'L2-SP, decoupled': lambda: optax.chain(
     optax.scale_by_adam(), spd.l2_sp(), optax.scale_by_learning_rate(SCHEDULE)
   ),
+  'L2-SP, decoupled, at a constant rate': lambda: optax.chain(
+    optax.scale_by_adam(), spd.l2_sp(), optax.scale_by_learning_rate(0.1)
+  ),
   'L2-SP, coupled': lambda: optax.chain(spd.l2_sp(), ADAM),
+  'behind a scale of the loss': lambda: optax.chain(optax.scale(1 / 1024), LINK, ADAM),
   'under inject_hyperparams': lambda: optax.inject_hyperparams(spd.adam_spd)(0.1),
   'around others': lambda: spd.with_projection_decay(optax.contrib.schedule_free_adamw(0.1)),
   'finite alone': lambda: optax.apply_if_finite(optax.chain(LINK, ADAM), 3),
@@ -145,6 +209,6 @@ def test_no_false_alarm(name):
   tx = RIGHT[name]()
   with warnings.catch_warnings():
     warnings.simplefilter('error')
-    tx.init(PARAMS)
+    tx.update(PARAMS, tx.init(PARAMS), PARAMS)
     if name != 'for some params':
       optax.tree.map_params(tx, lambda x: x, tx.init(PARAMS))

@@ -4,6 +4,7 @@ A run in a wrapper must be the run without it, where the wrapper changes nothing
 """
 
 import functools
+import warnings
 from typing import Any
 
 import chex
@@ -101,7 +102,9 @@ def test_multi_steps_is_the_mean_gradient(case):
 def test_schedule_free_trains(case):
   """Catches a state that schedule_free cannot carry, or extra arguments that it cannot pass."""
   tx = optax.contrib.schedule_free(case.make(), learning_rate=0.05)
-  trail = run(tx)
+  with warnings.catch_warnings():  # misuse_test.py looks for it
+    warnings.filterwarnings('ignore', '.*is inside optax.contrib.schedule_free')
+    trail = run(tx)
   chex.assert_tree_all_finite(trail[-1])
   chex.assert_trees_all_equal_shapes_and_dtypes(trail[0][1], trail[-1][1])
   alone = run(optax.contrib.schedule_free(case.plain, learning_rate=0.05))

@@ -166,6 +166,14 @@ def test_a_group_is_named_as_one():
   assert (record.name, record.path, record.group, record.slice) == ('all', None, 'all', None)
 
 
+@pytest.mark.parametrize('key', [True, 0.5, ['a']], ids=repr)
+def test_a_key_of_a_group_is_a_name(key):
+  """Catches a list that becomes a name with brackets."""
+  tx = spd.adam_spd(1e-3, group=lambda path: key)
+  with pytest.raises(TypeError, match=r'(?s)group\(path\) must return a string.*kernel: '):
+    tx.init(PARAMS)
+
+
 def test_arguments_that_are_not_those_of_the_transformation_are_refused():
   # Would catch: norms of other layers than those in the state.
   with pytest.raises(ValueError, match='must be those of the transformation') as error:

@@ -473,6 +473,26 @@ def test_what_is_no_rule(make, rule, found):
   assert any(text in str(caught.value) for text in found.split('|'))
 
 
+@pytest.mark.parametrize('names', ['gradient_norm', ('gradients_norm',), ('after', 'norm')])
+def test_what_a_rule_needs_has_a_known_name(names):
+  """Catches a string that is taken for its letters, and a typing error that shows in a step."""
+
+  class Typo(HoldIfSteady):
+    needs = names
+
+  with pytest.raises(TypeError, match=r"Typo.needs: .*'gradient_norm', 'after', 'step'.*found"):
+    spd.with_projection_decay(INNER, rule=Typo())
+
+
+@pytest.mark.parametrize('margin', [-0.5, 1.0, 2.0, np.nan])
+@pytest.mark.parametrize('make', [in_chain, around], ids=['link', 'around'])
+def test_an_injected_margin_out_of_range_holds_nothing(make, margin):
+  """Catches a margin of 2 that holds every layer, which no error can tell of under jit."""
+  tx = make(None, margin=jnp.float32(margin))
+  _, state = tx.update(normal(1), tx.init(normal(0)), jax.tree.map(jnp.ones_like, normal(0)))
+  assert not any(np.any(x) for x in optax.tree.get(state, 'condition').values())
+
+
 GOOD = {'condition': jnp.array(True), 'ratio': jnp.float32(0), 'scale': jnp.float32(0)}
 NUMBERS = {'mean': jnp.float32(0), 'square': jnp.float32(0)}
 

@@ -276,7 +276,8 @@ def _record(line: bytes, header: Header) -> Record:
 
 def as_line(record: Record, header: Header) -> Line:
   """A record as JSON has it."""
-  first = np.cumsum(header.states, dtype=int) - header.states  # of the layers of each state
+  layers = np.array(header.states, int)  # of each state
+  first = np.cumsum(layers) - layers
   return Line(
     step=record.step,
     time=record.time,

@@ -132,6 +132,7 @@ class AuditLog:
     self._stack_axis, self._group = stack_axis, group
     self._patience, self._fsync = patience, fsync
     self._header: Header | None = None
+    self._waited = False  # for the first update
     self._last_step: int | None = None  # of a record that was taken
     self._written, self._resumed = -math.inf, False  # step of the last record written
     self._writes = jax.process_index() == 0
@@ -145,6 +146,8 @@ class AuditLog:
   ) -> None:
     """Appends one record.
 
+    Before the first update there is nothing to record: the log warns of that once.
+
     Args:
       step: larger than the step before. After `close`, or in a new log of the same path, it may go
         back to the step of a checkpoint. The new records then supersede the old records of the
@@ -155,9 +158,9 @@ class AuditLog:
 
     Raises:
       TypeError: if there is no state of SPD; if a metric is not a number (names every such metric).
-      ValueError: before the first update; if the step does not increase; if the layers have
-        changed; if the file is the log of another run (names all differences); if SPD has held
-        layers in a run with `baseline=True`.
+      ValueError: if the step does not increase; if the layers have changed; if the file is the log
+        of another run (names all differences); if SPD has held layers in a run with
+        `baseline=True`.
       OSError: if the disk is full, or another process writes the file.
       RuntimeError: in a process that was forked from the one that opened the file.
     """
@@ -169,6 +172,9 @@ class AuditLog:
     if self._last_step is not None and step <= self._last_step:
       order = f'step {step} after step {self._last_step}'
       raise ValueError(f'AuditLog.record: {order}; call close() where a run goes back')
+    if self._header is None and not any(int(state.count) for state in states):
+      self._warn_of_no_update(step)
+      return
     layout = [(reports.shapes(state), list(state.rule_state)) for state in states]
     if self._header is None:
       self._header, self._layout = self._new_header(states), layout
@@ -196,7 +202,11 @@ class AuditLog:
     if self._file < 0 or self._header is None or self._pending is None:
       return
     now, size = self._pending, os.fstat(self._file).st_size
-    record = now()
+    try:
+      record = now()
+    except Exception:  # the step itself failed, and has no record
+      self._pending = None
+      raise
     if self._header.baseline and record.constrained.any():
       self._pending = None
       raise ValueError('AuditLog: the run has SPD, which held layers; leave out baseline=True')
@@ -207,13 +217,14 @@ class AuditLog:
     except BaseException:  # a full disk, or an interrupt, perhaps behind the write
       self._pending = now if os.fstat(self._file).st_size == size else None
       raise
-    if self._resumed and record.step <= self._first:
+    begins_again = self._resumed and record.step <= self._first
+    self._resumed, self._written = False, record.step
+    if begins_again:
       checks.warn(
         f'{self.path}: begins again at step {record.step}, as another run would. Reports show the '
         'records from here on alone. To keep both runs apart, pass another path.',
         AuditWarning,
       )
-    self._resumed, self._written = False, record.step
     for advice in self._watcher.see(record):
       checks.warn(f'step {advice.step}: {advice.message}', AuditWarning)
 
@@ -245,9 +256,17 @@ class AuditLog:
     if self._file >= 0 and self._owner != os.getpid():
       raise RuntimeError(f'{self.path}: this process was forked from the one that writes the log')
 
+  def _warn_of_no_update(self, step: int) -> None:
+    """The first update may set the anchor; optax may withhold it, as MultiSteps does."""
+    if self._writes and not self._waited:
+      self._waited = True
+      checks.warn(
+        f'AuditLog: no record of step {step}: SPD has made no update yet. The log begins after the '
+        'first one.',
+        AuditWarning,
+      )
+
   def _new_header(self, states: reports.States) -> Header:
-    if not any(int(state.count) for state in states):
-      raise ValueError('AuditLog.record: record after the first update, which may set the anchor')
     words = [exchange.words_of(state.anchor) for state in states]
     norms = format.numbers(reports.anchor_norms(states, self._stack_axis, self._group))
     known = [None if self._anchor['moving'] or not isinstance(x, float) else x for x in norms]
@@ -272,9 +291,7 @@ class AuditLog:
     try:
       self._lock()
       if not self._continue(header):
-        os.ftruncate(self._file, 0)  # of a header whose writer was killed
-        self._size, self.hash, self._resumed = 0, '', False
-        self._append(header)
+        self._begin(header)
         if self._fsync and os.name == 'posix':  # elsewhere a directory cannot be opened
           directory = os.open(self.path.parent, os.O_RDONLY)
           os.fsync(directory)  # the name of the new file
@@ -284,6 +301,12 @@ class AuditLog:
       self._file = -1
       raise
     atexit.register(_close, weakref.ref(self))
+
+  def _begin(self, header: Header) -> None:
+    """Writes the first line of a file that has no whole one."""
+    os.ftruncate(self._file, 0)  # of a header whose writer was killed
+    self._size, self.hash, self._resumed = 0, '', False
+    self._append(header)
 
   def _lock(self) -> None:
     """Keeps a second writer out, where the system can."""
@@ -321,8 +344,9 @@ class AuditLog:
     found = os.fstat(self._file)
     if not found.st_nlink:
       raise FileNotFoundError(errno.ENOENT, 'the audit log was deleted', str(self.path))
-    if found.st_size != self._size and self._header:  # an interrupted write, or another program
-      self._continue(self._header)
+    is_other = found.st_size != self._size  # an interrupted write, or another program
+    if is_other and self._header and not self._continue(self._header):
+      self._begin(self._header)
     line, digest = format.seal(fields, self.hash)
     try:
       if os.write(self._file, line) < len(line):
@@ -367,7 +391,7 @@ def _checked_metrics(metrics: Mapping[str, Any], own: Mapping[str, Any]) -> dict
   problems = [
     f'{name!r}: {checks.kind_of(value)}'
     for name, value in metrics.items()
-    if not isinstance(name, str) or not checks.is_array(value) or np.ndim(value)
+    if not (isinstance(name, str) and checks.is_array(value) and _is_real_number(value))
   ]
   checks.raise_all(problems, 'AuditLog.record: metrics must be numbers by name:', TypeError)
   # Arrays of NumPy may change, and those of JAX be donated, before the record is written.
@@ -375,6 +399,12 @@ def _checked_metrics(metrics: Mapping[str, Any], own: Mapping[str, Any]) -> dict
     name: jax.numpy.copy(x) if isinstance(x, jax.Array) else float(x)
     for name, x in {**metrics, **own}.items()
   }
+
+
+def _is_real_number(value: Any) -> bool:
+  """Whether an array, or what has its dtype, is one number, and not complex or without a value."""
+  complex_too = jax.numpy.issubdtype(checks.dtype_of(value), np.complexfloating)
+  return not (np.ndim(value) or complex_too or checks.without_values(value))
 
 
 def _compare(path: Path, in_file: Header, now: Header) -> None:

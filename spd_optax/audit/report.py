@@ -300,6 +300,7 @@ def show(
     figure.savefig(path)
   if page:
     tables = _tables(series, every=True)
+    page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(_page(verdicts, facts, advice, list(drawn), tables), 'utf-8')
   print('\n'.join(verdicts))
   known = sys.stdout.isatty() or 'COLUMNS' in os.environ
