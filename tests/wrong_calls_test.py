@@ -94,5 +94,5 @@ def test_every_row_has_a_name_of_its_own():
 def test_no_advice_that_does_not_apply():
   """Catches `anchor_dtype`, which `interpolate` has not, in its message."""
   with pytest.raises(ValueError, match='enc/k') as caught:
-    spd.interpolate(LEAVES['dtypes'][0], PARAMS, 0.5)
+    spd.interpolate(LEAVES['integers'][0], PARAMS, 0.5)
   assert 'anchor_dtype' not in str(caught.value)
