@@ -1,4 +1,4 @@
-"""Selective Projection Decay for optax: fine-tuning without forgetting.
+"""Selective Projection Decay for optax: fine-tuning with less forgetting.
 
 optax.chain(spd.projection_decay(anchor), optax.adam(lr))   # in a chain
 spd.with_projection_decay(optax.adam(lr), anchor)           # the paper's rule

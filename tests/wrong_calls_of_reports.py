@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from wrong_calls import ADAM, PARAMS
-from wrong_calls_of_states import FOLDER, FRESH, NO_STATE, NPZ, STATE, WRAPPED, Table
+from wrong_calls_of_states import FOLDER, NO_STATE, NPZ, STATE, WRAPPED, Table
 
 import spd_optax as spd
 from spd_optax import audit

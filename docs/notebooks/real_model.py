@@ -153,7 +153,7 @@ _ = axis.legend()
 # %% [markdown]
 # Up and to the right is better. This is one seed of one task at one learning rate. Another order of the batches moves a
 # point by several percent. On other tasks SPD gains less, or loses: [the evidence](../evidence.md) has this task with
-# three seeds, and others, with errors.
+# ten seeds, and others, with errors.
 #
 # ## What was held
 #

@@ -13,10 +13,8 @@ Result = dict[str, Any]  # title, before, records and, by layer, sizes of a task
 
 def before(task: str, start: Mapping[str, Any]) -> Result:
   """Scores of the start; that of what the model could before is absent in some earlier results."""
-  found = {ID: start['ID'], OOD: start['OOD']}
-  if task not in real.OTHER_DATA:
-    found[OLD] = start['OOD']
-  return found | ({OLD: start['old']} if 'old' in start else {})
+  old = start.get('old', start['OOD'] if task not in real.OTHER_DATA else None)
+  return {ID: start['ID'], OOD: start['OOD']} | ({} if old is None else {OLD: old})
 
 
 def read(folders: Sequence[Path]) -> dict[str, Result]:

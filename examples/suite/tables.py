@@ -287,7 +287,9 @@ def of_task(records: Sequence[Record], defaults: Mapping[str, Any]) -> Table:
 
 
 def _columns(record: Mapping[str, Any]) -> dict[str, list[float]]:
-  return {title: record[column] for title, column in ALL if column in record}
+  """Its scores by title, without that of the old task where it is the one out of distribution."""
+  known = OLD in record and not np.allclose(record[OLD], record[OOD], atol=0.01)
+  return {title: record[column] for title, column in (ALL if known else BOTH)}
 
 
 def overall(found: Found) -> Table:
