@@ -70,7 +70,7 @@ def projection_decay(
       or NaN, no layer is held in that step.
     margin: m in [0, 1). 0 holds a layer if −g points back at all. A small margin, 0.05 or 0.1, also
       holds layers that move out sideways. The same margin is firmer for a larger layer and for
-      noisier gradients.
+      noisier gradients. It belongs to the default rule: with `rule` give it to that.
     rule: a `Rule` in place of `GradientTurn`, the equation above.
     free: a pattern, or a list of patterns, of leaves that are never held, such as a new head. It
       overrides the anchor, which may lack them. A pattern matches whole names, anywhere in a

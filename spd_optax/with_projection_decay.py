@@ -97,7 +97,7 @@ def with_projection_decay(
       the distance of θ̃. If λ r is above 1, the layer goes past its anchor. If a schedule gives a
       negative number, infinity or NaN, no layer is held in that step.
     margin: m in [0, 1): a layer is held where c < m ‖g‖ ‖θ − θ_0‖. 0 is the paper's
-      condition.
+      condition. It belongs to the default rule: with `rule` give it to that.
     rule: a `Rule` in place of `Projection`, the equations above; or `Projection` itself with
       `near`, which leaves a layer free until it is that many steps away.
     anchor, free, stack_axis, group, axis_name, anchor_dtype, anchor_memory_kind, anchor_ema: see
