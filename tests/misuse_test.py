@@ -197,6 +197,7 @@ RIGHT = {
     optax.scale_by_adam(), spd.l2_sp(), optax.scale_by_learning_rate(0.1)
   ),
   'L2-SP, coupled': lambda: optax.chain(spd.l2_sp(), ADAM),
+  'behind a reward turned around': lambda: optax.chain(optax.scale(-1.0), LINK, ADAM),
   'behind a scale of the loss': lambda: optax.chain(optax.scale(1 / 1024), LINK, ADAM),
   'under inject_hyperparams': lambda: optax.inject_hyperparams(spd.adam_spd)(0.1),
   'around others': lambda: spd.with_projection_decay(optax.contrib.schedule_free_adamw(0.1)),
