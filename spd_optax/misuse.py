@@ -93,8 +93,9 @@ def _is_negative_scale(part: Part) -> bool:
   """Whether a part is what optax makes of a constant learning rate; −1 may turn a reward around."""
   name, closure = part
   size = closure.get('step_size')
-  is_number = name == 'scale' and isinstance(size, int | float | np.number)
-  return is_number and bool(size < 0 and size != -1)
+  if name != 'scale' or not isinstance(size, int | float | np.number):
+    return False
+  return bool(size < 0 and size != -1)
 
 
 class LinkCheck:
