@@ -311,6 +311,8 @@ def test_differences_at_the_rate_of_adam() -> None:
   one = tables.at_adams_rate({'a': task(0)})
   assert list(one) == ['Adam', 'adam_spd']
   assert one['adam_spd'] == {'ID − Adam': [1, -1], 'old − Adam': [6, 2], 'OOD − Adam': [3, 5]}
+  only_old = [r | {'old': r['ood']} for r in task(0)]
+  assert [*tables.at_adams_rate({'a': only_old})['adam_spd']] == ['ID − Adam', 'OOD − Adam']
   other = record('L2-SP', 1, 1, rate=1.0) | {'id': [50, 60], 'ood': [30, 30], 'old': [0, 0]}
   some = tables.like_adam({'a': [*task(0), other], 'b': task(2)}, {})
   assert [[*each] for each in some.values()] == [['Adam', 'adam_spd']] * 2

@@ -235,24 +235,28 @@ def each_set(found: Found) -> Table:
 def _minus_adam(found: Found) -> Table:
   """A row for each title, of the tasks that have it: one value per task, or per seed of one task.
 
-  Of several tasks, a column of each has the means: new / old.
+  Of several tasks, a column of each has the means: new / old. Of one task there is no column of the
+  old where it is all that is out of distribution.
   """
   table: Table = {}
+  one = len(found) == 1
+  records = (record for each in found.values() for record in each.values())
+  columns = ALL if not one or any(map(_has_both, records)) else BOTH
   for title in dict.fromkeys(title for each in found.values() for title in each):
     gains = {
       task: np.subtract(
-        [each[title][column] for _, column in ALL],
-        [each[choice.PEER][column] for _, column in ALL],
+        [each[title][column] for _, column in columns],
+        [each[choice.PEER][column] for _, column in columns],
       )
       for task, each in found.items()
       if title in each
     }
     means = {task: gain.mean(1) for task, gain in gains.items()}
-    values = np.array([*means.values()]).T if len(found) > 1 else next(iter(gains.values()))
+    values = next(iter(gains.values())) if one else np.array([*means.values()]).T
     table[title] = {
-      f'{name} − Adam': each.tolist() for (name, _), each in zip(ALL, values, strict=True)
+      f'{name} − Adam': each.tolist() for (name, _), each in zip(columns, values, strict=True)
     }
-    if len(found) > 1:
+    if not one:
       table[title] |= {task: f'{new:+.1f} / {old:+.1f}' for task, (new, old, _) in means.items()}
   return table
 
@@ -287,9 +291,13 @@ def of_task(records: Sequence[Record], defaults: Mapping[str, Any]) -> Table:
 
 
 def _columns(record: Mapping[str, Any]) -> dict[str, list[float]]:
-  """Its scores by title, without that of the old task where it is the one out of distribution."""
-  known = OLD in record and not np.allclose(record[OLD], record[OOD], atol=0.01)
-  return {title: record[column] for title, column in (ALL if known else BOTH)}
+  """Its scores by title."""
+  return {title: record[column] for title, column in (ALL if _has_both(record) else BOTH)}
+
+
+def _has_both(record: Mapping[str, Any]) -> bool:
+  """Whether the sets out of distribution ask for what the model could before, and for more."""
+  return OLD in record and not np.allclose(record[OLD], record[OOD], atol=0.01)
 
 
 def overall(found: Found) -> Table:
