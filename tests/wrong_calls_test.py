@@ -43,6 +43,8 @@ def rows():
   yield from wrong_calls.rows()
   yield from states.steps()
   for mistake, (anchor, fragments) in LEAVES.items():
+    if mistake == 'dtypes':  # interpolate computes in float32 or wider
+      continue
     call = lambda anchor=anchor: spd.interpolate(anchor, PARAMS, 0.5)  # noqa: E731
     yield Row('interpolate', 'anchor', mistake, call, ValueError, fragments)
   for name, call, error, fragments in [*EXCHANGE, *LOADING, *REPORTS, *BASELINE, *AUDIT, *BUDGETS]:
