@@ -99,14 +99,14 @@ def _is_negative_scale(part: Part) -> bool:
 
 
 class LinkCheck:
-  """Warns of a link in a wrong place; of each transformation once."""
+  """Warns of a link in a wrong place: at each `init`, and in `update` if nothing was said before."""
 
   def __init__(self, rule: Rule):
     self.rule, self.has_warned, self.has_run = rule, False, False
 
   def at_init(self) -> None:
     """Looks at the links that have a state."""
-    self.has_warned = self._warn()
+    self.has_warned = self._warn() or self.has_warned
 
   def at_update(self, gradients: optax.Updates) -> None:
     """Looks at all links, at trace time or in the first step."""

@@ -81,6 +81,7 @@ SAID = {
   'README.md': [
     ('digits_by_hand_seeds', 'at_adams_rate', LINK_ROW, 'OOD − Adam', '13.1 ± 3.0'),
     ('digits_by_hand_seeds', 'at_adams_rate', LINK_ROW, 'ID − Adam', '-0.8 ± 0.7'),
+    ('digits_by_hand_seeds', 'at_adams_rate', 'WiSE-FT, α = 0.8', 'OOD − Adam', '8.2 ± 0.7'),
     ('handwriting_seeds', 'at_adams_rate', LINK_ROW, 'old − Adam', '11.9 ± 2.2'),
     ('handwriting_seeds', 'at_adams_rate', LINK_ROW, 'ID − Adam', '0.8 ± 1.0'),
     ('minilm_tense_seeds', 'at_adams_rate', LINK_ROW, 'old − Adam', '3.1 ± 1.4'),

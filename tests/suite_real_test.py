@@ -280,6 +280,25 @@ def test_runs_that_cannot_be_in_one_table(
     earlier_runs.read([a, b])
 
 
+@pytest.mark.parametrize('order', ['ab', 'ba'])
+def test_a_run_without_the_score_of_the_old_task_joins_one_that_has_it(
+  order: str, tmp_path: Path
+) -> None:
+  """Catches an earlier run that is refused, and a score that is lost."""
+  for name, method in zip('ab', ('Adam', 'L2-SP'), strict=True):
+    folder(tmp_path / name, 'handwriting', [record(method, 1, 1)])
+  path = tmp_path / 'b/results.json'
+  document = json.loads(path.read_text())
+  document['results']['handwriting']['pre-trained']['old'] = [7]
+  path.write_text(json.dumps(document))
+  found = earlier_runs.read([tmp_path / name for name in order])['handwriting']
+  assert found['before'] == {'id': [1], 'ood': [2], 'old': [7]}
+  document['results']['handwriting']['pre-trained']['OOD'] = [3]
+  path.write_text(json.dumps(document))
+  with pytest.raises(ValueError, match=r"handwriting differs .*'before'"):
+    earlier_runs.read([tmp_path / name for name in order])
+
+
 def test_earlier_runs_need_adam(tmp_path: Path) -> None:
   """Catches an error about a list where a method is missing."""
   path = folder(tmp_path / 'a', 'task', [record('L2-SP', 1, 1)])

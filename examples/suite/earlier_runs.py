@@ -40,6 +40,8 @@ def read(folders: Sequence[Path]) -> dict[str, Result]:
         'sizes': settings['layers'][name],
       }
       known = found.setdefault(name, {**result, 'records': {}})
+      known['before'] = result['before'] | known['before']  # one may lack the score of the old
+      result['before'] = known['before'] | result['before']
       if differ := [key for key, value in result.items() if known[key] != value]:
         raise ValueError(f'{folder}: {name} differs from that of another folder in {differ}')
     for line in (folder / 'records.jsonl').read_text().splitlines():
