@@ -99,7 +99,7 @@ def _is_negative_scale(part: Part) -> bool:
 
 
 class LinkCheck:
-  """Warns of a link in a wrong place: at each `init`, and in `update` if nothing was said before."""
+  """Warns of a link in a wrong place at each `init`, and in `update` if nothing was said before."""
 
   def __init__(self, rule: Rule):
     self.rule, self.has_warned, self.has_run = rule, False, False
