@@ -2,7 +2,7 @@
 
 No transformation of optax knows its neighbors. So this looks at what `init` or `update` was called
 from, and at the functions that an optimizer is made of. A link without state, such as a constant
-learning rate, shows itself in `update` alone. What cannot be seen is not warned of.
+learning rate, shows itself in `update` alone. It warns of nothing that it cannot see.
 """
 
 import contextlib
@@ -143,7 +143,7 @@ def _warn_of_turn() -> bool:
       'and its pull has the wrong sign. Put it first: '
       'optax.chain(spd.projection_decay(), optax.adam(...)).'
     )
-  twice = 'with_projection_decay' in dict(before + behind)
+  twice = any(name == 'with_projection_decay' for name, _ in before + behind)
   if twice:
     checks.warn(
       'projection_decay and an optimizer of with_projection_decay (or adam_spd) are links of one '

@@ -12,7 +12,7 @@ Result = dict[str, Any]  # title, before, records and, by layer, sizes of a task
 
 
 def before(task: str, start: Mapping[str, Any]) -> Result:
-  """Scores of the start; that of what the model could before is absent in some earlier results."""
+  """Scores of the start; some earlier results lack the one of what the model could before."""
   old = start.get('old', start['OOD'] if task not in real.OTHER_DATA else None)
   return {ID: start['ID'], OOD: start['OOD']} | ({} if old is None else {OLD: old})
 

@@ -73,7 +73,7 @@ def table(
 
   The best ID minus Adam's, of a method that ran on all tasks; the mean difference of the fronts
   over the levels that the method reaches, if it reaches some on each task; the number of levels.
-  Of several tasks there is one value per task, which a column of each tells with its levels.
+  With several tasks there is one value per task, and a column of each task with its levels.
   Fronts are chosen on test data, for all alike.
   """
   adam = {task: points(each, PEER) for task, each in records.items()}

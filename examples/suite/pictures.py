@@ -124,7 +124,7 @@ def front_curves(
 ) -> None:
   """What each method keeps at equal accuracy: its front, in each task; the higher, the better.
 
-  Of a method with a default, it is the front of that. With several tasks, the last panel has the
+  A method with a default shows the front of its default. With several tasks, the last panel has the
   mean over tasks of the differences from Adam's front, as far as a method reaches it on each.
   """
   below = np.linspace(0, max(fronts.BELOW), 161)
@@ -147,7 +147,7 @@ def front_curves(
     for axes, (task, each) in zip(grid.flat, records.items(), strict=False):
       own = fronts.points(each, method, setting)
       best = adam[task][:, 0].max()
-      levels = np.linspace(best - max(fronts.BELOW), max(best, *own[:, 0], best), 321)
+      levels = np.linspace(best - max(fronts.BELOW), max([best, *own[:, 0]]), 321)
       axes.plot(levels, fronts.front(own, levels), **style)
       gains.append(fronts.differences(own, adam[task], below))
     if len(records) > 1:

@@ -14,8 +14,8 @@ import spd_optax as spd
 from suite import methods, peers, tried
 from suite.methods import KL, WISE_FT, Method, Scalar, Setting, dial, sweep
 
-# Test sets of the new task that have other data than the training examples. What a model could
-# before is in all others.
+# Test sets of the new task that have other data than the training examples. All other sets ask for
+# what a model could before.
 OTHER_DATA = {
   'handwriting': ('serif', 'monospaced', 'poster'),
   'minilm_tense': ('fiction', 'science'),

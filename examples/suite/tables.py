@@ -235,8 +235,8 @@ def each_set(found: Found) -> Table:
 def _minus_adam(found: Found) -> Table:
   """A row for each title, of the tasks that have it: one value per task, or per seed of one task.
 
-  Of several tasks, a column of each has the means: new / old. Of one task there is no column of the
-  old where it is all that is out of distribution.
+  With several tasks, a column of each has the means: new / old. One task has no column of the old
+  if its sets out of distribution ask for nothing else.
   """
   table: Table = {}
   one = len(found) == 1
