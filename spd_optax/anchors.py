@@ -110,21 +110,25 @@ class Anchoring:
   def _fits(self, dtype: jax.typing.DTypeLike, param: jax.typing.DTypeLike) -> bool:
     return dtype == param or (self.dtype is not None and dtype == self.dtype)
 
-  def init(self, params: optax.Params) -> optax.Params:
-    """The anchor tree for the state: copies with the shardings of the params."""
+  def init(self, params: optax.Params) -> tuple[trees.Flat, list[int], optax.Params]:
+    """The params, where the constrained leaves stand among them, and the anchor tree.
+
+    The anchor tree has copies with the shardings of the params.
+    """
     flat = flat_params(params)
+    values = self.checked(flat)
     found = [
       placement.copy(leaf if _is_captured(value) else value, leaf, self._store_dtype(leaf))
       if is_stored(value)
       else optax.MaskedNode()
-      for value, leaf in zip(self.checked(flat), flat.leaves, strict=True)
+      for value, leaf in zip(values, flat.leaves, strict=True)
     ]
     stored = jax.tree.unflatten(flat.treedef, found)
     if self.ema is not None:
       _check_can_follow(trees.flatten(stored))
-    if self.memory_kind is None or not placement.have_pinned_host(jax.tree.leaves(stored)):
-      return stored
-    return jax.tree.map(placement.on_host, stored)
+    if self.memory_kind is not None and placement.have_pinned_host(jax.tree.leaves(stored)):
+      stored = jax.tree.map(placement.on_host, stored)
+    return flat, _constrained(values), stored
 
   def _store_dtype(self, leaf: Any) -> jax.typing.DTypeLike:
     dtype = checks.dtype_of(leaf)
@@ -147,7 +151,7 @@ class Anchoring:
     values = self.given(flat)
     stored = self._placed(self._captured(stored, flat, values, count))
     by_path = trees.flatten(stored).by_path
-    at = [i for i, value in enumerate(values) if value is not None]
+    at = _constrained(values)
     found = [by_path.get(flat.paths[i]) for i in at]
     return View(
       flat=flat,
@@ -256,6 +260,11 @@ def _is_captured(value: object) -> bool:
 def never_held(leaf: Any) -> bool:
   """Integers have no gradient, and an empty leaf has no weights to hold."""
   return not jnp.issubdtype(checks.dtype_of(leaf), jnp.inexact) or np.size(leaf) == 0
+
+
+def _constrained(values: Sequence[Any]) -> list[int]:
+  """Where the leaves that are not free stand among all."""
+  return [i for i, value in enumerate(values) if value is not None]
 
 
 def is_stored(value: object) -> bool:

@@ -28,7 +28,7 @@ class BudgetState(NamedTuple):
 
   Attributes:
     budget: float32, B.
-    drift: float32, y as it was last measured; NaN before the first time.
+    drift: float32, y as it was last measured; 0 before the first time.
     strength: float32, λ of the last update; 0 where all layers were free.
     base: float32, b, the strength where y = B.
     measured: int32, n, measurements so far.
@@ -55,7 +55,7 @@ class Budget:
   def init_state(self) -> BudgetState:
     """The state before the first update."""
     budget, drift, strength, base = (
-      jnp.array(x, jnp.float32, copy=True) for x in (self.budget, math.nan, 0, self.init)
+      jnp.array(x, jnp.float32, copy=True) for x in (self.budget, 0, 0, self.init)
     )
     # No buffer of the user's, and none twice: states are donated.
     measured, crossed = (jnp.zeros([], jnp.int32) for _ in range(2))

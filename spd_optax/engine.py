@@ -112,14 +112,12 @@ class Engine:
 
   def init(self, params: optax.Params) -> ProjectionDecayState:
     """The state before the first update."""
-    stored = self.anchoring.init(params)
-    flat = trees.flatten(params)
+    flat, at, stored = self.anchoring.init(params)
     if trees.is_placeholder(params):
       # optax.tree.map_params calls init with a placeholder to learn which parts
       # of the state are like the params. Bare leaves say: these are not.
       leaf: Any = jnp.zeros([])
       return ProjectionDecayState(leaf, stored, leaf, leaf, leaf, leaf, leaf, leaf)
-    at = [i for i, value in enumerate(self.anchoring.given(flat)) if value is not None]
     layers = self.arrangement.find_layers(flat, at)
     _warn_of_narrow({flat.paths[i]: flat.leaves[i] for i in at})
     if self.arrangement.stack_axis is None:

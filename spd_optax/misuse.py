@@ -53,11 +53,12 @@ def _parts(*functions: Any) -> Iterator[Part]:
       yield name, closure
 
 
-def _frames() -> Iterator[FrameType]:
-  """What called this function, from the inside out."""
+def frames(module: str) -> Iterator[FrameType]:
+  """The functions of a module that called this one, from the inside out."""
   frame = inspect.currentframe()
   while (frame := frame and frame.f_back) is not None:
-    yield frame
+    if frame.f_globals.get('__name__') == module:
+      yield frame
 
 
 def _neighbors() -> tuple[list[Part], list[Part]]:
@@ -65,21 +66,20 @@ def _neighbors() -> tuple[list[Part], list[Part]]:
   before: list[Any] = []
   behind: list[Any] = []
   called = None
-  for frame in _frames():
-    if frame.f_globals.get('__name__') == optax.chain.__module__:
-      found, at = frame.f_locals, 0
-      links: tuple[Any, ...] = ()
-      called = found.get('fn', called)
-      own = found.get('init_fns', found.get('update_fns', ()))
-      if called in own:  # of optax.chain
-        links, at = own, own.index(called)
-      elif isinstance(found.get('transforms'), list) and 'name' in found:  # of optax.named_chain
-        names, links = zip(*found['transforms'], strict=True)
-        at = names.index(found['name'])
-      if links:
-        before += links[:at]
-        behind += links[at + 1 :]
-        called = None
+  for frame in frames(optax.chain.__module__):
+    found, at = frame.f_locals, 0
+    links: tuple[Any, ...] = ()
+    called = found.get('fn', called)
+    own = found.get('init_fns', found.get('update_fns', ()))
+    if called in own:  # of optax.chain
+      links, at = own, own.index(called)
+    elif isinstance(found.get('transforms'), list) and 'name' in found:  # of optax.named_chain
+      names, links = zip(*found['transforms'], strict=True)
+      at = names.index(found['name'])
+    if links:
+      before += links[:at]
+      behind += links[at + 1 :]
+      called = None
   return list(_parts(*before)), list(_parts(*behind))
 
 
@@ -173,8 +173,7 @@ def warn_of_optimizer(optimizer: Any) -> None:
       'which pulls held layers away from their anchor. SPD replaces it: pass weight_decay=0, or '
       'optax.adam in place of optax.adamw. Only free layers may have it.'
     )
-  home = optax.contrib.schedule_free.__module__
-  if any(frame.f_globals.get('__name__') == home for frame in _frames()):
+  if any(frames(optax.contrib.schedule_free.__module__)):
     checks.warn(
       'with_projection_decay (or adam_spd) is inside optax.contrib.schedule_free, which adds its '
       'step to other weights than the params, so that held layers may move away. Put it around: '

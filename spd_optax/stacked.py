@@ -1,10 +1,11 @@
 """Stacked layers that `stack_axis` was not told of: what looks like them at `init`."""
 
-import inspect
 import re
 from collections.abc import Sequence
 
-from spd_optax import checks
+import optax
+
+from spd_optax import checks, misuse
 
 Shape = tuple[int, ...]
 
@@ -14,7 +15,8 @@ NAME = re.compile(r'(.*_)?(layers|blocks|stack)|.*scan.*|.*layer_stack.*|encoder
 
 def warn(paths: Sequence[str], shapes: Sequence[Shape]) -> None:
   """Warns once of leaves that look stacked, and of a model that `optax.flatten` made one leaf."""
-  if paths == [''] and len(shapes[0]) == 1 and _is_flattened():
+  caller = misuse.frames(optax.flatten.__module__)
+  if paths == [''] and any(x.f_code.co_qualname.startswith('flatten.<locals>') for x in caller):
     checks.warn(
       'optax.flatten makes one leaf of all params, and so SPD one layer. '
       'Put flatten around the other links alone, or leave it out.'
@@ -61,14 +63,3 @@ def _axis(shapes: Sequence[Shape]) -> tuple[int, int] | None:
     return None
   axis, length = equal[0], shapes[0][equal[0]]
   return (axis, length) if length > 1 else None
-
-
-def _is_flattened() -> bool:
-  """Whether `init` is called by that of `optax.flatten`."""
-  frame = inspect.currentframe()
-  while frame is not None:
-    module = frame.f_globals.get('__name__', '')
-    if module.startswith('optax.') and frame.f_code.co_qualname.startswith('flatten.<locals>'):
-      return True
-    frame = frame.f_back
-  return False

@@ -191,6 +191,18 @@ def test_a_budget_can_be_changed_in_a_run():
   assert budget_of(update(state)).measured == 0
 
 
+@every_form
+@pytest.mark.parametrize('strength', [spd.within_budget(1.0), spd.within_distance(1.0)])
+def test_a_step_makes_no_nan(make, strength):
+  """As jax_debug_nans checks; catches a NaN in the state that stands for 'not measured'."""
+  with jax.debug_nans(True):
+    tx = make(strength=strength)
+    state = tx.init(START)
+    for drift in (NAN, 0.0, 0.5):
+      _, state = tx.update(jnp.asarray(GRADIENT), state, START, drift=drift)
+    chex.assert_tree_all_finite(state)
+
+
 def test_a_donated_state_takes_nothing_of_the_users():
   """Catches a budget that lies in the state as the user's own array, or in two places of it."""
   budget, init = jnp.float32(1.0), jnp.float32(2.0)

@@ -82,7 +82,7 @@ class Watcher:
       drifts = [x for name, x in record.metrics.items() if DRIFT.fullmatch(name)]
       if not drifts:
         found['never held'] = {'updates': _age(record)}
-      elif not np.isfinite(drifts).any():  # a budget that is far from spent is no reason to warn
+      elif not max(drifts) > 0:  # a budget that is far from spent is no reason to warn
         found['no drift'] = {'updates': _age(record)}
     found |= self._of_numbers(record)
     # At the first update nothing has moved yet; a resumed run goes back.
@@ -129,9 +129,7 @@ class Watcher:
   def _of_numbers(self, record: Record) -> Found:
     """NaN or infinity."""
     bad = ~(np.isfinite(record.distance) & np.isfinite(record.ratio))
-    # A drift of the log's own is NaN until it is measured.
-    bad_metrics = [name for name, value in record.metrics.items() if not np.isfinite(value)]
-    metrics = [name for name in bad_metrics if not name.startswith('spd/')]
+    metrics = [name for name, value in record.metrics.items() if not np.isfinite(value)]
     what = [f'layers {self._named(bad)}'] if bad.any() else []
     what += [f'metrics {", ".join(metrics)}'] if metrics else []
     return {'not finite': {'what': '; '.join(what)}} if what else {}

@@ -169,7 +169,7 @@ def _verdicts(series: Series) -> dict[str, str]:
 def _of_budget(series: Series, curves: BudgetCurves) -> str:
   steps, budget, drift, strength, layers = curves
   share, bound = drift / budget, strength > 0
-  if not np.isfinite(share).any():
+  if not (share > 0).any():
     return f'{budget[-1]:.3g}, but no drift was measured, so all layers were free'
   kept = 'kept' if share[-1] <= 1 else 'kept within 10 %' if share[-1] <= 1.1 else 'not kept'
   text = f'{kept}: the last drift is {drift[-1]:.3g}, {100 * share[-1]:.0f} % of {budget[-1]:.3g}'
