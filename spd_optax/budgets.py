@@ -83,7 +83,8 @@ def _followed(
   wanted = state.base * jnp.exp(POWER * error)
   # A base that cannot act, since the strength is at a bound, learns nothing.
   acts = jnp.where(error < 0, wanted >= low, wanted <= high)
-  pace = jnp.where(crossed > 0, PACE / (PACE + crossed), 1 / (PACE + measured))
+  first, n = crossed.astype(jnp.float32), measured.astype(jnp.float32)
+  pace = jnp.where(first > 0, PACE / (PACE + first), 1 / (PACE + n))
   change = jnp.where(acts, pace * jnp.clip(error, -1, 1), 0)
   new = BudgetState(
     budget=budget,
@@ -290,7 +291,8 @@ def kl_from_base(
   new, base = _matched('kl_from_base', arrays, where)
   new, base = (jax.nn.log_softmax(x) for x in (new, base))
   # Classes that are ruled out by logits of −∞ count for nothing.
-  terms = jnp.where(base > -jnp.inf, jnp.exp(base) * (base - new), 0)
+  new, base = (jnp.where(base > -jnp.inf, x, 0) for x in (new, base))
+  terms = jnp.exp(base) * (base - new)
   return jnp.mean(jnp.sum(terms, -1), where=where)
 
 

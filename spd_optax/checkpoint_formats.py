@@ -84,15 +84,18 @@ def _orbax(path: Any) -> Checkpoint:
     raise ValueError('its metadata cannot be read')
   flat = trees.flatten(tree)
   entries = {at: Struct(x.shape, x.dtype) for at, x in flat.by_path.items() if hasattr(x, 'dtype')}
-  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
   def read(wanted: Mapping[str, Struct]) -> dict[str, jax.Array]:
-    structs = {at: x.update(sharding=x.sharding or here) for at, x in wanted.items()}
+    # Without a sharding Orbax reads NumPy arrays: its JAX arrays stay where it put them.
+    structs = {
+      at: x if x.sharding else np.broadcast_to(np.zeros([], x.dtype), x.shape)
+      for at, x in wanted.items()
+    }
     asked = jax.tree.unflatten(
       flat.treedef, [structs.get(at, ocp.PLACEHOLDER) for at in flat.paths]
     )
     found = trees.flatten(ocp.load(root, asked, checkpointable_name=name)).by_path
-    return {at: found[at] for at in wanted}
+    return {at: found[at] if x.sharding else place(found[at], x) for at, x in wanted.items()}
 
   return entries, read
 

@@ -104,6 +104,12 @@ class Engine:
   arrangement: Arrangement
 
   def __post_init__(self) -> None:
+    anchor = self.anchoring.anchor
+    if isinstance(anchor, float | Budget) or (type(anchor) is int and anchor):
+      raise TypeError(
+        f'anchor: expected a tree of arrays, 0 or None, found {checks.kind_of(anchor)}; a strength '
+        'is passed by its name: strength=…'
+      )
     if not isinstance(self.strength, Budget):
       checks.number_or_schedule('strength', self.strength)
     if taken := sorted(TAKEN & set(self.rule.numbers)):
@@ -280,6 +286,8 @@ def _outcome(
   del decide
   norms = {name: x if name == 'inner' else formulas.norm(x) for name, x in sums.items()}
   inner = norms['inner']
+  strength = jnp.asarray(strength, inner.dtype)
+  numbers = {name: x.astype(inner.dtype) for name, x in numbers.items()}
   usable = (strength >= 0) & jnp.isfinite(strength)
   decision = rule.decide(norms, numbers, jnp.where(usable, strength, 0.0))
   decision = _per_layer(rule, decision, inner)

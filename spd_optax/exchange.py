@@ -259,7 +259,7 @@ def of_leaf(path: str, array: Any) -> jax.Array:
   array = placement.on_device(jnp.asarray(array))
   described = f'{path} {array.dtype.name} {list(array.shape)}'.encode()
   seeds = np.frombuffer(hashlib.sha256(described).digest(), '<u4')[:WORDS]
-  words: jax.Array = _hash(array, jnp.asarray(seeds))
+  words: jax.Array = _hash(array, jax.device_put(seeds))
   return words
 
 

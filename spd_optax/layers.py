@@ -5,6 +5,7 @@ per layer have shape ``[]``, or ``[L]`` where the leaves stack L layers.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,8 +31,8 @@ def layer_key(name: str) -> str:
 
 
 def layer_name(key: str) -> str:
-  """The name again: 'block_0~kernel' -> 'block_0/kernel'."""
-  return key.replace(SEPARATOR, '/')
+  """The name again: 'block_0~kernel' -> 'block_0/kernel'; '~' is a part of Haiku's paths."""
+  return re.sub('~(~~)?', lambda match: '/~/' if match[1] else '/', key)
 
 
 @dataclasses.dataclass(frozen=True)

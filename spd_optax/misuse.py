@@ -80,7 +80,14 @@ def _neighbors() -> tuple[list[Part], list[Part]]:
       before += links[:at]
       behind += links[at + 1 :]
       called = None
-  return list(_parts(*before)), list(_parts(*behind))
+  # A masked link may see other leaves than this one.
+  near, next_ = ([x for x in links if not _is_masked(x)] for links in (before, behind))
+  return list(_parts(*near)), list(_parts(*next_))
+
+
+def _is_masked(link: Any) -> bool:
+  """Whether a function is of `optax.masked`."""
+  return getattr(link, '__qualname__', '').startswith('masked.<locals>')
 
 
 def _changing(parts: Sequence[Part]) -> list[str]:

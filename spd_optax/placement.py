@@ -48,10 +48,19 @@ def copy(value: Any, like: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
   if value is like or not getattr(like, 'committed', False):
     return jnp.array(np.asarray(value) if _is_elsewhere(value, like) else value, dtype, copy=True)
   # Straight to the shards: the whole array may not fit on one device.
-  if not isinstance(value, jax.Array):
-    value = np.asarray(value)
+  if not isinstance(value, jax.Array) or _is_of_one_process(value, like):
+    # With several processes device_put would gather the array from each of them, to compare.
+    host = np.asarray(value)
+    return jax.make_array_from_callback(
+      host.shape, like.sharding, lambda index: np.array(host[index], dtype, copy=True)
+    )
   placed: jax.Array = jax.device_put(value.astype(dtype), like.sharding, may_alias=False)
   return placed
+
+
+def _is_of_one_process(value: jax.Array, like: Any) -> bool:
+  """Whether an array lies in this process alone, and the param in several."""
+  return value.is_fully_addressable and not like.sharding.is_fully_addressable
 
 
 def _is_elsewhere(value: Any, like: Any) -> bool:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from spd_optax import leafwise, placement, trees
 from spd_optax.budgets import BudgetState
@@ -133,8 +133,9 @@ def scalars(
   - ``spd/distance``: ‖θ − θ_0‖.
   - ``spd/relative_distance``: the distance of the layers with a known ‖θ_0‖, divided by their
     ‖θ_0‖; missing if no known ‖θ_0‖ is above 0.
-  - ``spd/budget``, ``spd/drift``, ``spd/strength``: from the `BudgetState`, if there is one. With
-    several states of SPD the number of the state follows ``spd/``: ``spd/state_0/budget``.
+  - ``spd/budget``, ``spd/drift``, ``spd/strength``, ``spd/measured``: from the `BudgetState`, if
+    there is one. With several states of SPD the number of the state follows ``spd/``:
+    ``spd/state_0/budget``.
 
   For each layer there are ``spd/NAME/condition``, `ratio`, `distance`, `constrained_share`,
   `relative_distance` unless it is None, and each of the rule's own numbers. TensorBoard takes no
@@ -242,14 +243,18 @@ def _with_layers(states: States) -> States:
   return [state for state, size in zip(states, sizes(states), strict=True) if size]
 
 
+OF_BUDGET = ('budget', 'drift', 'strength', 'measured')  # what is shown of a `BudgetState`
+OWN = re.compile(rf'spd/(state_\d+/)?({"|".join(OF_BUDGET)})')  # a metric that the log adds itself
+
+
 def budgets_of(states: States) -> dict[str, Any]:
-  """The budget, the drift and the strength of each state that has a budget."""
+  """What the `BudgetState` of each state says."""
   each = [state.budget_state for state in _with_layers(states)]
   found = {i: state for i, state in enumerate(each) if isinstance(state, BudgetState)}
   return {
     (f'state_{i}/' if len(each) > 1 else '') + name: _whole(getattr(state, name))
     for i, state in found.items()
-    for name in ('budget', 'drift', 'strength')
+    for name in OF_BUDGET
   }
 
 
@@ -296,10 +301,10 @@ def begin(states: States) -> Callable[[], dict[str, Any]]:
       column += state.rule_state.get(name, none).values()
   if jax.process_count() > 1:
     columns = jax.tree.map(_whole, columns)
-  # The arrays of a column become one array, which has one sharding. A mesh may be of one device.
+  # The arrays of a column become one array, which has one sharding.
   if len({getattr(x, 'sharding', None) for x in jax.tree.leaves(columns)}) > 1:
     columns = jax.device_put(columns, SingleDeviceSharding(jax.local_devices()[0]))
-  packed = _pack(columns)
+  packed = _packed(columns)
   for array in jax.tree.leaves(packed):
     array.copy_to_host_async()
 
@@ -317,6 +322,17 @@ def _whole(array: Any) -> Any:
   if array.is_fully_replicated:
     return array.addressable_data(0)
   return multihost_utils.process_allgather(array, tiled=True)
+
+
+def _packed(columns: Any) -> Any:
+  """The columns, each as one array; in a mesh of its own if they lie on one device."""
+  arrays = [x for x in jax.tree.leaves(columns) if isinstance(x, jax.Array)]
+  devices = set().union(*(x.devices() for x in arrays))
+  if len(devices) != 1:
+    return _pack(columns)
+  # jit refuses arrays on other devices than those of the mesh that jax.set_mesh has set.
+  with jax.set_mesh(Mesh(np.array([*devices]), ('device',))):
+    return _pack(columns)
 
 
 @jax.jit

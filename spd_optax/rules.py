@@ -13,6 +13,7 @@ from typing import ClassVar, NamedTuple, dataclass_transform
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spd_optax import checks, formulas
 
@@ -237,7 +238,8 @@ def chosen(
   rule: Rule | None, default: type[Projection | GradientTurn], margin: chex.Numeric
 ) -> Rule:
   """The rule that was passed, or the default with its margin; checks its hyperparameters."""
-  if rule is not None and isinstance(margin, int | float) and margin != default.margin:
+  is_given = not isinstance(margin, jax.core.Tracer) and np.any(margin != default.margin)
+  if rule is not None and is_given:
     raise TypeError(f'margin={margin!r} belongs to the default rule; give it to the one of rule=')
   found = default(margin) if rule is None else rule
   if not isinstance(found, Rule):

@@ -177,7 +177,7 @@ def test_a_part_without_layers_has_no_number(path):
   run = audit.verify(path)
   assert (run.header.states, [*run.records[0].metrics]) == (
     [2],
-    ['spd/budget', 'spd/drift', 'spd/strength'],
+    ['spd/budget', 'spd/drift', 'spd/strength', 'spd/measured'],
   )
   assert run_command('report', path, '--out', path.parent) == 0
 

@@ -191,18 +191,6 @@ def test_a_budget_can_be_changed_in_a_run():
   assert budget_of(update(state)).measured == 0
 
 
-@every_form
-@pytest.mark.parametrize('strength', [spd.within_budget(1.0), spd.within_distance(1.0)])
-def test_a_step_makes_no_nan(make, strength):
-  """As jax_debug_nans checks; catches a NaN in the state that stands for 'not measured'."""
-  with jax.debug_nans(True):
-    tx = make(strength=strength)
-    state = tx.init(START)
-    for drift in (NAN, 0.0, 0.5):
-      _, state = tx.update(jnp.asarray(GRADIENT), state, START, drift=drift)
-    chex.assert_tree_all_finite(state)
-
-
 def test_a_donated_state_takes_nothing_of_the_users():
   """Catches a budget that lies in the state as the user's own array, or in two places of it."""
   budget, init = jnp.float32(1.0), jnp.float32(2.0)
@@ -399,6 +387,16 @@ def test_kl_is_that_of_scipy(dtype):
   assert found.dtype == jnp.float32
 
 
+def test_kl_where_a_class_is_ruled_out():
+  """By a logit of −∞; catches ∞ − ∞, in the value, in the gradient, or on the way."""
+  logits, base = jnp.array([1.0, 2.0, -INF]), jnp.array([2.0, 2.0, -INF])
+  with jax.debug_nans(True):
+    value, gradient = jax.value_and_grad(spd.kl_from_base)(logits, base)
+  p, p_0 = (special.softmax(np.asarray(x, np.float64)) for x in (logits, base))
+  np.testing.assert_allclose(value, stats.entropy(p_0, p), rtol=1e-5)
+  np.testing.assert_allclose(gradient, p - p_0, rtol=1e-5)
+
+
 def test_cosine_is_that_of_numpy():
   rng = np.random.default_rng(0)
   new, base = rng.standard_normal((2, 6, 5))
@@ -496,6 +494,7 @@ VERDICTS = {
   ),
   'nearly': ([0.1, 0.52], ['kept within 10 %: the last drift is 0.52, 104 % of 0.5']),
   'not kept': ([0.1, 0.9], ['not kept: the last drift is 0.9, 180 % of 0.5']),
+  'better than the start': ([-0.3, -0.1], ['kept: the last drift is -0.1', 'never bound']),
   'not measured': ([NAN, None], ['0.5, but no drift was measured, so all layers were free']),
   'between records': (
     [0.1] + [0.6] * 4 + [0.1],
@@ -536,7 +535,8 @@ def test_two_budgets_are_told_apart(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ('drift', 'message'), [(0.1, None), (NAN, 'the budget has seen no drift in 100 updates')]
+  ('drift', 'message'),
+  [(0.1, None), (-0.1, None), (NAN, 'the budget has seen no drift in 100 updates')],
 )
 def test_free_layers_are_no_reason_to_warn(tmp_path, recwarn, drift, message):
   """Unless the budget never sees a drift."""

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from cases import ADAM, every_form, loop, make_step
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import (
   ANCHOR,
@@ -135,6 +136,22 @@ def test_one_all_reduce_is_all_communication(make, mapped):
   compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
   collectives = re.findall(r' ((?:all|reduce|collective)-[\w-]+)\(', compiled.as_text())
   assert collectives == ['all-reduce']
+
+
+def test_reports_and_logs_where_a_mesh_is_set(tmp_path):
+  """Catches values on one device alone, which jit refuses there."""
+  stacked = {'layers': {'kernel': np.ones((8, 3, 2)), 'bias': np.ones((8, 2))}, 'head': np.ones(8)}
+  on = mesh('FSDP')
+  params = jax.device_put(jax.tree.map(np.float32, stacked), NamedSharding(on, P('fsdp')))
+  strength = spd.within_distance(0.5)
+  tx = spd.adam_spd(0.1, stack_axis={'layers': 0, 'head': None}, strength=strength)
+  _, state = jax.jit(tx.update)(params, tx.init(params), params)
+  with jax.set_mesh(on), spd.AuditLog(tmp_path / 'run.jsonl', transform='adam_spd') as log:
+    found = spd.layer_report(state)
+    log.record(1, state, {'loss': jax.device_put(0.5, jax.devices()[3])})
+  assert found == spd.layer_report(state)
+  (record,) = audit.read(tmp_path / 'run.jsonl').records
+  assert (record.metrics['loss'], record.metrics['spd/budget']) == (0.5, 0.5)
 
 
 def test_two_processes(tmp_path):

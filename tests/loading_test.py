@@ -161,6 +161,19 @@ def test_each_leaf_has_its_own_devices(save, tmp_path):
 
 
 @each_kind
+def test_an_anchor_without_a_sharding_goes_where_the_params_are(save, tmp_path):
+  """Also where a mesh is set; catches arrays that are bound to the first device."""
+  tree = {'kernel': np.ones((8, 4), np.float32)}
+  like = zeros(tree)
+  mesh = jax.make_mesh((4,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
+  params = jax.device_put(like, NamedSharding(mesh, PartitionSpec('x')))
+  with jax.set_mesh(mesh):
+    anchor = spd.load_anchor(save(tmp_path / 'checkpoint', tree), like)
+    moved = jax.jit(lambda params, anchor: jax.tree.map(jnp.add, params, anchor))(params, anchor)
+  chex.assert_trees_all_equal(jax.device_get(moved), tree)
+
+
+@each_kind
 def test_params_inside_a_larger_tree(save, tmp_path, recwarn):
   """Catches an optimizer's moments taken for params, or reported as surplus."""
   tree, other = pretrained(), jax.tree.map(lambda x: np.asarray(x + 1), pretrained())

@@ -190,6 +190,14 @@ RIGHT = {
   'for some params': lambda: optax.partition(
     {'a': optax.chain(LINK, ADAM), 'b': SPD}, {'kernel': 'a', 'bias': 'b'}
   ),
+  'behind an optimizer of other params': lambda: optax.chain(
+    optax.masked(ADAM, {'kernel': False, 'bias': True}),
+    optax.masked(optax.chain(LINK, ADAM), {'kernel': True, 'bias': False}),
+  ),
+  'adam_spd beside an optimizer of other params': lambda: optax.chain(
+    optax.masked(ADAM, {'kernel': False, 'bias': True}),
+    optax.masked(SPD, {'kernel': True, 'bias': False}),
+  ),
   'L2-SP, decoupled': lambda: optax.chain(
     optax.scale_by_adam(), spd.l2_sp(), optax.scale_by_learning_rate(SCHEDULE)
   ),

@@ -166,6 +166,13 @@ def test_a_group_is_named_as_one():
   assert (record.name, record.path, record.group, record.slice) == ('all', None, 'all', None)
 
 
+def test_a_group_of_a_haiku_module_has_its_name():
+  """Catches '~' in a name, which stands for '/' in the keys of a state."""
+  params = {f'mlp/~/linear_{i}': {'w': jnp.ones((3, 2)), 'b': jnp.ones(2)} for i in range(2)}
+  state = spd.adam_spd(1e-3, group=lambda path: path.rpartition('/')[0]).init(params)
+  assert [record.group for record in spd.layer_report(state)] == [*params]
+
+
 @pytest.mark.parametrize('key', [True, 0.5, ['a']], ids=repr)
 def test_a_key_of_a_group_is_a_name(key):
   """Catches a list that becomes a name with brackets."""

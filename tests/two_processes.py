@@ -16,9 +16,27 @@ def main(port: str, result: str, process: str) -> None:
   from meshes import RUNS, sharded
 
   found = process_allgather([sharded(*run, 'two processes') for run in RUNS], tiled=True)
+  check_host_anchor()
   fingerprint = resumed(result)
   if process == '0':
     np.savez(result, *jax.tree.leaves(found), fingerprint=fingerprint)
+
+
+def check_host_anchor() -> None:
+  """Each process fills its shards from its own copy: nothing is gathered to be compared."""
+  from jax.sharding import NamedSharding, PartitionSpec
+  from meshes import ANCHOR
+
+  import spd_optax as spd
+
+  sharding = NamedSharding(jax.make_mesh((len(jax.devices()),), ('x',)), PartitionSpec('x'))
+  params = jax.make_array_from_callback(ANCHOR.shape, sharding, lambda at: ANCHOR[at])
+  own = ANCHOR + jax.process_index()
+  for anchor in (own, jax.numpy.asarray(own)):
+    found = spd.adam_spd(1e-3, anchor).init(params).projection_decay.anchor
+    assert found.sharding.is_equivalent_to(sharding, 2)
+    for shard in found.addressable_shards:
+      np.testing.assert_array_equal(shard.data, own[shard.index])
 
 
 def resumed(result: str) -> str:
@@ -38,6 +56,8 @@ def resumed(result: str) -> str:
     for step in range(3):
       _, state = jax.jit(tx.update)(params, state, params)
       logged(log, step, state)
+  with jax.set_mesh(mesh):
+    assert [record.constrained for record in spd.layer_report(state)] == [0]
   ocp.save(f'{result}.run', spd.drop_anchor(state))
 
   slim = jax.jit(lambda params: spd.drop_anchor(tx.init(params)))

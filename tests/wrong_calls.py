@@ -96,6 +96,10 @@ OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
   ('strength', ADAM, TypeError, f'{NUMBER} an optax transformation'),
   ('anchor', ADAM, TypeError, rf'{ANCHOR} an optax & with_projection_decay'),
   ('anchor', optax.adam, TypeError, f'{ANCHOR} function'),
+  ('anchor', 0.01, TypeError, rf'{ANCHOR} float 0.01; .* strength='),
+  ('anchor', 0.0, TypeError, rf'{ANCHOR} float 0.0; .* strength='),
+  ('anchor', 2, TypeError, rf'{ANCHOR} int 2; .* strength='),
+  ('anchor', spd.within_budget(0.1), TypeError, f'{ANCHOR} Budget; .* strength='),
   ('anchor_dtype', jnp.int8, TypeError, f'{DTYPE} .*int8 & {STATIC}'),
   ('anchor_dtype', 'bf16', TypeError, f"{DTYPE} 'bf16'"),
   ('anchor_dtype', jnp.complex64, TypeError, f'{DTYPE} .*complex64'),
@@ -183,8 +187,8 @@ LEAVES: dict[str, tuple[Any, str]] = {
   'initializers': (tree(jax.nn.initializers.zeros, max), 'enc/k: & enc/b: & array'),
   'optimizers': (tree(ADAM), 'enc/k'),
   'lists': (tree(b=[0.0, 0.0, 0.0]), 'enc/b: .*missing in anchor'),
-  'number': (1.0, 'enc/k: .*1.0.*float32 & enc/b: .*1.0.*float32 & array & 0'),
-  'one': (1, 'enc/k: .*int 1.*float32 & enc/b: & array & 0'),
+  'number': ({'enc': 1.0, 'head': 0}, 'enc/k: .*1.0.*float32 & enc/b: .*1.0.*float32 & array & 0'),
+  'one': ({'enc': 1, 'head': 0}, 'enc/k: .*int 1.*float32 & enc/b: & array & 0'),
   'flag': (True, 'enc/k: .*True & enc/b: .*True & None'),
   'zero as an array': (jnp.zeros(()), r'enc/k: .*float32\[\] & enc/b: .*float32\[\] & 0'),
 }
@@ -270,8 +274,9 @@ def rows() -> Iterator[Row]:
       call = partial(MAKERS[name], **{option: value})
       yield Row(name, option, f'{value!r:.30}', call, error, text)
   for name in FORMS:
-    call = lambda make=MAKERS[name]: make(rule=spd.Projection(), margin=0.3)  # noqa: E731
-    yield Row(name, 'rule+margin', 'both', call, TypeError, 'margin=0.3 & rule=')
+    for margin in (0.3, np.float32(0.3)):
+      call = partial(MAKERS[name], rule=spd.Projection(), margin=margin)
+      yield Row(name, 'rule+margin', f'{margin!r}', call, TypeError, 'margin=.*0.3.* rule=')
   in_rule = [
     ('Projection', lambda: spd.with_projection_decay(ADAM, rule=spd.Projection(margin=1.0))),
     ('GradientTurn', lambda: spd.projection_decay(rule=spd.GradientTurn(margin=1.0))),

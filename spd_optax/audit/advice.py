@@ -1,6 +1,5 @@
 """Warnings that a person can act on, found in the records of a run."""
 
-import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,9 +14,6 @@ GROWTH = 1.1  # by how much a distance grows that should not
 ROUNDED = 0.01  # how far, relative to the anchor, a narrower anchor_dtype rounds at most
 FAR = 0.5  # how far, relative to the anchor, no run goes in its first updates
 FIRST = 10  # updates
-
-# What the log itself calls metrics.
-DRIFT, STRENGTH = (re.compile(rf'spd/(state_\d+/)?{name}') for name in ('drift', 'strength'))
 
 Found = dict[str, dict[str, Any]]  # by code: what the message says
 
@@ -79,10 +75,10 @@ class Watcher:
     found = self._of_start(record) if self.base is None else {}
     silent = not (self.baseline or record.constrained.any())
     if silent and _age(record) >= self.patience:
-      drifts = [x for name, x in record.metrics.items() if DRIFT.fullmatch(name)]
-      if not drifts:
+      measured = _of_budgets(record, 'measured')
+      if not measured:
         found['never held'] = {'updates': _age(record)}
-      elif not max(drifts) > 0:  # a budget that is far from spent is no reason to warn
+      elif not any(measured):  # a budget that is far from spent is no reason to warn
         found['no drift'] = {'updates': _age(record)}
     found |= self._of_numbers(record)
     # At the first update nothing has moved yet; a resumed run goes back.
@@ -117,7 +113,7 @@ class Watcher:
     share = reports.constrained_share(held, updates)
     # L2-SP holds all, as it is meant to.
     uniform = base.condition & record.condition & (base.ratio == 1) & (record.ratio == 1)
-    tight = [_strength(x) for x in (base, record)]
+    tight = [max(_of_budgets(x, 'strength'), default=0) for x in (base, record)]
     if min(tight) > PRESSING and np.mean(share) >= ALWAYS:
       return {'budget': {'updates': _age(record) - _age(base), 'strength': tight[-1]}}
     if not uniform.all() and (mean := np.mean(share[~uniform])) >= ALWAYS:
@@ -135,9 +131,10 @@ class Watcher:
     return {'not finite': {'what': '; '.join(what)}} if what else {}
 
 
-def _strength(record: Record) -> float:
-  """The largest strength that a budget has set; 0 without a budget."""
-  return max((x for name, x in record.metrics.items() if STRENGTH.fullmatch(name)), default=0.0)
+def _of_budgets(record: Record, word: str) -> list[float]:
+  """One number of each budget."""
+  found = ((reports.OWN.fullmatch(name), x) for name, x in record.metrics.items())
+  return [x for match, x in found if match and match[2] == word]
 
 
 def _age(record: Record) -> int:

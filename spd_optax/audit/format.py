@@ -23,8 +23,8 @@ The first line is the header:
 Every other line is a record:
 
 - `step`: the user's; `time`: seconds since 1970; `metrics`: the user's numbers by name. If a budget
-  sets the strength, the log adds `spd/budget`, `spd/drift` and `spd/strength`. If there are several
-  states, the number of the state follows `spd/`: `spd/state_0/budget`.
+  sets the strength, the log adds `spd/budget`, `spd/drift`, `spd/strength` and `spd/measured`. If
+  there are several states, the number of the state follows `spd/`: `spd/state_0/budget`.
 - `updates`: updates so far, a number for each of `states`. They differ if one part is updated less
   often, as under `optax.MultiSteps`.
 - `condition` (0 or 1), `ratio`, `distance` (7 digits), `constrained`: as in `ProjectionDecayState`,

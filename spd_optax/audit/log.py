@@ -154,7 +154,7 @@ class AuditLog:
         repeated steps.
       opt_state: the optimizer state after the step, with SPD in it at any depth.
       metrics: your own numbers by name: loss, accuracy on the new data and on the old, ... With a
-        budget the log adds spd/budget, spd/drift and spd/strength.
+        budget the log adds spd/budget, spd/drift, spd/strength and spd/measured.
 
     Raises:
       TypeError: if there is no state of SPD; if a metric is not a number (names every such metric).
@@ -396,7 +396,7 @@ def _checked_metrics(metrics: Mapping[str, Any], own: Mapping[str, Any]) -> dict
   checks.raise_all(problems, 'AuditLog.record: metrics must be numbers by name:', TypeError)
   # Arrays of NumPy may change, and those of JAX be donated, before the record is written.
   return {
-    name: jax.numpy.copy(x) if isinstance(x, jax.Array) else float(x)
+    name: jax.device_put(x, x.sharding, may_alias=False) if isinstance(x, jax.Array) else float(x)
     for name, x in {**metrics, **own}.items()
   }
 

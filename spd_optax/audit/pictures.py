@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from spd_optax import reports
 from spd_optax.audit.format import printable
-from spd_optax.audit.report import OWN, Curve, Series
+from spd_optax.audit.report import Curve, Series
 
 LABELS = 48  # layers' names along an axis
 CURVES = 10  # layers with a curve of their own color
@@ -116,7 +116,7 @@ def metrics(runs: Sequence[Series]) -> Figure:
         (line,) = axes.plot(steps, values, marker=marker, label=_text(series.name), lw=1.3)
         if (budget := f'{name.removesuffix("drift")}budget') in series.metrics:
           axes.plot(*series.metrics[budget], color=line.get_color(), ls='--')
-        if OWN.fullmatch(f'{name.removesuffix("strength")}budget'):
+        if _of_budget(name) == 'strength':
           axes.set_yscale('symlog', linthresh=0.01)
     axes.set_title(_text(name), fontsize=9)
     axes.set_xlabel('step', fontsize=8)
@@ -132,5 +132,15 @@ def _panels(series: Series) -> dict[str, Curve]:
   name, far = 'distance, % of ‖θ₀‖', 100 * reports.overall(series.distance, series.norms)
   if np.isnan(far).all():
     name, far = 'distance', np.linalg.norm(series.distance, axis=-1)
-  own = {name: curve for name, curve in series.metrics.items() if not OWN.fullmatch(name)}
+  own = {
+    metric: curve
+    for metric, curve in series.metrics.items()
+    if _of_budget(metric) not in ('budget', 'measured')
+  }
   return {'layers held, %': (series.edges[1:], share), name: (series.step, far), **own}
+
+
+def _of_budget(metric: str) -> str | None:
+  """Which number of a budget a metric is."""
+  match = reports.OWN.fullmatch(metric)
+  return match and match[2]

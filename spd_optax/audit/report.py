@@ -5,7 +5,6 @@ import html
 import io
 import json
 import os
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ WORDS = {
   'distance': '‖θ − θ₀‖, from the anchor θ₀, before the last update',
   '% of ‖θ₀‖': "the distance relative to the anchor's norm; – where that is 0 or not known",
   'slope, slope_square': 'of SignificantProjection: means of ⟨g, d⟩ / ‖d‖ and its square',
-  'budget, drift': 'what may be lost, and what was measured',
+  'budget, drift': 'what may be lost, and what was measured; "measured": how often',
   'strength': 'λ as the budget set it; 0 leaves all layers free, above 10 none is',
 }
 PAGE = """<!doctype html>
@@ -47,7 +46,6 @@ pre { overflow-x: auto }
 """
 TEXT = '<pre>{code}</pre>\n'
 POINTS = 240  # of a run in pictures
-OWN = re.compile(r'spd/(state_\d+/)?budget')  # what the log itself calls a metric
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 
 
@@ -140,6 +138,7 @@ class BudgetCurves(NamedTuple):
   budget: np.ndarray
   drift: np.ndarray
   strength: np.ndarray
+  measured: np.ndarray
   layers: slice
 
 
@@ -148,16 +147,15 @@ def _budgets(series: Series) -> dict[str, BudgetCurves]:
   ends = np.cumsum(series.states)
   found = {}
   for name in series.metrics:
-    if match := OWN.fullmatch(name):
+    match = reports.OWN.fullmatch(name)
+    if match and match[2] == 'budget':
       start, of = name.removesuffix('budget'), match[1]
-      if not {start + 'drift', start + 'strength'} <= set(series.metrics):
+      if not {start + each for each in reports.OF_BUDGET} <= set(series.metrics):
         continue  # a metric of the user's own
-      (steps, budget), (_, drift), (_, strength) = (
-        series.metrics[start + each] for each in ('budget', 'drift', 'strength')
-      )
+      budget, drift, strength, measured = (series.metrics[start + x] for x in reports.OF_BUDGET)
       at = int(of[len('state_') : -1]) if of else 0
       layers = slice(ends[at] - series.states[at], ends[at]) if of else slice(None)
-      found[of or ''] = BudgetCurves(steps, budget, drift, strength, layers)
+      found[of or ''] = BudgetCurves(*budget, drift[1], strength[1], measured[1], layers)
   return found
 
 
@@ -167,9 +165,9 @@ def _verdicts(series: Series) -> dict[str, str]:
 
 
 def _of_budget(series: Series, curves: BudgetCurves) -> str:
-  steps, budget, drift, strength, layers = curves
+  steps, budget, drift, strength, measured, layers = curves
   share, bound = drift / budget, strength > 0
-  if not (share > 0).any():
+  if not measured.any():
     return f'{budget[-1]:.3g}, but no drift was measured, so all layers were free'
   kept = 'kept' if share[-1] <= 1 else 'kept within 10 %' if share[-1] <= 1.1 else 'not kept'
   text = f'{kept}: the last drift is {drift[-1]:.3g}, {100 * share[-1]:.0f} % of {budget[-1]:.3g}'
