@@ -194,6 +194,7 @@ def within_distance(
   reads and writes the params 12 times instead of 8, and stores one more temporary copy of them. On
   64 chips this costs nothing. `within_budget` costs nothing anywhere. In shard_map each layer must
   be whole, or split over `axis_name`. If layers are distributed over devices, use `within_budget`.
+  If all of θ_0 is 0, y has no value, and no layer is held.
 
   Args:
     budget: B > 0, a share of ‖θ_0‖: 0.02 is 2 %.
