@@ -292,8 +292,9 @@ def kl_from_base(
   new, base = _matched('kl_from_base', arrays, where)
   new, base = (jax.nn.log_softmax(x) for x in (new, base))
   # Classes that are ruled out by logits of −∞ count for nothing.
-  new, base = (jnp.where(base > -jnp.inf, x, 0) for x in (new, base))
-  terms = jnp.exp(base) * (base - new)
+  possible = base > -jnp.inf
+  new, base = (jnp.where(possible, x, 0) for x in (new, base))
+  terms = jnp.where(possible, jnp.exp(base), 0) * (base - new)
   return jnp.mean(jnp.sum(terms, -1), where=where)
 
 

@@ -95,7 +95,9 @@ def _orbax(path: Any) -> Checkpoint:
       flat.treedef, [structs.get(at, ocp.PLACEHOLDER) for at in flat.paths]
     )
     found = trees.flatten(ocp.load(root, asked, checkpointable_name=name)).by_path
-    return {at: found[at] if x.sharding else place(found[at], x) for at, x in wanted.items()}
+    return {
+      at: found.pop(at) if x.sharding else place(found.pop(at), x) for at, x in wanted.items()
+    }
 
   return entries, read
 

@@ -31,8 +31,8 @@ def layer_key(name: str) -> str:
 
 
 def layer_name(key: str) -> str:
-  """The name again: 'block_0~kernel' -> 'block_0/kernel'; '~' is a part of Haiku's paths."""
-  return re.sub('~(~~)?', lambda match: '/~/' if match[1] else '/', key)
+  """The name again: 'block_0~kernel' -> 'block_0/kernel'; Haiku's have '/~/' and '/~method/'."""
+  return re.sub('~{1,3}', lambda run: ('/', '/~', '/~/')[len(run[0]) - 1], key)
 
 
 @dataclasses.dataclass(frozen=True)

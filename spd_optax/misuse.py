@@ -77,17 +77,17 @@ def _neighbors() -> tuple[list[Part], list[Part]]:
       names, links = zip(*found['transforms'], strict=True)
       at = names.index(found['name'])
     if links:
-      before += links[:at]
-      behind += links[at + 1 :]
+      apart = _is_masked(links[at])  # two masked links may see different leaves
+      before += [x for x in links[:at] if not (apart and _is_masked(x))]
+      behind += [x for x in links[at + 1 :] if not (apart and _is_masked(x))]
       called = None
-  # A masked link may see other leaves than this one.
-  near, next_ = ([x for x in links if not _is_masked(x)] for links in (before, behind))
-  return list(_parts(*near)), list(_parts(*next_))
+  return list(_parts(*before)), list(_parts(*behind))
 
 
 def _is_masked(link: Any) -> bool:
-  """Whether a function is of `optax.masked`."""
-  return getattr(link, '__qualname__', '').startswith('masked.<locals>')
+  """Whether a link, or its function, is of `optax.masked`."""
+  function = getattr(link, 'init', link)
+  return getattr(function, '__qualname__', '').startswith('masked.<locals>')
 
 
 def _changing(parts: Sequence[Part]) -> list[str]:

@@ -60,7 +60,8 @@ def copy(value: Any, like: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 def _is_of_one_process(value: jax.Array, like: Any) -> bool:
   """Whether an array lies in this process alone, and the param in several."""
-  return value.is_fully_addressable and not like.sharding.is_fully_addressable
+  concrete = not isinstance(value, jax.core.Tracer)
+  return concrete and value.is_fully_addressable and not like.sharding.is_fully_addressable
 
 
 def _is_elsewhere(value: Any, like: Any) -> bool:

@@ -238,8 +238,8 @@ def chosen(
   rule: Rule | None, default: type[Projection | GradientTurn], margin: chex.Numeric
 ) -> Rule:
   """The rule that was passed, or the default with its margin; checks its hyperparameters."""
-  is_given = not isinstance(margin, jax.core.Tracer) and np.any(margin != default.margin)
-  if rule is not None and is_given:
+  traced = isinstance(margin, jax.core.Tracer)
+  if rule is not None and not traced and np.any(jax.device_get(margin) != default.margin):
     raise TypeError(f'margin={margin!r} belongs to the default rule; give it to the one of rule=')
   found = default(margin) if rule is None else rule
   if not isinstance(found, Rule):

@@ -235,6 +235,14 @@ def test_an_anchor_is_an_argument_of_the_program(make: Any) -> None:
 
 
 @EACH
+def test_an_anchor_may_be_traced_where_the_params_are_not(make: Any) -> None:
+  """Catches a look at the devices of a tracer."""
+  params = {'w': jax.device_put(jnp.ones(3), jax.devices()[0])}
+  init = jax.jit(lambda anchor: make(anchor).init(params))
+  assert anchor_of(init({'w': jnp.zeros(3)}))['w'].tolist() == [0, 0, 0]
+
+
+@EACH
 def test_holes_of_masked_and_none_are_passed_over(make: Any) -> None:
   """Catches an anchor for all the params that fits only those that are trained."""
   params = {'a': jnp.ones(3), 'b': {'c': jnp.ones(3), 'd': jnp.ones(3)}, 'e': None}

@@ -33,6 +33,10 @@ WRONG = {
     lambda: optax.named_chain(('adam', ADAM), ('spd', LINK)),
     'behind a learning rate, scale_by_adam',
   ),
+  'behind an optimizer of some params': (
+    lambda: optax.chain(optax.masked(ADAM, {'kernel': True, 'bias': False}), LINK),
+    'behind a learning rate, scale_by_adam',
+  ),
   'behind momentum': (lambda: optax.chain(optax.sgd(0.1, momentum=0.9), LINK), 'behind trace'),
   'behind it in a chain of chains': (
     lambda: optax.chain(ADAM, optax.chain(optax.clip(1.0), LINK)),
@@ -193,6 +197,10 @@ RIGHT = {
   'behind an optimizer of other params': lambda: optax.chain(
     optax.masked(ADAM, {'kernel': False, 'bias': True}),
     optax.masked(optax.chain(LINK, ADAM), {'kernel': True, 'bias': False}),
+  ),
+  'behind an optimizer of other params, by name': lambda: optax.named_chain(
+    ('head', optax.masked(ADAM, {'kernel': False, 'bias': True})),
+    ('body', optax.masked(optax.chain(LINK, ADAM), {'kernel': True, 'bias': False})),
   ),
   'adam_spd beside an optimizer of other params': lambda: optax.chain(
     optax.masked(ADAM, {'kernel': False, 'bias': True}),

@@ -168,7 +168,8 @@ def test_a_group_is_named_as_one():
 
 def test_a_group_of_a_haiku_module_has_its_name():
   """Catches '~' in a name, which stands for '/' in the keys of a state."""
-  params = {f'mlp/~/linear_{i}': {'w': jnp.ones((3, 2)), 'b': jnp.ones(2)} for i in range(2)}
+  modules = ('mlp/~/linear_0', 'vae/linear', 'vae/~encode/linear')
+  params = {module: {'w': jnp.ones((3, 2)), 'b': jnp.ones(2)} for module in modules}
   state = spd.adam_spd(1e-3, group=lambda path: path.rpartition('/')[0]).init(params)
   assert [record.group for record in spd.layer_report(state)] == [*params]
 

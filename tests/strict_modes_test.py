@@ -19,11 +19,11 @@ OPTIONS: dict[str, Any] = {
   'within_distance': {'strength': spd.within_distance(0.1)},
   'SignificantProjection': {'rule': spd.SignificantProjection()},
 }
-LINKS: dict[str, Any] = {
-  **{name: lambda o=options: spd.projection_decay(**o) for name, options in OPTIONS.items()},
-  'l2_sp': spd.l2_sp,
+LINKS: dict[str, Any] = {'l2_sp': spd.l2_sp} | {
+  name: lambda o=options: spd.projection_decay(**o)
+  for name, options in OPTIONS.items()
+  if 'rule' not in options  # which is for steps
 }
-del LINKS['SignificantProjection']  # it is for steps
 MAKERS = {
   f'{name}, in a chain': lambda link=link: optax.chain(link(), SGD) for name, link in LINKS.items()
 } | {
@@ -55,6 +55,12 @@ def test_a_step(name, mode, jit):
       updates, state = update(gradients(i), state, params, drift=drift)
       params = optax.apply_updates(params, updates)
     spd.scalars(state)
+
+
+def test_a_margin_on_a_device_transfers_nothing_unasked():
+  margin = jax.device_put(jnp.float32(0.1))
+  with jax.transfer_guard('disallow'):
+    spd.with_projection_decay(SGD, margin=margin)
 
 
 def test_a_log_transfers_nothing_unasked(tmp_path):
