@@ -35,8 +35,8 @@ def baseline_state(
 
   So you can compare a log of plain Adam with a log of `adam_spd`. `layer_report` and `scalars` read
   this state, too. The training step does not change. Call it where you make a record; in
-  ``jax.jit`` a call is cheaper. There a 0 in the anchor must not be an argument:
-  ``jax.jit(functools.partial(spd.baseline_state, anchor=0))``.
+  ``jax.jit`` a call is cheaper. Bind an anchor that has a 0 in it, since jit makes an array of each
+  argument: ``jax.jit(functools.partial(spd.baseline_state, anchor=0))``.
 
   Args:
     params: the params to measure. (The state of SPD has the distance before its last update.)

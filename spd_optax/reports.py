@@ -247,6 +247,12 @@ OF_BUDGET = ('budget', 'drift', 'strength', 'measured')  # what is shown of a `B
 OWN = re.compile(rf'spd/(state_\d+/)?({"|".join(OF_BUDGET)})')  # a metric that the log adds itself
 
 
+def of_budget(metric: str) -> str | None:
+  """Which number of a budget a metric of a log is; None for others."""
+  match = OWN.fullmatch(metric)
+  return match and match[2]
+
+
 def budgets_of(states: States) -> dict[str, Any]:
   """What the `BudgetState` of each state says."""
   each = [state.budget_state for state in _with_layers(states)]

@@ -133,8 +133,7 @@ class Watcher:
 
 def _of_budgets(record: Record, word: str) -> list[float]:
   """One number of each budget."""
-  found = ((reports.OWN.fullmatch(name), x) for name, x in record.metrics.items())
-  return [x for match, x in found if match and match[2] == word]
+  return [x for name, x in record.metrics.items() if reports.of_budget(name) == word]
 
 
 def _age(record: Record) -> int:

@@ -116,7 +116,7 @@ def metrics(runs: Sequence[Series]) -> Figure:
         (line,) = axes.plot(steps, values, marker=marker, label=_text(series.name), lw=1.3)
         if (budget := f'{name.removesuffix("drift")}budget') in series.metrics:
           axes.plot(*series.metrics[budget], color=line.get_color(), ls='--')
-        if _of_budget(name) == 'strength':
+        if reports.of_budget(name) == 'strength':
           axes.set_yscale('symlog', linthresh=0.01)
     axes.set_title(_text(name), fontsize=9)
     axes.set_xlabel('step', fontsize=8)
@@ -135,12 +135,6 @@ def _panels(series: Series) -> dict[str, Curve]:
   own = {
     metric: curve
     for metric, curve in series.metrics.items()
-    if _of_budget(metric) not in ('budget', 'measured')
+    if reports.of_budget(metric) not in ('budget', 'measured')
   }
   return {'layers held, %': (series.edges[1:], share), name: (series.step, far), **own}
-
-
-def _of_budget(metric: str) -> str | None:
-  """Which number of a budget a metric is."""
-  match = reports.OWN.fullmatch(metric)
-  return match and match[2]
